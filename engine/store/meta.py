@@ -1,0 +1,249 @@
+"""The catalog: one SQLite file in WAL mode for everything that is state; bytes are files beside it.
+
+Only here: the schema and how transactions are taken. One writer at a time (`tx`, BEGIN IMMEDIATE under a lock,
+synchronous=FULL so an acknowledged change survives power loss); any number of readers, one connection per thread,
+each statement seeing the last commit. Handlers on the lookup/getattr/readdir/open path use `query` only, which
+never waits for a writer.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+-- schema version and other single values
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+
+-- every blob under blobs/, by digest of its bytes as stored (compressed where it was pulled compressed)
+CREATE TABLE IF NOT EXISTS blobs (
+    digest      TEXT PRIMARY KEY,        -- sha256:<hex>
+    size        INTEGER NOT NULL,        -- bytes
+    media_type  TEXT NOT NULL,
+    created_ns  INTEGER NOT NULL         -- when it entered the store
+);
+
+-- every ingested layer under layers/: `data` + `index`
+CREATE TABLE IF NOT EXISTS layers (
+    id          INTEGER PRIMARY KEY,     -- short key used by `bodies`
+    diff_id     TEXT NOT NULL UNIQUE,    -- sha256 of the uncompressed tar
+    size        INTEGER NOT NULL,        -- sum of its regular files' sizes, bytes
+    data_size   INTEGER NOT NULL,        -- bytes of `data` (bodies stored here, 4 KiB aligned)
+    tar_size    INTEGER NOT NULL,        -- bytes of the uncompressed tar
+    entries     INTEGER NOT NULL,
+    created_ns  INTEGER NOT NULL
+);
+
+-- compressed form(s) of a layer: which blob inflates to which diff_id; known even after the blob is evicted
+CREATE TABLE IF NOT EXISTS layer_blobs (
+    digest      TEXT PRIMARY KEY,        -- of the blob
+    diff_id     TEXT NOT NULL,
+    media_type  TEXT NOT NULL,
+    size        INTEGER NOT NULL         -- compressed bytes
+);
+CREATE INDEX IF NOT EXISTS layer_blobs_diff ON layer_blobs (diff_id);
+
+-- layer -> other layers whose `data` holds bodies it shares (whole-file dedup); pins them
+CREATE TABLE IF NOT EXISTS layer_deps (
+    diff_id     TEXT NOT NULL,
+    dep         TEXT NOT NULL,           -- diff_id of the layer whose `data` is referenced
+    PRIMARY KEY (diff_id, dep)
+) WITHOUT ROWID;
+
+-- where each distinct regular-file body lives, once
+CREATE TABLE IF NOT EXISTS bodies (
+    sha256      BLOB PRIMARY KEY,        -- 32 bytes
+    layer       INTEGER NOT NULL,        -- layers.id
+    offset      INTEGER NOT NULL,        -- bytes into that layer's `data`, multiple of 4096
+    size        INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS bodies_layer ON bodies (layer);
+
+-- merged trees under trees/, by OCI chain id (a single layer's tree has chain_id == diff_id)
+CREATE TABLE IF NOT EXISTS trees (
+    chain_id    TEXT PRIMARY KEY,
+    layers      TEXT NOT NULL,           -- JSON list of diff_ids, lowest first
+    entries     INTEGER NOT NULL,
+    size        INTEGER NOT NULL,        -- bytes of the EROFS metadata image
+    created_ns  INTEGER NOT NULL
+);
+
+-- images by manifest digest (never an index: the chosen platform's manifest)
+CREATE TABLE IF NOT EXISTS images (
+    digest      TEXT PRIMARY KEY,
+    media_type  TEXT NOT NULL,
+    config      TEXT NOT NULL,           -- digest of the config blob
+    platform    TEXT NOT NULL,           -- os/arch[/variant]
+    chain_id    TEXT NOT NULL,           -- its merged tree
+    size        INTEGER NOT NULL,        -- sum of its layers' regular-file bytes
+    created     TEXT NOT NULL,           -- RFC 3339 from the config, '' when absent
+    pulled_ns   INTEGER NOT NULL
+);
+
+-- image -> its layers, position 0 lowest
+CREATE TABLE IF NOT EXISTS image_layers (
+    image       TEXT NOT NULL,           -- images.digest
+    position    INTEGER NOT NULL,
+    diff_id     TEXT NOT NULL,
+    blob        TEXT NOT NULL,           -- digest of the compressed blob named by the manifest
+    PRIMARY KEY (image, position)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS image_layers_diff ON image_layers (diff_id);
+
+-- names of images: normalised references (docker.io/library/nginx:1.27)
+CREATE TABLE IF NOT EXISTS tags (
+    reference   TEXT PRIMARY KEY,
+    digest      TEXT NOT NULL,           -- images.digest
+    updated_ns  INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS tags_digest ON tags (digest);
+
+-- containers; `state` is written by engine/containers.py only, always with its event in the same transaction
+CREATE TABLE IF NOT EXISTS containers (
+    id          TEXT PRIMARY KEY,        -- 64 hex
+    name        TEXT NOT NULL UNIQUE,
+    state       TEXT NOT NULL,           -- lifecycle.State
+    config      TEXT NOT NULL,           -- ContainerConfig as JSON
+    image       TEXT NOT NULL,           -- images.digest it was first started from, '' before
+    runtime     TEXT NOT NULL,           -- driver name, '' before the first start
+    pid         INTEGER,                 -- host pid of its init while it runs
+    exit_code   INTEGER,                 -- of the last run
+    oom         INTEGER NOT NULL DEFAULT 0,  -- 1 when the last run was ended by the OOM killer
+    restarts    INTEGER NOT NULL DEFAULT 0,
+    created_ns  INTEGER NOT NULL,
+    started_ns  INTEGER,
+    finished_ns INTEGER,
+    reason      TEXT NOT NULL DEFAULT '' -- why it is in this state, one line, '' when ordinary
+);
+
+CREATE TABLE IF NOT EXISTS volumes (
+    name        TEXT PRIMARY KEY,
+    driver      TEXT NOT NULL,
+    options     TEXT NOT NULL,           -- JSON object
+    labels      TEXT NOT NULL,           -- JSON object
+    created_ns  INTEGER NOT NULL
+);
+
+-- the event journal; `line` is the JSON line people read, `off` its byte offset in the logical `events` file and
+-- `obj_off` its offset in the object's own `events` file, so both files have a true size and are never re-rendered
+CREATE TABLE IF NOT EXISTS events (
+    seq         INTEGER PRIMARY KEY,     -- gapless, from 1
+    time_ns     INTEGER NOT NULL,
+    type        TEXT NOT NULL,           -- stateChanged, logOutput, resourceUpdate, imagePulled, ...
+    object      TEXT NOT NULL,           -- container/<id>, image/<digest>, volume/<name>, job/<n>, engine
+    off         INTEGER NOT NULL,
+    obj_off     INTEGER NOT NULL,
+    line        BLOB NOT NULL            -- with its newline
+);
+CREATE INDEX IF NOT EXISTS events_off ON events (off);
+CREATE INDEX IF NOT EXISTS events_object ON events (object, obj_off);
+
+-- long-running work
+CREATE TABLE IF NOT EXISTS jobs (
+    id          INTEGER PRIMARY KEY,
+    verb        TEXT NOT NULL,           -- the command line as written
+    state       TEXT NOT NULL,           -- running, done, failed, cancelled
+    progress    TEXT NOT NULL DEFAULT '',
+    error       TEXT NOT NULL DEFAULT '',
+    created_ns  INTEGER NOT NULL,
+    finished_ns INTEGER
+);
+
+-- the last failures per object with a ctl (the `error` files), newest have the highest id
+CREATE TABLE IF NOT EXISTS failures (
+    id          INTEGER PRIMARY KEY,
+    object      TEXT NOT NULL,           -- '' root, images, containers, container/<id>, volume/<name>, ...
+    time_ns     INTEGER NOT NULL,
+    text        TEXT NOT NULL            -- rendered: time, command, caret, reason, hint
+);
+CREATE INDEX IF NOT EXISTS failures_object ON failures (object, id);
+"""
+
+
+class Meta:
+    """The catalog at `path`. Thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._local = threading.local()
+        self._depth = 0
+        self._after: list[Callable[[], None]] = []
+        self._closed = False
+        self._readers: list[sqlite3.Connection] = []
+        self._writer = self._connect()
+        self._writer.execute("PRAGMA journal_mode=WAL")
+        self._writer.execute("PRAGMA synchronous=FULL")
+        self._writer.executescript(SCHEMA)
+        self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA busy_timeout=30000")
+        return connection
+
+    @contextmanager
+    def tx(self) -> Iterator[sqlite3.Connection]:
+        """One write transaction: commits on leaving, rolls back on an exception. Nested use joins the outer one."""
+        with self._lock:
+            outer = self._depth == 0
+            if outer:
+                self._writer.execute("BEGIN IMMEDIATE")
+                self._after = []
+            self._depth += 1
+            try:
+                yield self._writer
+            except BaseException:
+                self._depth -= 1
+                if outer:
+                    self._after = []
+                    self._writer.execute("ROLLBACK")
+                raise
+            self._depth -= 1
+            if outer:
+                try:
+                    self._writer.execute("COMMIT")
+                except BaseException:
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
+                    raise
+                after, self._after = self._after, []
+                for call in after:
+                    call()
+
+    def after_commit(self, call: Callable[[], None]) -> None:
+        """Run `call` once the current transaction has committed, still under the write lock, in order.
+
+        It must be quick and must not raise. Not called when the transaction rolls back.
+        """
+        assert self._depth, "after_commit outside a transaction"
+        self._after.append(call)
+
+    def query(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """Rows as of the last commit (inside `tx` of the same thread: use the yielded connection instead)."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = self._connect()
+            connection.execute("PRAGMA query_only=ON")
+            with self._lock:
+                self._readers.append(connection)
+        return connection.execute(sql, args).fetchall()
+
+    def row(self, sql: str, args: Sequence[Any] = ()) -> sqlite3.Row | None:
+        rows = self.query(sql, args)
+        return rows[0] if rows else None
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for connection in self._readers:
+                    connection.close()
+                self._writer.close()
