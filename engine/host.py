@@ -1,0 +1,430 @@
+"""The host: system calls and what differs between Linux and macOS. Floor 0, no state.
+
+Only here (and in runtimes/): ctypes and subprocess. Everything raises OSError with its errno and path, or
+`Unsupported` where this host cannot do it at all. All calls are thread-safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import stat
+import struct
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from engine.errors import Busy, Unsupported
+
+LINUX = sys.platform.startswith("linux")
+MACOS = sys.platform == "darwin"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# mount(2), fsopen(2) and friends: <sys/mount.h>, <linux/mount.h>
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_MOUNT_ATTR_RDONLY = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_AT_FDCWD = -100
+# the numbers of these calls are the same on every architecture since Linux 5.2
+_SYS_OPENAT2, _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 437, 429, 430, 431, 432
+
+# openat2(2) resolve flags: <linux/openat2.h>
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
+
+_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_CLR_FD = 0x4C82, 0x4C0A, 0x4C01
+_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR = 1, 4
+
+FILE_BACKED_EROFS = (6, 12)  # first Linux that mounts EROFS from plain files
+
+
+def _check(result: int, path: object = None) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), None if path is None else str(path))
+    return result
+
+
+def _syscall(number: int, *args: Any) -> int:
+    wide = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    return int(_libc.syscall(ctypes.c_long(number), *wide))
+
+
+def kernel_version() -> tuple[int, int]:
+    """(major, minor) of the running kernel; (0, 0) where the release does not start with numbers."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def is_root() -> bool:
+    return os.geteuid() == 0
+
+
+# --- places -----------------------------------------------------------------------------------------------------
+
+
+def default_mount() -> Path:
+    """$DUTCHMAN_MOUNT, else ~/FlyingDutchman."""
+    return Path(os.environ.get("DUTCHMAN_MOUNT") or Path.home() / "FlyingDutchman")
+
+
+def default_store() -> Path:
+    """$DUTCHMAN_STORE, else where this platform keeps application data."""
+    if named := os.environ.get("DUTCHMAN_STORE"):
+        return Path(named)
+    if MACOS:
+        return Path.home() / "Library" / "Application Support" / "FlyingDutchman"
+    if is_root():
+        return Path("/var/lib/dutchman")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "dutchman"
+
+
+def runtime_dir() -> Path:
+    """Where sockets and mount points of this boot live."""
+    if is_root() and LINUX:
+        return Path("/run/dutchman")
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"dutchman-{os.getuid()}"
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def fsync_dir(path: Path) -> None:
+    """Make a rename or unlink in `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` with `data`: aside, fsync, rename, fsync the directory. Nothing changes when it fails."""
+    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=".aside-")
+    try:
+        try:
+            os.fchmod(fd, mode)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(aside, path)
+    except BaseException:
+        if os.path.exists(aside):
+            os.unlink(aside)
+        raise
+    fsync_dir(path.parent)
+
+
+def open_in_root(root_fd: int, path: str | bytes, flags: int, mode: int = 0, resolve: int = RESOLVE_IN_ROOT) -> int:
+    """openat2(2): open `path` as if `root_fd` were `/`; symlinks and `..` cannot leave it. Returns an fd (CLOEXEC)."""
+    if not LINUX:
+        return _open_beneath(root_fd, path, flags, mode)
+    how = struct.pack("<QQQ", flags | os.O_CLOEXEC, mode, resolve | RESOLVE_NO_MAGICLINKS)
+    name = os.fsencode(path) or b"."
+    while True:
+        result = _syscall(_SYS_OPENAT2, root_fd, ctypes.c_char_p(name), ctypes.c_char_p(how), len(how))
+        if result >= 0:
+            return result
+        number = ctypes.get_errno()
+        if number not in (errno.EAGAIN, errno.EINTR):  # EAGAIN: a rename raced with the resolution of `..`
+            raise OSError(number, os.strerror(number), os.fsdecode(name))
+
+
+def _open_beneath(root_fd: int, path: str | bytes, flags: int, mode: int) -> int:
+    """Where there is no openat2: walk component by component, refusing symlinks and `..` (ELOOP)."""
+    parts = [part for part in os.fsencode(path).split(b"/") if part not in (b"", b".")]
+    if b".." in parts:
+        raise OSError(errno.ELOOP, "'..' in a path below a root", os.fsdecode(path))
+    here = os.dup(root_fd)
+    try:
+        for part in parts[:-1]:
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = below
+        last = parts[-1] if parts else b"."
+        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def lock_file(path: Path, holder: str) -> IO[str]:
+    """Take the exclusive lock at `path` and write `holder` (one line) into it; it is held while the file is open.
+
+    Raises Busy with what the present holder wrote. The lock goes with its process, so a killed holder never blocks.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.fdopen(fd, "r+")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        text = handle.read(4096).strip()
+        handle.close()
+        raise Busy(
+            f"the store {path.parent} is held by another daemon: {text or 'starting'}",
+            hint="use it through its mount, or run `dutchman down` first",
+        ) from error
+    handle.seek(0)
+    handle.truncate()
+    handle.write(holder + "\n")
+    handle.flush()
+    return handle
+
+
+# --- mounts -----------------------------------------------------------------------------------------------------
+
+
+def mount(source: str, target: Path, kind: str, flags: int = 0, data: str = "") -> None:
+    """mount(2). OSError names the target."""
+    if not LINUX:
+        raise Unsupported("mounts of images need a Linux host")
+    result = _libc.mount(
+        source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), os.fsencode(data) or None
+    )
+    _check(result, target)
+
+
+def _fs_mount(kind: bytes, options: Sequence[tuple[str, bytes]], target: Path, *, read_only: bool) -> None:
+    """fsopen, fsconfig…, fsmount, move_mount: no 4096-byte limit on options as mount(2) has."""
+    context = _check(_syscall(_SYS_FSOPEN, ctypes.c_char_p(kind), _FSOPEN_CLOEXEC), target)
+    try:
+        for key, value in options:
+            _check(
+                _syscall(
+                    _SYS_FSCONFIG,
+                    context,
+                    _FSCONFIG_SET_STRING,
+                    ctypes.c_char_p(key.encode()),
+                    ctypes.c_char_p(value),
+                    0,
+                ),
+                target,
+            )
+        if read_only:
+            _check(_syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, ctypes.c_char_p(b"ro"), None, 0), target)
+        try:
+            _check(_syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0), target)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}{_fs_messages(context)}", str(target)) from error
+        attributes = _MOUNT_ATTR_RDONLY if read_only else 0
+        made = _check(_syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes), target)
+        try:
+            moved = _syscall(
+                _SYS_MOVE_MOUNT,
+                made,
+                ctypes.c_char_p(b""),
+                _AT_FDCWD,
+                ctypes.c_char_p(os.fsencode(target)),
+                _MOVE_MOUNT_F_EMPTY_PATH,
+            )
+            _check(moved, target)
+        finally:
+            os.close(made)
+    finally:
+        os.close(context)
+
+
+def _fs_messages(context: int) -> str:
+    """What the kernel logged on a filesystem context (it answers ENODATA when there is no more)."""
+    out = []
+    for _ in range(8):
+        try:
+            out.append(os.read(context, 1024).decode(errors="replace").strip())
+        except OSError:
+            break
+    return f" ({'; '.join(out)})" if out else ""
+
+
+def mount_erofs(meta: Path, devices: Sequence[Path], target: Path) -> None:
+    """Mount the EROFS image `meta`, read-only, over its data `devices` in device-table order.
+
+    Straight from the files from Linux 6.12 on (a /proc/self/fd path each: an option is at most 255 bytes),
+    through read-only autoclear loop devices before.
+    """
+    if not LINUX:
+        raise Unsupported("EROFS mounts need a Linux host")
+    fds: list[int] = []
+    try:
+        for path in (meta, *devices):
+            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if kernel_version() >= FILE_BACKED_EROFS:
+            names = [f"/proc/self/fd/{fd}".encode() for fd in fds]
+        else:
+            names = []
+            for path in (meta, *devices):
+                fd, name = _loop_attach(path)
+                fds.append(fd)
+                names.append(name.encode())
+        options = [("source", names[0]), *(("device", name) for name in names[1:])]
+        _fs_mount(b"erofs", options, target, read_only=True)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _loop_attach(path: Path) -> tuple[int, str]:
+    """A read-only loop device over `path` that goes away with its last user: (open fd, device path)."""
+    for _ in range(16):
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+        finally:
+            os.close(control)
+        name = f"/dev/loop{number}"
+        device = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        backing = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # struct loop_config { __u32 fd, block_size; struct loop_info64 info (232 bytes, lo_flags at 52); __u64[8] }
+            config = bytearray(8 + 232 + 64)
+            struct.pack_into("<II", config, 0, backing, 4096)
+            struct.pack_into("<I", config, 8 + 52, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR)
+            fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+            return device, name
+        except OSError as error:
+            os.close(device)
+            if error.errno != errno.EBUSY:  # another process took it between the two calls
+                raise
+        finally:
+            os.close(backing)
+    raise OSError(errno.EBUSY, "no free loop device", str(path))
+
+
+def mount_overlay(lower: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+    """Mount an overlay: `lower` topmost first, writable `upper`, its `work` directory."""
+    if not LINUX:
+        raise Unsupported("overlay mounts need a Linux host")
+
+    def escaped(path: Path) -> str:  # the kernel splits at unescaped `:` and `,`
+        return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+    lowers = ":".join(escaped(path) for path in lower)
+    mount("overlay", target, "overlay", 0, f"lowerdir={lowers},upperdir={escaped(upper)},workdir={escaped(work)}")
+
+
+def bind(source: Path, target: Path, *, read_only: bool = False) -> None:
+    """Bind `source` over `target` (same kind: directory or file), private to this place."""
+    mount(str(source), target, "none", MS_BIND)
+    if read_only:
+        try:
+            mount("none", target, "none", MS_BIND | MS_REMOUNT | MS_RDONLY)
+        except OSError:
+            unmount(target)
+            raise
+
+
+def unmount(target: Path) -> None:
+    """Detach the topmost mount at `target` at once; users of it keep it until they close. Not mounted: no error."""
+    if not LINUX:
+        raise Unsupported("unmount by system call needs a Linux host")
+    result = _libc.umount2(os.fsencode(target), MNT_DETACH)
+    if result < 0 and ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
+        _check(result, target)
+
+
+def mounts() -> list[tuple[str, str, str]]:
+    """(mount point, filesystem type, source) of every mount of this process, in mount order."""
+    out = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            left, _, right = line.partition(" - ")
+            kind, source = right.split(" ")[:2]
+            out.append((_unescape(left.split(" ")[4]), kind, _unescape(source)))
+    return out
+
+
+def _unescape(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted exactly at `path`. Reads the mount table: never touches a dead mount."""
+    wanted = os.path.abspath(path)
+    if not LINUX:
+        return os.path.ismount(wanted)
+    return any(point == wanted for point, _, _ in mounts())
+
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+
+def die_with_parent() -> None:
+    """Ask for SIGTERM when the parent goes (Linux prctl PR_SET_PDEATHSIG); elsewhere the caller watches a pipe."""
+    if LINUX:
+        _check(_libc.prctl(1, ctypes.c_ulong(15), 0, 0, 0))
+
+
+def process_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def directory_fd(path: Path) -> Any:
+    """An O_PATH-like fd of a directory, closed on leaving."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory tree with directory fds, never following a symlink or crossing into a mount.
+
+    Does nothing when `path` is gone. EXDEV when a file system is mounted below it: nothing of that is touched.
+    """
+    try:
+        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        os.unlink(path)
+        return
+    try:
+        _empty(top, os.fstat(top).st_dev, str(path))
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def _empty(top: int, device: int, path: str) -> None:
+    stack = [(top, iter(os.listdir(top)), "")]
+    opened: list[int] = []
+    try:
+        while stack:
+            here, names, _ = stack[-1]
+            for name in names:
+                info = os.stat(name, dir_fd=here, follow_symlinks=False)
+                if info.st_dev != device:
+                    raise OSError(errno.EXDEV, "another file system is mounted below", path)
+                if not stat.S_ISDIR(info.st_mode):
+                    os.unlink(name, dir_fd=here)
+                    continue
+                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+                opened.append(below)
+                stack.append((below, iter(os.listdir(below)), name))
+                break
+            else:
+                _, _, name = stack.pop()
+                if stack:
+                    os.close(opened.pop())
+                    os.rmdir(name, dir_fd=stack[-1][0])
+    finally:
+        for fd in opened:
+            os.close(fd)
