@@ -1,0 +1,226 @@
+"""What a runtime driver is: the facts it is given, the facts it reports, and the protocol every driver keeps.
+
+Floor 2. Only here: the dataclasses that cross the driver boundary and the rules that turn a container's config and
+its image's config into what runs (`make_spec`). Drivers are `oci` (runc or crun under conmon) and `fake` (in memory);
+`tests/test_2_runtimes.py` is the contract both keep. Everything here is immutable and free of threads.
+"""
+
+from __future__ import annotations
+
+import signal as _signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from engine.errors import InvalidArgument
+from engine.model import ContainerConfig, ImageConfig, MountKind
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Docker's
+
+
+class State(StrEnum):
+    """The runtime's view of a container (runtime-spec runtime.md#state, plus paused as runc reports, plus absent)."""
+
+    ABSENT = "absent"
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mount inside the container. `source` is a host path that exists (None for tmpfs); `target` is absolute."""
+
+    kind: MountKind
+    source: Path | None
+    target: str
+    read_only: bool = False
+    options: tuple[str, ...] = ()  # further mount(8) options, e.g. size=64m for a tmpfs
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """One run of a container, everything resolved that needs no look into its root filesystem."""
+
+    id: str  # 64 hex digits (any [a-zA-Z0-9_.-]+ works)
+    name: str
+    directory: Path  # containers/<id>; the driver keeps bundle/, run/ and logs/ in it
+    rootfs: Path  # a ready, mounted directory
+    argv: tuple[str, ...]  # ENTRYPOINT and CMD already joined; never empty
+    env: tuple[str, ...]  # KEY=VALUE, PATH and HOSTNAME included; HOME is added by the driver when absent
+    cwd: str  # absolute; created when absent, as Docker does
+    user: str  # "", or user[:group], names or numbers as written
+    hostname: str
+    config: ContainerConfig
+    image: ImageConfig
+    mounts: tuple[Mount, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """The log file of the current segment, CRI format."""
+        return self.directory / "logs" / "ctr.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    state: State
+    pid: int | None = None  # of the container's first process, on the host; None unless created, running or paused
+    exit_code: int | None = None  # when stopped and known
+    oom: bool = False
+    finished_ns: int | None = None  # Unix time
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    exit_code: int  # 128 + signal when killed by one
+    oom: bool = False
+    finished_ns: int = 0  # Unix time
+    reason: str = ""  # for people; empty when the process simply ended
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    ok: bool
+    reason: str  # which and why, or why not
+    version: str = ""
+
+
+class Runtime(Protocol):
+    """A driver. Thread-safe; calls for one id are serialised by the caller. Every call is bounded by a deadline.
+
+    Errors: RuntimeFailure with the runtime's own words, NotFound for an id it does not know, Busy for a wrong state,
+    DeadlineExceeded, Unsupported, InvalidArgument for a spec that cannot be (it names the field).
+    """
+
+    name: str
+
+    def probe(self) -> Probe:
+        """Whether this host can, and which and why. Never raises."""
+        ...
+
+    def create(self, spec: RunSpec) -> int:
+        """The process exists and waits, argv not yet executed. Returns its host pid. Nothing is left behind on failure."""
+        ...
+
+    def start(self, id: str) -> None:
+        """Execute argv. An executable that cannot be run raises RuntimeFailure; then the container is stopped."""
+        ...
+
+    def signal(self, id: str, signum: int) -> None:
+        """To the first process only. Busy when there is none; SIGKILL also reaches a paused one."""
+        ...
+
+    def pause(self, id: str) -> None: ...
+
+    def resume(self, id: str) -> None: ...
+
+    def status(self, id: str) -> Status:
+        """What really runs, from the runtime and its files. An unknown id is `absent`, never an error."""
+        ...
+
+    def watch(self, id: str, on_exit: Callable[[str, Exit], None]) -> None:
+        """Call `on_exit` once, from the driver's thread, when the process has ended (also when it already has).
+
+        Also re-attaches after a restart of the daemon. A later call for the same id replaces the earlier one. An id
+        the driver knows nothing of ends at once with exit code 255 and a reason.
+        """
+        ...
+
+    def reopen_log(self, id: str) -> None:
+        """Have the log writer reopen its file by name (after a rename)."""
+        ...
+
+    def delete(self, id: str) -> None:
+        """Idempotent: kill what is left, remove cgroup and runtime files. Logs stay; watchers are not called."""
+        ...
+
+    def close(self) -> None:
+        """Stop watching. Containers go on running."""
+        ...
+
+
+def command_line(config: ContainerConfig, image: ImageConfig) -> tuple[str, ...]:
+    """ENTRYPOINT and CMD as Docker joins them: an own entrypoint drops the image's CMD. EINVAL when nothing is left."""
+    runtime = image.runtime
+    if config.entrypoint is not None:
+        entrypoint, command = config.entrypoint, config.command or ()
+    else:
+        entrypoint = runtime.entrypoint or ()
+        command = (runtime.cmd or ()) if config.command is None else config.command
+    argv = tuple(entrypoint) + tuple(command)
+    if not argv or not argv[0]:
+        raise InvalidArgument("command: nothing to run: neither the image nor the config names a command", at="command")
+    for index, word in enumerate(argv):
+        if "\0" in word:
+            raise InvalidArgument(f"command: argument {index} contains a NUL byte", at="command")
+    return argv
+
+
+def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> tuple[str, ...]:
+    """PATH, HOSTNAME, TERM (with a tty), then the image's, then the config's; later ones win, order kept."""
+    merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    if config.tty:
+        merged["TERM"] = "xterm"
+    for item in image.runtime.env or ():
+        key, _, value = item.partition("=")
+        if key and "\0" not in item:
+            merged[key] = value
+    merged.update(config.env)
+    return tuple(f"{key}={value}" for key, value in merged.items())
+
+
+def make_spec(
+    *,
+    id: str,
+    name: str,
+    directory: Path,
+    rootfs: Path,
+    config: ContainerConfig,
+    image: ImageConfig | None = None,
+    mounts: Sequence[Mount] = (),
+) -> RunSpec:
+    """The run of `config` on `image`. InvalidArgument names the field that makes it impossible."""
+    image = image or ImageConfig()
+    hostname = config.hostname or id[:12]
+    if len(hostname) > 64 or not hostname.isprintable() or any(c in hostname for c in " /\0"):
+        raise InvalidArgument("hostname: at most 64 printable characters without spaces", at="hostname")
+    return RunSpec(
+        id=id,
+        name=name,
+        directory=directory,
+        rootfs=rootfs,
+        argv=command_line(config, image),
+        env=environment(config, image, hostname),
+        cwd=config.workdir or image.runtime.working_dir or "/",
+        user=image.runtime.user if config.user is None else config.user,
+        hostname=hostname,
+        config=config,
+        image=image,
+        mounts=tuple(mounts),
+    )
+
+
+def parse_signal(text: str) -> int:
+    """A signal number from SIGTERM, TERM, term, 15, RTMIN+3 or RTMAX-2, as Docker takes them. EINVAL otherwise."""
+    word = text.strip().upper()
+    if word.isascii() and word.isdigit() and len(word) < 4:
+        number = int(word)
+        if 1 <= number <= _signal.SIGRTMAX:
+            return number
+        raise InvalidArgument(f"signal: {text} is not between 1 and {int(_signal.SIGRTMAX)}", at=text[:40])
+    word = word.removeprefix("SIG")
+    for base, origin, sign in (("RTMIN", int(_signal.SIGRTMIN), 1), ("RTMAX", int(_signal.SIGRTMAX), -1)):
+        if word == base:
+            return origin
+        rest = word.removeprefix(base + ("+" if sign > 0 else "-"))
+        if rest != word and rest.isascii() and rest.isdigit() and len(rest) < 3:
+            number = origin + sign * int(rest)
+            if _signal.SIGRTMIN <= number <= _signal.SIGRTMAX:
+                return number
+    known = {member.name.removeprefix("SIG"): int(member) for member in _signal.Signals}
+    if word in known and not word.startswith("RT"):
+        return known[word]
+    raise InvalidArgument(f"signal: unknown signal {text!r}", at=text[:40], hint="a name such as TERM, or a number")
