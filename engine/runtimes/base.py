@@ -102,7 +102,7 @@ class Runtime(Protocol):
         ...
 
     def create(self, spec: RunSpec) -> int:
-        """The process exists and waits, argv not yet executed. Returns its host pid. Nothing is left behind on failure."""
+        """The process exists and waits, argv not yet executed. Returns its host pid. Failing leaves nothing behind."""
         ...
 
     def start(self, id: str) -> None:
@@ -201,6 +201,15 @@ def make_spec(
         image=image,
         mounts=tuple(mounts),
     )
+
+
+def failure_exit_code(reason: str) -> int:
+    """The exit code Docker reports for a container that could not be started: 127 not found, 126 not executable."""
+    if "executable file not found" in reason or "no such file or directory" in reason:
+        return 127
+    if "permission denied" in reason or "is a directory" in reason or "exec format error" in reason:
+        return 126
+    return 128
 
 
 def parse_signal(text: str) -> int:

@@ -1,0 +1,76 @@
+"""The few cgroup files the oci driver reads and writes itself: freezer state, OOM counters, leftovers.
+
+Floor 2. Both hierarchies: version 1 (one tree per controller) and version 2 (one tree); kernel documentation
+admin-guide/cgroup-v1/{memory,freezer-subsystem}.rst and cgroup-v2.rst. Stateless, thread-safe.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from engine.runtimes.spec import CGROUP_PARENT, Cgroups
+
+ROOT = Path("/sys/fs/cgroup")
+MONITOR = "monitors"  # where conmon lives, away from the daemon's own group and its fate
+
+
+def path(cgroups: Cgroups, controller: str, id: str) -> Path:
+    below = f"{CGROUP_PARENT}/{id}".lstrip("/")
+    return ROOT / below if cgroups.version == 2 else ROOT / controller / below
+
+
+def frozen(cgroups: Cgroups, id: str) -> bool:
+    """Whether the container is paused."""
+    try:
+        if cgroups.version == 2:
+            return (path(cgroups, "", id) / "cgroup.freeze").read_text().strip() == "1"
+        return (path(cgroups, "freezer", id) / "freezer.state").read_text().strip() in ("FROZEN", "FREEZING")
+    except OSError:
+        return False  # no cgroup: nothing is left to be frozen
+
+
+def thaw(cgroups: Cgroups, id: str) -> None:
+    try:
+        if cgroups.version == 2:
+            (path(cgroups, "", id) / "cgroup.freeze").write_text("0")
+        else:
+            (path(cgroups, "freezer", id) / "freezer.state").write_text("THAWED")
+    except OSError:
+        pass  # gone with its last process
+
+
+def oom_kills(cgroups: Cgroups, id: str) -> int:
+    """Processes of the container the kernel killed for memory. The counters live until the cgroup is removed."""
+    name = "memory.events" if cgroups.version == 2 else "memory.oom_control"
+    try:
+        text = (path(cgroups, "memory", id) / name).read_text()
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        key, _, value = line.partition(" ")
+        if key == "oom_kill" and value.isdigit():
+            return int(value)
+    return 0
+
+
+def adopt_monitor(cgroups: Cgroups, pid: int) -> None:
+    """Move conmon out of the daemon's cgroup, so that stopping the daemon's service does not kill it. Best effort."""
+    group = path(cgroups, "systemd", MONITOR)
+    if cgroups.version == 1 and not (ROOT / "systemd").is_dir():
+        return
+    try:
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError:
+        pass  # no right to (delegated or read-only cgroups): conmon stays where it is, which only systemd would notice
+
+
+def remove(cgroups: Cgroups, id: str) -> None:
+    """Remove empty cgroups the runtime left (it does so itself unless its state was lost)."""
+    controllers = [""] if cgroups.version == 2 else [entry.name for entry in ROOT.iterdir() if entry.is_dir()]
+    for controller in controllers:
+        try:
+            os.rmdir(path(cgroups, controller, id))
+        except OSError:
+            pass

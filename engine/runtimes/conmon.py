@@ -1,0 +1,298 @@
+"""conmon's side of a container: how it is started, and the files it leaves. Verified against conmon 2.1.6.
+
+Floor 2. conmon (one per container, in its own session) holds the container's stdio, writes the log in the CRI format,
+waits for the process and writes the exit code to `<exit-dir>/<id>` (decimal, by rename) before it ends. It makes the
+fifo `ctl` in the bundle; the line `2 0 0` there makes it reopen its log by name. It writes `oom` into the persist
+directory. It reports the pid of `create`, or the runtime's error, as one JSON line on the pipe $_OCI_SYNCPIPE.
+Timestamps are in its local zone, so TZ=UTC. On a full disk it drops what it could not write and goes on.
+
+`Files` is where everything is; the functions are stateless and thread-safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import select
+import signal
+import stat
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import host
+from engine.errors import DeadlineExceeded, NotFound, RuntimeFailure
+
+CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
+MAX_MESSAGE = 64 << 10
+REOPEN_LOG = b"2 0 0\n"  # conmon src/ctrl.c: REOPEN_LOGS_EVENT
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of one container below its directory."""
+
+    directory: Path
+    id: str
+
+    @property
+    def bundle(self) -> Path:
+        return self.directory / "bundle"
+
+    @property
+    def run(self) -> Path:
+        return self.directory / "run"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "logs" / "ctr.log"
+
+    @property
+    def pid(self) -> Path:
+        return self.run / "pid"
+
+    @property
+    def conmon_pid(self) -> Path:
+        return self.run / "conmon.pid"
+
+    @property
+    def exit(self) -> Path:
+        return self.run / "exits" / self.id
+
+    @property
+    def facts(self) -> Path:
+        return self.run / "facts.json"
+
+    @property
+    def reason(self) -> Path:
+        return self.run / "reason"
+
+    @property
+    def ctl(self) -> Path:
+        return self.bundle / "ctl"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a later daemon must know to find this run again. A pid counts only with its start time: pids are reused."""
+
+    runtime: str  # path of runc or crun
+    conmon: int
+    conmon_start: int  # clock ticks since boot
+    pid: int
+    pid_start: int
+    boot: str
+
+    def save(self, path: Path) -> None:
+        host.write_atomic(path, json.dumps(asdict(self)).encode(), 0o600)
+
+    @staticmethod
+    def load(path: Path) -> Facts | None:
+        """None when absent or not written whole (then `create` never ended)."""
+        try:
+            data = json.loads(path.read_bytes()[:4096])
+            return Facts(**{key: kind(data[key]) for key, kind in _FACTS.items()})
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+_FACTS: dict[str, Any] = {
+    "runtime": str,
+    "conmon": int,
+    "conmon_start": int,
+    "pid": int,
+    "pid_start": int,
+    "boot": str,
+}
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_time(pid: int) -> int | None:
+    """When `pid` started, in clock ticks since boot (proc(5) stat field 22); None when it is gone or a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def open_process(pid: int, started: int) -> int | None:
+    """A pidfd of exactly the process that had `pid` and that start time; None when it has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            return None
+        raise
+    if start_time(pid) != started:  # checked with the fd open: from here on the pid cannot be another's
+        os.close(fd)
+        return None
+    return fd
+
+
+def ended(pidfd: int, seconds: float) -> bool:
+    """Wait up to `seconds` for the process behind a pidfd to end."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0, int(seconds * 1000))))
+
+
+def launch(
+    conmon: str,
+    runtime: str,
+    runtime_args: list[str],
+    files: Files,
+    *,
+    terminal: bool,
+    deadline: float = CREATE_DEADLINE,
+) -> Facts:
+    """Start conmon, which runs `create`; returns when the container's process waits in `created`.
+
+    RuntimeFailure carries the runtime's own message; DeadlineExceeded after `deadline` seconds. On failure conmon is
+    gone; what the runtime left is the caller's to delete.
+    """
+    read_end, write_end = os.pipe()
+    argv = [conmon, "--api-version", "1", "-c", files.id, "-u", files.id, "-n", files.id, "-r", runtime]
+    argv += ["-b", str(files.bundle), "-p", str(files.pid), "-P", str(files.conmon_pid), "--full-attach"]
+    argv += ["--exit-dir", str(files.exit.parent), "--persist-dir", str(files.run / "persist")]
+    argv += ["-l", f"k8s-file:{files.log}", "--log-level", "warning"]
+    argv += [word for arg in runtime_args for word in ("--runtime-arg", arg)]
+    if terminal:
+        argv.append("-t")
+    environment = {"PATH": os.environ.get("PATH") or os.defpath, "TZ": "UTC", "_OCI_SYNCPIPE": str(write_end)}
+    if "XDG_RUNTIME_DIR" in os.environ:
+        environment["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"]
+    until = time.monotonic() + deadline
+    with os.fdopen(read_end, "rb", buffering=0) as sync:
+        try:
+            with (files.run / "conmon.log").open("ab") as log:
+                process = subprocess.Popen(
+                    argv,
+                    cwd=files.run,  # conmon also writes `oom` where it stands
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[write_end],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise RuntimeFailure(f"cannot start conmon: {error}") from error
+        finally:
+            os.close(write_end)
+        try:
+            line = _read_line(sync, until)
+            process.wait(max(0.1, until - time.monotonic()))
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            kill_conmon(files)
+            process.kill()
+            process.wait()
+            raise DeadlineExceeded(f"the runtime did not create the container within {deadline:.0f} s") from error
+    try:
+        report = json.loads(line) if line else {}
+        pid = int(report.get("pid", report.get("data", -1)))
+    except (ValueError, TypeError, AttributeError) as error:
+        kill_conmon(files)
+        raise RuntimeFailure(f"conmon reported {line[:200]!r} instead of a pid") from error
+    if pid <= 0:
+        message = str(report.get("message") or _tail(files.run / "conmon.log") or f"conmon exited {process.returncode}")
+        kill_conmon(files)
+        raise RuntimeFailure(clean(message))
+    conmon_pid = int(files.conmon_pid.read_text())
+    # a start time of 0 stands for "already over": a process that waits for `start` can only have been killed
+    return Facts(
+        runtime=runtime,
+        conmon=conmon_pid,
+        conmon_start=start_time(conmon_pid) or 0,
+        pid=pid,
+        pid_start=start_time(pid) or 0,
+        boot=boot_id(),
+    )
+
+
+def _read_line(pipe: Any, until: float) -> bytes:
+    data = b""
+    while b"\n" not in data and len(data) < MAX_MESSAGE:
+        ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        more = pipe.read(4096)
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
+            return file.read(2000).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def clean(message: str) -> str:
+    """The runtime's words on one line: of runc's logfmt lines the last error's msg, without its own prefixes."""
+    found = re.findall(r'level=(?:error|fatal) msg=("(?:[^"\\]|\\.)*"|\S+)', message)
+    if found:
+        try:
+            message = str(json.loads(found[-1])) if found[-1].startswith('"') else found[-1]
+        except ValueError:
+            message = found[-1].strip('"')
+    text = " ".join(message.split())
+    for prefix in ("runc create failed: ", "runc start failed: ", "unable to start container process: "):
+        text = text.removeprefix(prefix)
+    return text[:2000]
+
+
+def kill_conmon(files: Files) -> None:
+    """Kill the conmon that conmon.pid names, if that pid is really this container's conmon."""
+    try:
+        pid = int(files.conmon_pid.read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return
+    if files.id.encode() in command and os.fsencode(files.bundle) in command:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def reopen_log(files: Files) -> None:
+    """Ask conmon to reopen its log by name. Asynchronous: the new file appears when it has. NotFound without conmon."""
+    try:
+        fd = os.open(files.ctl, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT):  # nobody reads it: conmon has ended
+            raise NotFound("the container has no log writer: it is not running") from error
+        raise
+    try:
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise RuntimeFailure(f"{files.ctl} is not conmon's fifo")
+        os.write(fd, REOPEN_LOG)
+    finally:
+        os.close(fd)
+
+
+def exit_code(files: Files) -> tuple[int, int] | None:
+    """(exit code, Unix time in ns) from the exit file; None while there is none."""
+    try:
+        with files.exit.open("rb") as file:
+            text = file.read(32)
+            return int(text), os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RuntimeFailure(f"{files.exit} holds {text[:20]!r} instead of an exit code") from error

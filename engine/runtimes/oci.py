@@ -1,0 +1,410 @@
+"""The `oci` driver: runc or crun, under conmon, on Linux as root.
+
+Floor 2. The daemon holds nothing a container needs: conmon is its own session and cgroup, all facts are files in
+`containers/<id>/run`, so a later daemon finds every run again. One watcher thread waits on the pidfds of all conmons.
+
+What can happen while no daemon looks, and what is found then:
+    the process ended            exit file -> stopped with its code
+    conmon was killed            no exit file, process perhaps alive -> `watch` kills it and reports 137 with a reason
+    the daemon died in `create`  no facts.json, but pid files -> created; `delete` clears it
+    the host restarted           facts of another boot -> stopped, 255, with a reason
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine import host
+from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
+from engine.model import ContainerConfig
+from engine.runtimes import cgroups, conmon, spec
+from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
+from engine.runtimes.conmon import Facts, Files
+
+log = logging.getLogger(__name__)
+
+RUNTIMES = ("runc", "crun")  # in order of preference: runc also does cgroup v1 and hybrid
+DEADLINE = 20.0  # seconds for one call of the runtime
+LAST_WORDS = 5.0  # seconds for a killed process, or conmon after it, to end
+UNKNOWN = 255  # exit code when nobody saw it
+
+
+class OciRuntime:
+    name = "oci"
+
+    def __init__(self, containers: Path, *, state: Path | None = None, runtimes: tuple[str, ...] = RUNTIMES) -> None:
+        """`containers` holds a directory per id; `state` is the runtime's own state, which must not survive a boot."""
+        self._containers = containers
+        self._state = state or host.runtime_dir() / "oci"
+        self._runtimes = runtimes
+        self._cgroups = spec.Cgroups.detect()
+        self._lock = threading.Lock()  # guards the fields below; never held over a wait
+        self._probed: tuple[Probe, str, str] | None = None  # result, runtime path, conmon path
+        self._probe_lock = threading.Lock()
+        self._directories: dict[str, Path] = {}
+        self._watched: dict[str, tuple[int, Callable[[str, Exit], None]]] = {}  # id -> pidfd or -1, callback
+        self._selector: selectors.BaseSelector | None = None
+        self._wake = -1
+        self._closed = False
+
+    # --- probing ------------------------------------------------------------------------------------------------
+
+    def probe(self) -> Probe:
+        with self._probe_lock:
+            if self._probed is None or not self._probed[0].ok:
+                try:
+                    self._probed = self._find()
+                except (OSError, EngineError, subprocess.SubprocessError) as error:
+                    self._probed = Probe(False, f"probing failed: {error}"), "", ""
+            return self._probed[0]
+
+    def _find(self) -> tuple[Probe, str, str]:
+        if not host.LINUX:
+            return Probe(False, "needs a Linux host"), "", ""
+        if not host.is_root():
+            return Probe(False, "needs root"), "", ""
+        path = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+        monitor = shutil.which("conmon", path=path)
+        if monitor is None:
+            return Probe(False, "conmon is not installed (apt-get install conmon)"), "", ""
+        refused = []
+        for name in self._runtimes:
+            binary = shutil.which(name, path=path)
+            if binary is None:
+                refused.append(f"{name} is not installed")
+                continue
+            fault = self._try(binary)
+            if fault is not None:
+                refused.append(f"{name} refuses: {fault}")
+                continue
+            version = first_line([binary, "--version"])
+            why = f"; {'; '.join(refused)}" if refused else ""
+            reason = f"{name} works here (cgroup v{self._cgroups.version}){why}"
+            return Probe(True, reason, f"{version}, {first_line([monitor, '--version'])}"), binary, monitor
+        return Probe(False, "; ".join(refused)), "", ""
+
+    def _try(self, binary: str) -> str | None:
+        """None when `binary` can set up a container here, else why not.
+
+        An empty root filesystem, so that all is set up (cgroups, namespaces, mounts, seccomp) until the very last step
+        fails: its executable is not there. That it complains of this, and of nothing else, is the proof.
+        """
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(prefix="dutchman-probe-") as place:
+            bundle = Path(place)
+            (bundle / "rootfs").mkdir()
+            name = "probe-" + bundle.name.rpartition("-")[2]
+            config = ContainerConfig(command=("/dutchman-probe",))  # type: ignore[call-arg]
+            run = make_spec(id=name, name=name, directory=bundle, rootfs=bundle / "rootfs", config=config)
+            spec.prepare(run)
+            (bundle / "config.json").write_text(json.dumps(spec.build(run, self._cgroups)))
+            base = [binary, "--root", str(self._state)]
+            done = _run([*base, "run", "--bundle", place, name], 10.0)
+            _run([*base, "delete", "--force", name], 10.0)
+            cgroups.remove(self._cgroups, name)
+            words = _words(done)
+            return None if "/dutchman-probe" in words else words or f"exit status {done.returncode}"
+
+    def _tools(self) -> tuple[str, str]:
+        result = self.probe()
+        if not result.ok or self._probed is None:
+            raise Unsupported(f"runtime oci: {result.reason}", hint="see `dutchman doctor`")
+        return self._probed[1], self._probed[2]
+
+    # --- the protocol -------------------------------------------------------------------------------------------
+
+    def create(self, spec_: RunSpec) -> int:
+        runtime, monitor = self._tools()
+        with self._lock:
+            self._directories[spec_.id] = spec_.directory
+        now = self.status(spec_.id).state
+        if now not in (State.ABSENT, State.STOPPED):
+            raise Busy(f"the container is {now}")
+        self.delete(spec_.id)
+        with self._lock:
+            self._directories[spec_.id] = spec_.directory
+        files = self._files(spec_.id)
+        config = spec.build(spec_, self._cgroups)
+        for directory in (files.bundle, files.exit.parent, files.run / "persist", files.log.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        spec.prepare(spec_)
+        (files.bundle / "config.json").write_text(json.dumps(config, separators=(",", ":")))
+        try:
+            arguments = ["--root", str(self._state)]
+            facts = conmon.launch(monitor, runtime, arguments, files, terminal=spec_.config.tty)
+            facts.save(files.facts)
+        except BaseException:
+            self.delete(spec_.id, runtime)
+            raise
+        cgroups.adopt_monitor(self._cgroups, facts.conmon)
+        return facts.pid
+
+    def start(self, id: str) -> None:
+        self._expect(id, State.CREATED)
+        self._call(id, "start")
+
+    def signal(self, id: str, signum: int) -> None:
+        facts = self._expect(id, State.CREATED, State.RUNNING, State.PAUSED)
+        process = conmon.open_process(facts.pid, facts.pid_start)
+        if process is None:
+            raise Busy("the container's process has ended")
+        try:
+            signal.pidfd_send_signal(process, signum)
+        except ProcessLookupError as error:
+            raise Busy("the container's process has ended") from error
+        finally:
+            os.close(process)
+        if signum == signal.SIGKILL:
+            cgroups.thaw(self._cgroups, id)  # a frozen process of cgroup v1 dies only when thawed
+
+    def pause(self, id: str) -> None:
+        self._expect(id, State.RUNNING)
+        self._call(id, "pause")
+
+    def resume(self, id: str) -> None:
+        self._expect(id, State.PAUSED)
+        self._call(id, "resume")
+
+    def status(self, id: str) -> Status:
+        """From files and /proc alone, no process is started: cheap enough to ask often."""
+        files = self._files(id)
+        facts = self._facts(files)
+        finished = conmon.exit_code(files)
+        if finished is not None:
+            return Status(State.STOPPED, None, finished[0], self._oom(files), finished[1])
+        if facts is None:
+            return Status(State.ABSENT)
+        if facts.boot != conmon.boot_id() or conmon.start_time(facts.pid) != facts.pid_start:
+            if facts.boot == conmon.boot_id() and conmon.start_time(facts.conmon) == facts.conmon_start:
+                # the process has ended and conmon is about to say how: still running for a few milliseconds
+                return Status(State.RUNNING, facts.pid)
+            finished = conmon.exit_code(files)  # it may have come between the two looks
+            code, when = finished if finished is not None else (UNKNOWN, None)
+            return Status(State.STOPPED, None, code, self._oom(files), when)
+        if (self._state / id / "exec.fifo").exists():  # runc and crun keep it from `create` to `start`
+            return Status(State.CREATED, facts.pid)
+        return Status(State.PAUSED if cgroups.frozen(self._cgroups, id) else State.RUNNING, facts.pid)
+
+    def watch(self, id: str, on_exit: Callable[[str, Exit], None]) -> None:
+        facts = self._facts(self._files(id))
+        pidfd = -1
+        if facts is not None and facts.boot == conmon.boot_id():
+            found = conmon.open_process(facts.conmon, facts.conmon_start)
+            pidfd = -1 if found is None else found
+        with self._lock:
+            if self._closed:
+                if pidfd >= 0:
+                    os.close(pidfd)
+                raise Busy("the driver is closed")
+            self._forget(id)
+            self._watched[id] = (pidfd, on_exit)
+            if self._selector is None:
+                self._selector = selectors.DefaultSelector()
+                self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._selector.register(self._wake, selectors.EVENT_READ, None)
+                thread = threading.Thread(target=self._watcher, args=(self._selector,), name="oci-watch", daemon=True)
+                thread.start()
+            if pidfd >= 0:
+                self._selector.register(pidfd, selectors.EVENT_READ, id)
+            else:
+                os.eventfd_write(self._wake, 1)
+
+    def reopen_log(self, id: str) -> None:
+        conmon.reopen_log(self._files(id))
+
+    def delete(self, id: str, runtime: str | None = None) -> None:
+        with self._lock:
+            self._forget(id)
+        files = self._files(id)
+        facts = self._facts(files)
+        if facts is not None or (self._state / id).exists():
+            if facts is not None and facts.boot == conmon.boot_id():
+                self._end(facts, id)
+            binary = runtime or (facts.runtime if facts is not None else self._tools()[0])
+            done = _run([binary, "--root", str(self._state), "delete", "--force", id], DEADLINE)
+            if done.returncode and (self._state / id).exists():
+                raise RuntimeFailure(f"delete: {_words(done)}")
+        if facts is not None and facts.boot == conmon.boot_id():
+            pidfd = conmon.open_process(facts.conmon, facts.conmon_start)
+            if pidfd is not None:
+                try:
+                    if not conmon.ended(pidfd, LAST_WORDS):  # it drains the last output, which is worth a moment
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                finally:
+                    os.close(pidfd)
+        conmon.kill_conmon(files)
+        cgroups.remove(self._cgroups, id)
+        for place in (files.run, files.bundle):
+            host.remove_tree(place)
+        with self._lock:
+            self._directories.pop(id, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._selector is not None:
+                os.eventfd_write(self._wake, 1)
+
+    # --- the watcher thread -------------------------------------------------------------------------------------
+
+    def _forget(self, id: str) -> None:
+        """Drop the watch of `id`. The lock is held."""
+        pidfd, _ = self._watched.pop(id, (-1, None))
+        if pidfd >= 0:
+            if self._selector is not None:
+                self._selector.unregister(pidfd)
+            os.close(pidfd)
+
+    def _watcher(self, selector: selectors.BaseSelector) -> None:
+        while True:
+            ready = selector.select()
+            due: list[tuple[str, Callable[[str, Exit], None]]] = []
+            with self._lock:
+                if self._closed:
+                    for id in list(self._watched):
+                        self._forget(id)
+                    selector.close()
+                    os.close(self._wake)
+                    return
+                try:
+                    os.eventfd_read(self._wake)
+                except BlockingIOError:
+                    pass
+                ids = {key.data for key, _ in ready if key.data is not None}
+                ids |= {id for id, (pidfd, _) in self._watched.items() if pidfd < 0}
+                for id in ids & self._watched.keys():
+                    pidfd, callback = self._watched[id]
+                    if pidfd >= 0 and not conmon.ended(pidfd, 0):
+                        continue  # an older event, of a watch that has been replaced since
+                    due.append((id, callback))
+                    self._forget(id)
+            for id, callback in due:
+                try:
+                    callback(id, self._finish(id))
+                except Exception:
+                    log.exception("reporting the end of container %s failed", id)
+
+    def _finish(self, id: str) -> Exit:
+        """conmon of `id` has ended: what became of the container. Writes down what would be lost."""
+        files = self._files(id)
+        facts = self._facts(files)
+        if facts is None and conmon.exit_code(files) is None:
+            return Exit(UNKNOWN, False, time.time_ns(), "the runtime knows nothing of this container")
+        reason = ""
+        if conmon.exit_code(files) is None and facts is not None:
+            if facts.boot != conmon.boot_id():
+                code, reason = UNKNOWN, "the host was restarted"
+            elif self._end(facts, id):
+                code, reason = 137, "conmon was killed; the container was killed with it"
+            else:
+                code, reason = UNKNOWN, "conmon was killed before it could note the exit code"
+            if conmon.exit_code(files) is None:
+                files.exit.parent.mkdir(parents=True, exist_ok=True)
+                host.write_atomic(files.reason, reason.encode())
+                host.write_atomic(files.exit, str(code).encode())
+        try:
+            reason = files.reason.read_text()[:500]
+        except FileNotFoundError:
+            pass
+        oom = cgroups.oom_kills(self._cgroups, id) > 0 or self._oom(files)
+        if oom:
+            (files.run / "persist").mkdir(exist_ok=True)
+            (files.run / "persist" / "oom").touch()
+            reason = reason or "out of memory: the kernel killed a process of the container"
+        code, when = conmon.exit_code(files) or (UNKNOWN, time.time_ns())
+        return Exit(code, oom, when, reason)
+
+    # --- pieces -------------------------------------------------------------------------------------------------
+
+    def _files(self, id: str) -> Files:
+        with self._lock:
+            return Files(self._directories.get(id) or self._containers / id, id)
+
+    def _facts(self, files: Files) -> Facts | None:
+        """facts.json, or the same from the pid files when the daemon died before it wrote that."""
+        facts = Facts.load(files.facts)
+        if facts is not None:
+            return facts
+        try:
+            pids = [int(path.read_text()) for path in (files.conmon_pid, files.pid)]
+        except (OSError, ValueError):
+            return None
+        starts = [conmon.start_time(pid) for pid in pids]
+        if starts[1] is None or not (self._state / files.id).exists():
+            return None
+        try:
+            runtime, _ = self._tools()
+        except Unsupported:
+            return None
+        return Facts(runtime, pids[0], starts[0] or 0, pids[1], starts[1], conmon.boot_id())
+
+    def _oom(self, files: Files) -> bool:
+        return (files.run / "persist" / "oom").exists()
+
+    def _expect(self, id: str, *states: State) -> Facts:
+        now = self.status(id).state
+        facts = self._facts(self._files(id))
+        if now is State.ABSENT or facts is None:
+            raise NotFound("the runtime has no such container")
+        if now not in states:
+            raise Busy(f"the container is {now}")
+        return facts
+
+    def _call(self, id: str, verb: str) -> None:
+        facts = self._facts(self._files(id))
+        binary = facts.runtime if facts is not None else self._tools()[0]
+        done = _run([binary, "--root", str(self._state), verb, id], DEADLINE)
+        if done.returncode:
+            raise RuntimeFailure(_words(done) or f"{verb} failed with exit status {done.returncode}")
+
+    def _end(self, facts: Facts, id: str) -> bool:
+        """Kill the container's first process, and with it its whole pid namespace; False when it had ended already."""
+        process = conmon.open_process(facts.pid, facts.pid_start)
+        if process is None:
+            return False
+        try:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            cgroups.thaw(self._cgroups, id)
+            if not conmon.ended(process, LAST_WORDS):
+                raise DeadlineExceeded(f"process {facts.pid} does not end after SIGKILL")
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(process)
+        return True
+
+
+def _run(argv: list[str], deadline: float) -> subprocess.CompletedProcess[bytes]:
+    """One call of the runtime. Its output goes to a file: a pipe would be inherited by what it leaves running."""
+    with tempfile.TemporaryFile() as out:
+        try:
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=deadline, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise DeadlineExceeded(f"{' '.join(argv[:1] + argv[3:4])} took longer than {deadline:.0f} s") from error
+        except OSError as error:
+            raise RuntimeFailure(f"cannot run {argv[0]}: {error}") from error
+        out.seek(0)
+        return subprocess.CompletedProcess(argv, done.returncode, out.read(conmon.MAX_MESSAGE))
+
+
+def _words(done: subprocess.CompletedProcess[bytes]) -> str:
+    return conmon.clean(done.stdout.decode(errors="replace"))
+
+
+def first_line(argv: list[str]) -> str:
+    """The first line a tool prints, for versions."""
+    return (_run(argv, 5.0).stdout.decode(errors="replace").splitlines() or ["unknown"])[0]

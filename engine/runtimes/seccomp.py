@@ -1,0 +1,106 @@
+"""Docker's default seccomp profile, resolved to the OCI form for given capabilities and architecture.
+
+Floor 2. The profile is the distribution's (`seccomp.json`, format: moby profiles/seccomp `seccomp.Seccomp`, with
+archMap, includes and excludes); the result is `linux.seccomp` of the runtime-spec (config-linux.md#seccomp). Pure but
+for reading that one file, which is parsed once. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from engine import host
+from engine.errors import Damaged, Unsupported
+
+PROFILES = (Path("/usr/share/containers/seccomp.json"), Path("/etc/containers/seccomp.json"))
+PACKAGE = "golang-github-containers-common"  # of Debian and Ubuntu; containers-common elsewhere
+MAX_PROFILE = 1 << 20
+
+# uname machine -> (Go's name, as includes.arches has it; libseccomp's name, as archMap has it)
+ARCHITECTURES = {
+    "x86_64": ("amd64", "SCMP_ARCH_X86_64"),
+    "aarch64": ("arm64", "SCMP_ARCH_AARCH64"),
+    "armv7l": ("arm", "SCMP_ARCH_ARM"),
+    "i686": ("386", "SCMP_ARCH_X86"),
+    "ppc64le": ("ppc64le", "SCMP_ARCH_PPC64LE"),
+    "riscv64": ("riscv64", "SCMP_ARCH_RISCV64"),
+    "s390x": ("s390x", "SCMP_ARCH_S390X"),
+}
+
+
+def profile_path() -> Path | None:
+    return next((path for path in PROFILES if path.is_file()), None)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        text = file.read(MAX_PROFILE + 1)
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise Damaged(f"{path}: not a seccomp profile: {error}") from error
+    if len(text) > MAX_PROFILE or not isinstance(data, dict) or not isinstance(data.get("syscalls"), list):
+        raise Damaged(f"{path}: not a seccomp profile")
+    return data
+
+
+def default_profile(capabilities: Collection[str]) -> dict[str, Any]:
+    """`linux.seccomp` for a process bounded by `capabilities` here. Unsupported when no profile is installed."""
+    path = profile_path()
+    if path is None:
+        raise Unsupported(
+            f"no default seccomp profile: none of {', '.join(map(str, PROFILES))} is there",
+            hint=f"apt-get install {PACKAGE}, or set seccomp: unconfined",
+        )
+    return resolve(_load(path), capabilities, platform.machine(), host.kernel_version())
+
+
+def resolve(
+    profile: dict[str, Any], capabilities: Collection[str], machine: str, kernel: tuple[int, int]
+) -> dict[str, Any]:
+    """Keep the rules that hold for these capabilities, this uname machine and this kernel (major, minor)."""
+    if machine not in ARCHITECTURES:
+        raise Unsupported(f"no seccomp profile for the architecture {machine}", hint="set seccomp: unconfined")
+    go_arch, native = ARCHITECTURES[machine]
+    architectures = [native]
+    for entry in profile.get("archMap") or ():
+        if entry.get("architecture") == native:
+            architectures += entry.get("subArchitectures") or []
+
+    def holds(rule: dict[str, Any]) -> bool:
+        includes, excludes = rule.get("includes") or {}, rule.get("excludes") or {}
+        wanted = includes.get("minKernel")
+        if wanted and kernel < tuple(int(part) for part in str(wanted).split(".")[:2]):
+            return False
+        if includes.get("arches") and go_arch not in includes["arches"]:
+            return False
+        if not all(cap in capabilities for cap in includes.get("caps") or ()):
+            return False
+        if go_arch in (excludes.get("arches") or ()):
+            return False
+        return not any(cap in capabilities for cap in excludes.get("caps") or ())
+
+    syscalls: list[dict[str, Any]] = []
+    for rule in profile["syscalls"]:
+        if not holds(rule):
+            continue
+        out: dict[str, Any] = {"names": rule.get("names") or [rule["name"]], "action": rule["action"]}
+        if rule.get("errnoRet") is not None:
+            out["errnoRet"] = rule["errnoRet"]
+        if rule.get("args"):
+            out["args"] = [{key: arg[key] for key in ("index", "value", "valueTwo", "op")} for arg in rule["args"]]
+        syscalls.append(out)
+    result: dict[str, Any] = {
+        "defaultAction": profile["defaultAction"],
+        "architectures": architectures,
+        "syscalls": syscalls,
+    }
+    if profile.get("defaultErrnoRet") is not None:
+        result["defaultErrnoRet"] = profile["defaultErrnoRet"]
+    return result

@@ -1,0 +1,68 @@
+"""Choosing a driver, and what this host can and cannot do. Floor 2, no state."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from engine import host
+from engine.errors import InvalidArgument, Unsupported
+from engine.runtimes.base import Runtime
+from engine.runtimes.fake import FakeRuntime
+from engine.runtimes.seccomp import PACKAGE, profile_path
+
+NAMES = ("auto", "oci", "fake")
+
+
+def open_runtime(kind: str, containers: Path) -> Runtime:
+    """The driver named `kind`; `auto` is oci. `containers` holds a directory per container id.
+
+    InvalidArgument for an unknown name. A driver this host cannot run is returned all the same: its probe says why,
+    and images can be browsed without it.
+    """
+    if kind == "fake":
+        return FakeRuntime()
+    if kind in ("auto", "oci"):
+        if not host.LINUX:
+            raise Unsupported("runtime oci needs a Linux host", hint="use runtime: fake")
+        from engine.runtimes.oci import OciRuntime
+
+        return OciRuntime(containers)
+    raise InvalidArgument(f"runtime: unknown runtime {kind!r}", at=kind, hint=f"one of {', '.join(NAMES)}")
+
+
+def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, str]]:
+    """(name, ok, detail, what to install or do) for everything containers need of this host."""
+    if not host.LINUX:
+        return [("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")]
+    from engine.runtimes.oci import OciRuntime, first_line
+    from engine.runtimes.spec import Cgroups
+
+    rows: list[tuple[str, bool, str, str]] = []
+    path = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+    for name in ("runc", "crun", "conmon"):
+        binary = shutil.which(name) or shutil.which(name, path=path)
+        detail = f"{binary}: {first_line([binary, '--version'])}" if binary else "not installed"
+        rows.append((name, binary is not None, detail, "" if binary else f"apt-get install {name}"))
+    probe = OciRuntime(containers or host.runtime_dir() / "none").probe()
+    rows.append(("runtime oci", probe.ok, probe.reason, "" if probe.ok else "apt-get install runc conmon; run as root"))
+    profile = profile_path()
+    rows.append(
+        (
+            "seccomp profile",
+            profile is not None,
+            str(profile) if profile else "none",
+            "" if profile else f"apt-get install {PACKAGE}",
+        )
+    )
+    cgroups = Cgroups.detect()
+    mounted = any(kind.startswith("cgroup") for _, kind, _ in host.mounts())
+    detail = f"version {cgroups.version}, swap {'accounted' if cgroups.swap else 'not accounted'}"
+    rows.append(("cgroups", mounted, detail if mounted else "not mounted", "" if mounted else "mount cgroup2"))
+    known = Path("/proc/filesystems").read_text().split()
+    for kind in ("overlay", "erofs"):
+        present = kind in known
+        detail = "in the kernel" if present else "not loaded"
+        rows.append((kind, present, detail, "" if present else f"modprobe {kind}"))
+    return rows

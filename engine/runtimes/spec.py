@@ -1,0 +1,303 @@
+"""The OCI runtime config.json of a run, with Docker's defaults.
+
+Floor 2. Only here: capabilities, masked and read-only paths, default mounts, namespaces, limits. Source of the format:
+runtime-spec 1.0.2 config.md and config-linux.md; of the defaults: moby oci/defaults.go, oci/caps. `build` is pure but
+for reading the root filesystem's passwd and group; `prepare` writes the files that are bind-mounted. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InvalidArgument
+from engine.model import ContainerConfig, MountKind, SeccompMode
+from engine.runtimes import seccomp
+from engine.runtimes.base import RunSpec
+from engine.runtimes.users import identify, make_directory
+
+CGROUP_PARENT = "/dutchman"
+OCI_VERSION = "1.0.2"
+CPU_PERIOD = 100_000  # µs
+MAX_DEVICES = 4096
+
+CAPABILITIES = tuple(  # linux/capability.h, in bit order
+    "CAP_" + name
+    for name in [
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "DAC_READ_SEARCH",
+        "FOWNER",
+        "FSETID",
+        "KILL",
+        "SETGID",
+        "SETUID",
+        "SETPCAP",
+        "LINUX_IMMUTABLE",
+        "NET_BIND_SERVICE",
+        "NET_BROADCAST",
+        "NET_ADMIN",
+        "NET_RAW",
+        "IPC_LOCK",
+        "IPC_OWNER",
+        "SYS_MODULE",
+        "SYS_RAWIO",
+        "SYS_CHROOT",
+        "SYS_PTRACE",
+        "SYS_PACCT",
+        "SYS_ADMIN",
+        "SYS_BOOT",
+        "SYS_NICE",
+        "SYS_RESOURCE",
+        "SYS_TIME",
+        "SYS_TTY_CONFIG",
+        "MKNOD",
+        "LEASE",
+        "AUDIT_WRITE",
+        "AUDIT_CONTROL",
+        "SETFCAP",
+        "MAC_OVERRIDE",
+        "MAC_ADMIN",
+        "SYSLOG",
+        "WAKE_ALARM",
+        "BLOCK_SUSPEND",
+        "AUDIT_READ",
+        "PERFMON",
+        "BPF",
+        "CHECKPOINT_RESTORE",
+    ]
+)
+DEFAULT_CAPABILITIES = tuple(
+    "CAP_" + name
+    for name in [
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "FSETID",
+        "FOWNER",
+        "MKNOD",
+        "NET_RAW",
+        "SETGID",
+        "SETUID",
+        "SETFCAP",
+        "SETPCAP",
+        "NET_BIND_SERVICE",
+        "SYS_CHROOT",
+        "KILL",
+        "AUDIT_WRITE",
+    ]
+)
+MASKED_PATHS = (
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+)
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroups:
+    """What this host offers: version 1 (also hybrid) or 2, and whether swap is accounted (None: no cgroups)."""
+
+    version: int
+    swap: bool
+
+    @staticmethod
+    def detect(root: Path = Path("/sys/fs/cgroup")) -> Cgroups:
+        if (root / "cgroup.controllers").exists():
+            return Cgroups(2, any(root.glob("*/memory.swap.max")))
+        return Cgroups(1, (root / "memory/memory.memsw.limit_in_bytes").exists())
+
+
+def known_capabilities() -> tuple[str, ...]:
+    """Those this kernel has."""
+    try:
+        last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    except (OSError, ValueError):
+        last = len(CAPABILITIES) - 1
+    return CAPABILITIES[: last + 1]
+
+
+def capabilities(config: ContainerConfig) -> list[str]:
+    """The bounding set: Docker's fourteen, minus cap_drop, plus cap_add; ALL in either means all. EINVAL if unknown."""
+
+    def named(names: Iterable[str], field: str) -> list[str]:
+        out = []
+        for name in names:
+            full = name.upper() if name.upper().startswith("CAP_") else "CAP_" + name.upper()
+            if full != "CAP_ALL" and full not in CAPABILITIES:
+                raise InvalidArgument(f"{field}: unknown capability {name!r}", at=name[:80])
+            out.append(full)
+        return out
+
+    add, drop, known = named(config.cap_add, "cap_add"), named(config.cap_drop, "cap_drop"), known_capabilities()
+    if config.privileged:
+        return list(known)
+    if "CAP_ALL" in add:
+        chosen = [cap for cap in known if cap not in drop]
+    elif "CAP_ALL" in drop:
+        chosen = [cap for cap in known if cap in add]
+    else:
+        chosen = [cap for cap in known if (cap in DEFAULT_CAPABILITIES and cap not in drop) or cap in add]
+    return chosen
+
+
+def _mount(target: str, kind: str, source: str, *options: str) -> dict[str, Any]:
+    return {"destination": target, "type": kind, "source": source, "options": list(options)}
+
+
+def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
+    own = {mount.target for mount in spec.mounts}
+    access = "rw" if spec.config.privileged else "ro"
+    defaults = [
+        _mount("/proc", "proc", "proc", "nosuid", "noexec", "nodev"),
+        _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
+        _mount(
+            "/dev/pts", "devpts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"
+        ),
+        _mount("/sys", "sysfs", "sysfs", "nosuid", "noexec", "nodev", access),
+        _mount("/sys/fs/cgroup", "cgroup", "cgroup", access, "nosuid", "noexec", "nodev"),
+        _mount("/dev/mqueue", "mqueue", "mqueue", "nosuid", "noexec", "nodev"),
+        _mount("/dev/shm", "tmpfs", "shm", "nosuid", "noexec", "nodev", "mode=1777", "size=67108864"),
+    ]
+    files = [
+        _mount("/etc/" + name, "bind", str(spec.directory / name), "rbind", "rprivate", "rw")
+        for name in ("resolv.conf", "hostname", "hosts")
+    ]
+    mounts = [mount for mount in (*defaults, *files) if mount["destination"] not in own]
+    for mount in sorted(spec.mounts, key=lambda item: item.target.count("/")):  # a parent before what lies in it
+        access = "ro" if mount.read_only else "rw"
+        if mount.kind is MountKind.TMPFS:
+            options = ("nosuid", "nodev", "noexec", access, *mount.options)
+            mounts.append(_mount(mount.target, "tmpfs", "tmpfs", *options))
+        else:
+            if mount.source is None:
+                raise InvalidArgument(f"volumes: {mount.target}: a {mount.kind} mount needs a source", at=mount.target)
+            mounts.append(_mount(mount.target, "bind", str(mount.source), "rbind", "rprivate", access, *mount.options))
+    return mounts
+
+
+def _resources(config: ContainerConfig, cgroups: Cgroups) -> dict[str, Any]:
+    devices: list[dict[str, Any]] = [{"allow": config.privileged, "access": "rwm"}]
+    if not config.privileged:  # device nodes may be made (CAP_MKNOD), not opened; runc itself allows null, zero, tty …
+        devices += [{"allow": True, "type": kind, "access": "m"} for kind in "bc"]
+    resources: dict[str, Any] = {"devices": devices}
+    if config.memory is not None:
+        if config.memory < 6 << 20:
+            raise InvalidArgument("memory: at least 6 MiB", at="memory")
+        resources["memory"] = {"limit": config.memory}
+        if cgroups.swap:
+            resources["memory"]["swap"] = min(2 * config.memory, (1 << 63) - 1)  # memory and swap together, as Docker
+    if config.cpus is not None:
+        quota = max(1000, round(config.cpus * CPU_PERIOD))  # the kernel's least is 1 ms
+        resources["cpu"] = {"quota": quota, "period": CPU_PERIOD}
+    if config.pids is not None:
+        resources["pids"] = {"limit": config.pids}
+    return resources
+
+
+def _host_devices() -> list[dict[str, Any]]:
+    """Every device node below /dev, for privileged containers (moby HostDevices skips the same)."""
+    out: list[dict[str, Any]] = []
+    for base, directories, names in os.walk("/dev"):
+        if base == "/dev":
+            directories[:] = [name for name in directories if name not in ("pts", "shm", "fd", "mqueue", ".udev")]
+        for name in sorted(names):
+            path = os.path.join(base, name)
+            try:
+                info = os.lstat(path)
+            except OSError:
+                continue  # went away meanwhile
+            kind = "c" if stat.S_ISCHR(info.st_mode) else "b" if stat.S_ISBLK(info.st_mode) else None
+            if kind is None or path == "/dev/console" or len(out) >= MAX_DEVICES:
+                continue
+            out.append(
+                {
+                    "path": path,
+                    "type": kind,
+                    "major": os.major(info.st_rdev),
+                    "minor": os.minor(info.st_rdev),
+                    "fileMode": stat.S_IMODE(info.st_mode),
+                    "uid": info.st_uid,
+                    "gid": info.st_gid,
+                }
+            )
+    return out
+
+
+def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
+    """config.json as a mapping. InvalidArgument names the field that cannot be; Unsupported lacks a seccomp profile."""
+    config = spec.config
+    who = identify(spec.rootfs, spec.user)
+    caps = capabilities(config)
+    environment = list(spec.env)
+    if not any(item.startswith("HOME=") for item in environment):
+        environment.append(f"HOME={who.home}")
+    user: dict[str, Any] = {"uid": who.uid, "gid": who.gid}
+    if who.groups:
+        user["additionalGids"] = list(who.groups)
+    namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
+    if cgroups.version == 2:
+        namespaces.append({"type": "cgroup"})
+    linux: dict[str, Any] = {
+        "cgroupsPath": f"{CGROUP_PARENT}/{spec.id}",
+        "namespaces": namespaces,
+        "resources": _resources(config, cgroups),
+        "maskedPaths": [] if config.privileged else list(MASKED_PATHS),
+        "readonlyPaths": [] if config.privileged else list(READONLY_PATHS),
+    }
+    if config.privileged:
+        linux["devices"] = _host_devices()
+    elif config.seccomp is SeccompMode.DEFAULT:
+        linux["seccomp"] = seccomp.default_profile(caps)
+    return {
+        "ociVersion": OCI_VERSION,
+        "process": {
+            "terminal": config.tty,
+            "user": user,
+            "args": list(spec.argv),
+            "env": environment,
+            "cwd": spec.cwd,
+            "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
+            "noNewPrivileges": False,
+            "oomScoreAdj": 0,
+        },
+        "root": {"path": str(spec.rootfs), "readonly": config.read_only},
+        "hostname": spec.hostname,
+        "mounts": _mounts(spec),
+        "linux": linux,
+    }
+
+
+def prepare(spec: RunSpec) -> None:
+    """Write what the mounts name: hostname, hosts, resolv.conf in `spec.directory`; create the working directory."""
+    hosts = (
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+        f"fe00::\tip6-localnet\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n127.0.1.1\t{spec.hostname}\n"
+    )
+    try:
+        resolv = Path("/etc/resolv.conf").read_bytes()[: 64 << 10]
+    except OSError:
+        resolv = b""
+    hostname = spec.hostname.encode() + b"\n"
+    for name, data in (("hostname", hostname), ("hosts", hosts.encode()), ("resolv.conf", resolv)):
+        path = spec.directory / name
+        path.write_bytes(data)
+        path.chmod(0o644)
+    if spec.cwd != "/" and not any(_within(spec.cwd, mount.target) for mount in spec.mounts):
+        make_directory(spec.rootfs, spec.cwd)
+
+
+def _within(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
