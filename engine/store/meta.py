@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engine.errors import EngineError, NoSpace
 
 SCHEMA_VERSION = 1
 
@@ -166,6 +169,26 @@ CREATE INDEX IF NOT EXISTS failures_object ON failures (object, id);
 """
 
 
+# sqlite.org/rescode.html: SQLITE_FULL, and what a full disk makes of the WAL's own files
+_FULL = {13, 10 | (3 << 8), 10 | (19 << 8)}  # FULL, IOERR_WRITE, IOERR_SHMSIZE
+
+
+def _converted(error: sqlite3.OperationalError) -> EngineError | sqlite3.OperationalError:
+    """NoSpace for a full disk, the error itself otherwise."""
+    if error.sqlite_errorcode in _FULL:
+        return NoSpace("the disk that holds the store is full: nothing was changed", hint="make room, then try again")
+    return error
+
+
+class _Reader:
+    """A thread's connection; closed when its thread ends or the catalog is closed, whichever is first."""
+
+    __slots__ = ("__weakref__", "connection")
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+
 class Meta:
     """The catalog at `path`. Thread-safe."""
 
@@ -176,7 +199,8 @@ class Meta:
         self._depth = 0
         self._after: list[Callable[[], None]] = []
         self._closed = False
-        self._readers: list[sqlite3.Connection] = []
+        self._readers_lock = threading.Lock()  # not `_lock`: a reader never waits for a writer
+        self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
         self._writer = self._connect()
         self._writer.execute("PRAGMA journal_mode=WAL")
         self._writer.execute("PRAGMA synchronous=FULL")
@@ -195,28 +219,39 @@ class Meta:
         with self._lock:
             outer = self._depth == 0
             if outer:
-                self._writer.execute("BEGIN IMMEDIATE")
+                self._begin()
                 self._after = []
             self._depth += 1
             try:
                 yield self._writer
-            except BaseException:
+            except BaseException as error:
                 self._depth -= 1
                 if outer:
                     self._after = []
-                    self._writer.execute("ROLLBACK")
+                    if self._writer.in_transaction:  # on a full disk SQLite has already rolled back
+                        self._writer.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise _converted(error) from error
                 raise
             self._depth -= 1
             if outer:
                 try:
                     self._writer.execute("COMMIT")
-                except BaseException:
+                except BaseException as error:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
+                    if isinstance(error, sqlite3.OperationalError):
+                        raise _converted(error) from error
                     raise
                 after, self._after = self._after, []
                 for call in after:
                     call()
+
+    def _begin(self) -> None:
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            raise _converted(error) from error
 
     def after_commit(self, call: Callable[[], None]) -> None:
         """Run `call` once the current transaction has committed, still under the write lock, in order.
@@ -228,13 +263,13 @@ class Meta:
 
     def query(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """Rows as of the last commit (inside `tx` of the same thread: use the yielded connection instead)."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = self._connect()
-            connection.execute("PRAGMA query_only=ON")
-            with self._lock:
-                self._readers.append(connection)
-        return connection.execute(sql, args).fetchall()
+        reader: _Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = self._local.reader = _Reader(self._connect())
+            reader.connection.execute("PRAGMA query_only=ON")
+            with self._readers_lock:
+                self._readers.add(reader)
+        return reader.connection.execute(sql, args).fetchall()
 
     def row(self, sql: str, args: Sequence[Any] = ()) -> sqlite3.Row | None:
         rows = self.query(sql, args)
@@ -244,6 +279,7 @@ class Meta:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                for connection in self._readers:
-                    connection.close()
+                with self._readers_lock:
+                    for reader in list(self._readers):
+                        reader.connection.close()
                 self._writer.close()
