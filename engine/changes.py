@@ -1,0 +1,70 @@
+"""What a container changed: its overlay upper against its image's tree. Floor 2.
+
+Only here: how an overlay upper reads (kernel Documentation/filesystems/overlayfs.rst): a 0:0 character device is a
+whiteout, `trusted.overlay.opaque` = y on a directory hides what lies below it. Bounded, streaming, thread-safe.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.store.trees import Tree
+from engine.walk import walk
+
+OPAQUE = b"trusted.overlay.opaque"
+MAX_CHANGES = 1_000_000
+
+
+def is_whiteout(info: os.stat_result) -> bool:
+    return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+
+
+def is_opaque(fd: int) -> bool:
+    """Whether the directory behind `fd` hides what lies below it."""
+    if not hasattr(os, "getxattr"):
+        return False
+    try:
+        return os.getxattr(fd, OPAQUE) == b"y"
+    except OSError:
+        return False
+
+
+def changes(upper: Path, tree: Tree | None) -> Iterator[tuple[str, bytes]]:
+    """("A" | "M" | "D", absolute path), parents before children, names in byte order.
+
+    A directory something below it changed in is M itself, as `podman diff` has it (its C). A removed tree is one D, its
+    top. Without a tree (no image) everything is A. TooLarge beyond a million entries.
+    """
+    for path, fd, entries in walk(upper, MAX_CHANGES):
+        found: list[tuple[bytes, str]] = []
+        below = _lookup(tree, path)
+        if tree is not None and below is not None and path and is_opaque(fd):
+            here = {name for name, _ in entries}
+            found += [(name, "D") for name, _, _ in tree.readdir(below) if name not in here]
+        for name, info in entries:
+            there = below is not None and _lookup(tree, path + b"/" + name if path else name) is not None
+            if not is_whiteout(info):
+                found.append((name, "M" if there else "A"))
+            elif there:
+                found.append((name, "D"))
+        for name, kind in sorted(found):
+            yield kind, b"/" + (path + b"/" + name if path else name)
+
+
+def _lookup(tree: Tree | None, path: bytes) -> int | None:
+    if tree is None:
+        return None
+    try:
+        return tree.lookup(path)
+    except KeyError:
+        return None
+
+
+def changes_text(rows: Iterator[tuple[str, bytes]]) -> bytes:
+    """The `changes` file: one `KIND PATH` per line; newlines in names written as \\n."""
+    return b"".join(
+        kind.encode() + b" " + path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n") + b"\n" for kind, path in rows
+    )

@@ -1,0 +1,205 @@
+"""Root filesystems of containers: an image tree (EROFS) mounted once, an overlay per container over it. Floor 2.
+
+Only here: which mounts exist below the store.
+
+    run/trees/<hex of chain id>/     the image tree, read-only, shared by all containers on it
+    containers/<id>/merged/          the overlay: lower = the tree, upper/ = what the container changed
+    containers/<id>/chain            chain id of the overlay that is (or was last) mounted there
+
+Mounts outlive the daemon on purpose (containers do too). After a restart, `kill -9` included, the kernel's mount table
+is the truth and `chain` says what each overlay lies on, so they are used again, not mounted twice.
+
+Threading: one lock per container and one per tree; mounting one never waits for another.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Container
+from contextlib import ExitStack
+from pathlib import Path
+
+from engine import host
+from engine.errors import Busy, Unsupported
+from engine.model import hex_of
+from engine.store.trees import Trees
+
+log = logging.getLogger(__name__)
+
+
+def mounted_at(path: Path) -> bool:
+    """Whether `path` is a mount point: its device differs from its parent's. Only for our own kernel file systems."""
+    try:
+        return os.lstat(path).st_dev != os.lstat(path.parent).st_dev
+    except FileNotFoundError:
+        return False
+
+
+class RootfsMounts:
+    """The mounts of the store at `store`."""
+
+    def __init__(self, store: Path, trees: Trees) -> None:
+        self._containers = store / "containers"
+        self._tree_mounts = store / "run" / "trees"
+        self._trees = trees
+        self._guard = threading.Lock()  # of the two maps below; never held over I/O
+        self._locks: dict[str, threading.RLock] = {}  # by container id or chain id
+        self._users: dict[str, set[str]] = {}  # chain id -> ids of containers whose overlay lies on it
+        self._tree_mounts.mkdir(parents=True, exist_ok=True)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Learn what an earlier daemon left mounted, and take down trees that nothing lies on."""
+        if not host.LINUX:
+            return
+        points = {point for point, _, _ in host.mounts()}
+        for directory in self._containers.iterdir() if self._containers.is_dir() else ():
+            if os.path.abspath(directory / "merged") in points and (chain := self._chain(directory.name)):
+                self._users.setdefault(chain, set()).add(directory.name)
+        for tree in self._tree_mounts.iterdir():
+            chain = f"sha256:{tree.name}"
+            if chain not in self._users:
+                self._drop_tree(chain)
+
+    def _lock(self, key: str) -> threading.RLock:
+        with self._guard:
+            return self._locks.setdefault(key, threading.RLock())
+
+    def _chain(self, id: str) -> str:
+        """What the overlay of `id` lies (or last lay) on; '' when unknown."""
+        try:
+            return (self._containers / id / "chain").read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def merged(self, id: str) -> Path:
+        return self._containers / id / "merged"
+
+    def upper(self, id: str) -> Path:
+        return self._containers / id / "upper"
+
+    def mounted(self, id: str) -> bool:
+        return mounted_at(self.merged(id))
+
+    @staticmethod
+    def supported() -> None:
+        """Unsupported, with the reason, where this process cannot mount."""
+        if not host.LINUX:
+            raise Unsupported("root filesystems of containers need a Linux host")
+        if not host.is_root():
+            raise Unsupported("mounting root filesystems needs root", hint="run the daemon as root")
+
+    def ensure(self, id: str, chain_id: str) -> Path:
+        """The merged root filesystem of container `id` on the tree `chain_id`, mounted. Idempotent.
+
+        A container that moved to another image is mounted anew, its changes kept. Unsupported where this host cannot;
+        NotFound or Damaged from the tree; OSError from the kernel names the path.
+        """
+        hex_of(chain_id)
+        merged = self.merged(id)
+        with self._lock(id):
+            if mounted_at(merged):
+                if self._chain(id) == chain_id:
+                    return merged
+                self._release(id)
+            self.supported()
+            directory = self._containers / id
+            for name in ("upper", "work", "merged"):
+                (directory / name).mkdir(mode=0o755, exist_ok=True)
+            with self._lock(chain_id):
+                tree = self._ensure_tree(chain_id)
+                if not any((directory / "upper").iterdir()):
+                    _copy_root(tree, directory / "upper")
+                host.write_atomic(directory / "chain", chain_id.encode() + b"\n")
+                try:
+                    host.mount_overlay([tree], directory / "upper", directory / "work", merged)
+                except OSError as error:
+                    if not self._users.get(chain_id):
+                        self._drop_tree(chain_id)
+                    if error.errno in (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM):
+                        raise Unsupported(
+                            f"overlay: {error.strerror} at {error.filename}",
+                            hint="the store must lie on a file system an overlay can write to (ext4, xfs, btrfs)",
+                        ) from error
+                    raise
+                self._users.setdefault(chain_id, set()).add(id)
+        return merged
+
+    def _ensure_tree(self, chain_id: str) -> Path:
+        """The tree, mounted; its lock is held."""
+        target = self._tree_mounts / hex_of(chain_id)
+        if mounted_at(target):
+            return target
+        meta, devices = self._trees.meta_path(chain_id), self._trees.devices(chain_id)
+        target.mkdir(exist_ok=True)
+        try:
+            host.mount_erofs(meta, devices, target)
+        except OSError as error:
+            os.rmdir(target)
+            if error.errno in (errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTBLK, errno.ENOSYS):
+                raise Unsupported(
+                    f"EROFS: {error.strerror} at {error.filename}",
+                    hint="Linux 6.12 or newer, or 5.19 with loop devices and the erofs module (modprobe erofs)",
+                ) from error
+            raise
+        return target
+
+    def _drop_tree(self, chain_id: str) -> None:
+        target = self._tree_mounts / hex_of(chain_id)
+        if mounted_at(target):
+            host.unmount(target)
+        try:
+            os.rmdir(target)
+        except FileNotFoundError:
+            pass
+
+    def release(self, id: str) -> None:
+        """Take down the overlay of `id`, and its tree when nothing else lies on it. Idempotent.
+
+        Open files in it go on working until they are closed. Busy only when the kernel keeps it mounted.
+        """
+        with self._lock(id):
+            self._release(id)
+
+    def _release(self, id: str) -> None:
+        merged = self.merged(id)
+        for _ in range(8):  # something may be mounted over it; each turn detaches one
+            if not mounted_at(merged):
+                break
+            host.unmount(merged)
+        if mounted_at(merged):
+            raise Busy(f"{merged} stays mounted", hint="see who mounts over it: findmnt")
+        chain = self._chain(id)
+        if not chain:
+            return
+        with self._lock(chain):
+            users = self._users.get(chain, set())
+            users.discard(id)
+            if not users:
+                self._users.pop(chain, None)
+                self._drop_tree(chain)
+
+    def forget(self, id: str) -> None:
+        """Release `id` for good: it is removed."""
+        self.release(id)
+        with self._guard:
+            self._locks.pop(id, None)
+
+    def release_all(self, keep: Container[str] = ()) -> None:
+        """Take down everything but the containers whose id is in `keep` (those that run), and what they lie on."""
+        with self._guard:
+            ids = [id for users in self._users.values() for id in users if id not in keep]
+        with ExitStack() as stack:
+            for id in ids:
+                stack.callback(self.release, id)  # all are tried; the first error is raised
+
+
+def _copy_root(tree: Path, upper: Path) -> None:
+    """The overlay takes mode, owner and times of its root from `upper`: give a fresh one the image's."""
+    info = os.stat(tree)
+    os.chown(upper, info.st_uid, info.st_gid)
+    os.chmod(upper, info.st_mode & 0o7777)
+    os.utime(upper, ns=(info.st_atime_ns, info.st_mtime_ns))
