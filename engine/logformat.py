@@ -1,0 +1,103 @@
+r"""The CRI log format, and the three texts it is shown as. Floor 1, pure.
+
+A record is one line, `TIME STREAM TAG CONTENT\n`: TIME RFC 3339 with nanoseconds, STREAM stdout or stderr, TAG F (a
+whole line) or P (a part of one, without its newline); tags may follow after ':'. Source: kubernetes' design proposal
+"kubelet: CRI logging", and conmon src/ctr_logging.c: its header is always 45 bytes, its parts hold at most 8 KiB.
+
+    stdout, stderr   the contents of that stream; a newline after each F, none after a P
+    all.jsonl        one JSON object per record, in arrival order: time, stream, line, and partial: true for a P;
+                     bytes that are not UTF-8 become U+FFFD
+
+A line that is no record (torn when a disk was full) shows as nothing. Works on pieces of whole lines.
+"""
+
+from __future__ import annotations
+
+import re
+from json.encoder import encode_basestring as _quoted
+
+STDOUT, STDERR, JSONL = "stdout", "stderr", "all.jsonl"
+VIEWS = (STDOUT, STDERR, JSONL)
+
+_TAG = slice(35, 45)  # of conmon's fixed header
+_OUT_F, _OUT_P, _ERR_F, _ERR_P = b" stdout F ", b" stdout P ", b" stderr F ", b" stderr P "
+_FIXED = frozenset((_OUT_F, _OUT_P, _ERR_F, _ERR_P))
+_OUTPUT, _ERROR = ',"stream":"stdout","line":', ',"stream":"stderr","line":'
+_ANY = re.compile(rb"([0-9TZ:.+-]{10,40}) (stdout|stderr) ([FP])(?::[^ ]*)? ", re.ASCII)
+
+
+def parse(line: bytes) -> tuple[bytes, bool, bool, bytes] | None:
+    """(time, is stderr, is partial, content) of one line without its newline; None when it is no record."""
+    tag = line[_TAG]
+    if tag in _FIXED:
+        return line[:35], tag[5] == 101, tag[8] == 80, line[45:]  # 'e' of stderr, 'P'
+    match = _ANY.match(line)
+    if match is None:
+        return None
+    return match[1], match[2] == b"stderr", match[3] == b"P", line[match.end() :]
+
+
+def measure(piece: bytes) -> tuple[int, int]:
+    """How many bytes of stdout and of stderr a piece (whole lines) holds."""
+    lines = piece.split(b"\n")
+    lines.pop()
+    tags = {line[_TAG] for line in lines}
+    if len(tags) == 1:  # nearly always: one stream, whole lines
+        tag = tags.pop()
+        if tag in _FIXED:
+            total = len(piece) - 45 * len(lines) - (len(lines) if tag[8] == 80 else 0)
+            return (0, total) if tag[5] == 101 else (total, 0)
+    out = err = 0
+    for line in lines:
+        tag = line[_TAG]
+        if tag == _OUT_F:
+            out += len(line) - 44
+        elif tag == _ERR_F:
+            err += len(line) - 44
+        else:
+            record = parse(line)
+            if record is not None:
+                size = len(record[3]) + (not record[2])
+                if record[1]:
+                    err += size
+                else:
+                    out += size
+    return out, err
+
+
+def render(view: str, piece: bytes) -> bytes:
+    """The text of `view` for a piece (whole lines)."""
+    lines = piece.split(b"\n")
+    lines.pop()
+    if view == JSONL:
+        return _json_lines(lines)
+    whole, other = (_OUT_F, _ERR_F) if view == STDOUT else (_ERR_F, _OUT_F)
+    tags = {line[_TAG] for line in lines}
+    if tags <= {whole, other}:
+        if other in tags:
+            lines = [line for line in lines if line[_TAG] == whole]
+        if not lines:
+            return b""
+        return b"\n".join([line[45:] for line in lines]) + b"\n"
+    out = []
+    for line in lines:
+        record = parse(line)
+        if record is not None and record[1] == (view == STDERR):
+            out.append(record[3])
+            if not record[2]:
+                out.append(b"\n")
+    return b"".join(out)
+
+
+def _json_lines(lines: list[bytes]) -> bytes:
+    out = []
+    for line in lines:
+        record = parse(line)
+        if record is not None:
+            time, error, partial, content = record
+            out.append('{"time":')
+            out.append(_quoted(time.decode("ascii", "replace")))
+            out.append(_ERROR if error else _OUTPUT)
+            out.append(_quoted(content.decode("utf-8", "replace")))
+            out.append(',"partial":true}\n' if partial else "}\n")
+    return "".join(out).encode()
