@@ -1,0 +1,5 @@
+"""`python -m fdfs` is `dutchman`. Floor 7."""
+
+from fdfs.cli import main
+
+main()

@@ -1,0 +1,332 @@
+"""`dutchman run ps logs start stop rm`: containers through their files.
+
+Floor 7. Only here: how a command line becomes a config.yaml, and how a log is followed until its container stops.
+One thread, and one more for each Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from fdfs.cli_mount import Failure, Follower, Mount, absolute, tail_offset
+from fdfs.cli_options import columns, mount_option
+
+POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
+ENDED = ("created", "stopped", "removing", "removed", "")
+ADJECTIVES = ("bold", "brisk", "calm", "deep", "fleet", "grey", "keen", "loud", "quiet", "salty", "sleepy", "swift")
+    "bold",
+    "brisk",
+    "calm",
+    "deep",
+    "fair",
+    "fleet",
+    "grey",
+    "keen",
+    "loud",
+    "quiet",
+    "salty",
+    "sleepy",
+    "stern",
+    "stormy",
+    "swift",
+    "wet",
+]
+NOUNS = ("anchor", "beacon", "brig", "buoy", "cutter", "dinghy", "galley", "gull", "keel", "lantern", "mast", "skiff")
+    "anchor",
+    "beacon",
+    "bosun",
+    "brig",
+    "buoy",
+    "cutter",
+    "dinghy",
+    "galley",
+    "gull",
+    "keel",
+    "lantern",
+    "mast",
+    "rudder",
+    "schooner",
+    "skiff",
+    "tiller",
+]
+
+
+def _paths(volume: str) -> str:
+    """A -v argument with its host path made absolute: the daemon runs elsewhere."""
+    source, colon, rest = volume.partition(":")
+    return f"{absolute(source)}{colon}{rest}" if source[:1] in (".", "~") else volume
+
+
+def _create(mount: Mount, name: str | None, what: str) -> str:
+    """mkdir containers/<name>, under a free invented name when none is given."""
+    for _ in range(20):
+        chosen = name or f"{random.choice(ADJECTIVES)}-{random.choice(NOUNS)}-{random.randrange(100)}"
+        try:
+            os.mkdir(mount.path("containers", chosen))
+            return chosen
+        except FileExistsError as error:
+            if name:
+                if mount.has("containers", chosen, "state"):
+                    more = f"hint: dutchman rm -f {chosen} removes it, dutchman start {chosen} starts it again"
+                    raise Failure(f"{what}: the name {chosen} is taken", more) from None
+                raise mount.failure(error, ("containers",), what=what) from None
+        except OSError as error:
+            raise mount.failure(error, ("containers",), what=what) from None
+    raise Failure(f"{what}: no free name found", "hint: give one with --name")
+
+
+@click.command("run", context_settings={"allow_interspersed_args": False})
+@mount_option
+@click.option("--name", help="Its name (default: an invented one).")
+@click.option("-d", "--detach", is_flag=True, help="Print the name and return; do not follow the log.")
+@click.option("--rm", "remove", is_flag=True, help="Remove the container when it has stopped.")
+@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", help="An environment variable.")
+@click.option("-v", "--volume", multiple=True, metavar="SRC:DST[:ro]", help="A volume or host directory to mount.")
+@click.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
+@click.option("-u", "--user", metavar="USER[:GROUP]", help="Whom to run as.")
+@click.option("--hostname", metavar="NAME")
+@click.option("--entrypoint", metavar="WORDS", help="Replaces the image's ENTRYPOINT.")
+@click.option("-l", "--label", multiple=True, metavar="KEY=VALUE")
+@click.option("-m", "--memory", metavar="SIZE", help="Memory limit, such as 512m.")
+@click.option("--cpus", type=float, metavar="N", help="CPU limit, such as 1.5.")
+@click.option("--pids", type=int, metavar="N", help="Limit of processes.")
+@click.option("--read-only", is_flag=True, help="Mount the root filesystem read-only.")
+@click.option("--privileged", is_flag=True, help="All capabilities, no seccomp: as root on this host.")
+@click.option("--runtime", metavar="NAME", help="oci or fake, instead of the engine's default.")
+@click.argument("image")
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED)
+def run_command(
+    mount: str | None,
+    name: str | None,
+    detach: bool,
+    remove: bool,
+    env: tuple[str, ...],
+    volume: tuple[str, ...],
+    label: tuple[str, ...],
+    image: str,
+    argv: tuple[str, ...],
+    **fields: Any,
+) -> int:
+    """Create a container from IMAGE and start it; ARGV (after --) replaces the image's command.
+
+    Without -d its output is followed and its exit code becomes that of this command; Ctrl-C stops it.
+    """
+    where = Mount.find(mount)
+    config: dict[str, Any] = {"image": image}
+    config.update({key: value for key, value in fields.items() if value not in (None, False)})
+    # -e KEY without a value passes on ours, as Docker does
+    variables = [
+        item if "=" in item else f"{item}={os.environ[item]}" for item in env if "=" in item or item in os.environ
+    ]
+    for key, value in (
+        ("env", variables),
+        ("labels", list(label)),
+        ("volumes", [_paths(item) for item in volume]),
+        ("command", list(argv[1:] if argv[:1] == ("--",) else argv)),
+    ):
+        if value:
+            config[key] = value
+    what = f"run {image}"
+    chosen = _create(where, name, what)
+    container = ("containers", chosen)
+    try:
+        where.write(container, "config.yaml", json.dumps(config, ensure_ascii=False).encode(), what=what)
+        where.command(container, "start", what=what)
+    except Failure as failure:
+        with contextlib.suppress(OSError):  # it never ran: nothing is kept of it
+            os.rmdir(where.path(*container))
+        if not where.has("images", image) and "image" in failure.reason:
+            raise Failure(failure.reason, *failure.more, f"hint: dutchman pull {image}") from None
+        raise
+    if detach:
+        click.echo(chosen)
+        return 0
+    code = _attach(where, chosen)
+    if remove:
+        with contextlib.suppress(OSError):
+            os.rmdir(where.path(*container))
+    return code
+
+
+def _attach(mount: Mount, name: str) -> int:
+    """Pass on what the container prints, byte for byte, until it has stopped; its exit code."""
+    asked = [0]
+
+    def write(line: str) -> None:
+        with contextlib.suppress(OSError), open(mount.path("containers", name, "ctl"), "w") as ctl:
+            ctl.write(line)
+
+    def stop(number: int, _: object) -> None:
+        # `stop` takes up to its grace period, and output goes on meanwhile; a second Ctrl-C kills
+        asked[0] += 1
+        threading.Thread(target=write, args=("stop\n" if asked[0] == 1 else "kill\n",), daemon=True).start()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        streams = [
+            (Follower(mount.path("containers", name, "logs", "stdout")), sys.stdout.buffer),
+            (Follower(mount.path("containers", name, "logs", "stderr")), sys.stderr.buffer),
+        ]
+        for _ in _until_ended(mount, name, [follower for follower, _ in streams], [out for _, out in streams]):
+            pass
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    code = mount.field("containers", name, "exit_code")
+    if not code.lstrip("-").isdigit():
+        error = mount.field("containers", name, "error")
+        raise Failure(f"{name} ended without an exit code", *error.splitlines()[:6])
+    return int(code)
+
+
+def _until_ended(mount: Mount, name: str, followers: list[Follower], outputs: list[Any]) -> Iterator[None]:
+    """Copy what is new, again and again; stops after what was there once the container had ended."""
+    pause = POLL[0]
+    while True:
+        state = mount.field("containers", name, "state")
+        busy = False
+        for follower, output in zip(followers, outputs, strict=True):
+            for chunk in follower.read():
+                output.write(chunk)
+                output.flush()
+                busy = True
+        if state in ENDED:
+            return
+        pause = POLL[0] if busy else min(POLL[1], pause * 1.2)
+        yield
+        time.sleep(pause)
+
+
+class _Decoded:
+    """An output for all.jsonl: each record's line to stdout or stderr, optionally with its time."""
+
+    def __init__(self, times: bool) -> None:
+        self._rest, self._times, self._fresh = b"", times, {"stdout": True, "stderr": True}
+
+    def write(self, chunk: bytes) -> None:
+        lines = (self._rest + chunk).split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            record = json.loads(line)
+            stream = record["stream"]
+            output = sys.stderr if stream == "stderr" else sys.stdout
+            if self._times and self._fresh[stream]:
+                output.write(record["time"] + " ")
+            self._fresh[stream] = not record.get("partial")
+            output.write(record["line"] + ("\n" if self._fresh[stream] else ""))
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+@click.command("logs")
+@mount_option
+@click.option("-f", "--follow", is_flag=True, help="Go on until the container stops.")
+@click.option("-n", "--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
+@click.option("-t", "--timestamps", is_flag=True, help="When each line arrived.")
+@click.option("--stdout", "only", flag_value="stdout", help="Only its stdout, byte for byte.")
+@click.option("--stderr", "only", flag_value="stderr", help="Only its stderr, byte for byte.")
+@click.argument("name")
+def logs_command(
+    mount: str | None, follow: bool, tail: int | None, timestamps: bool, only: str | None, name: str
+) -> None:
+    """What a container printed: its stdout on stdout, its stderr on stderr, in order of arrival."""
+    where = Mount.find(mount)
+    where.container(name)
+    if only and timestamps:
+        raise click.UsageError("--timestamps needs both streams")
+    path = where.path("containers", name, "logs", only or "all.jsonl")
+    offset = tail_offset(path, tail) if tail is not None and path.exists() else 0
+    follower = Follower(path, offset)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    output: Any = sys.stdout.buffer if only else _Decoded(timestamps)
+    if follow:
+        for _ in _until_ended(where, name, [follower], [output]):
+            pass
+        return
+    for chunk in follower.read():
+        output.write(chunk)
+    output.flush()
+
+
+@click.command("ps")
+@mount_option
+@click.option("-a", "--all", "everything", is_flag=True, help="Also those that do not run.")
+@click.option("-q", "--quiet", is_flag=True, help="Names only.")
+def ps_command(mount: str | None, everything: bool, quiet: bool) -> None:
+    """List containers."""
+    where = Mount.find(mount)
+    rows = []
+    for name in where.names("containers"):
+        state = where.field("containers", name, "state")
+        if not state or (not everything and state in ENDED):
+            continue
+        code = where.field("containers", name, "exit_code")
+        shown = f"{state} ({code})" if state == "stopped" and code else state
+        image = where.field("containers", name, "config", "image")
+        pid = where.field("containers", name, "pid") if state not in ENDED else ""
+        rows.append((name, image, shown, pid, where.field("containers", name, "started_at")[:19]))
+    if quiet:
+        for row in rows:
+            click.echo(row[0])
+        return
+    columns(("NAME", "IMAGE", "STATE", "PID", "STARTED"), rows)
+
+
+def _each(mount: str | None, names: tuple[str, ...], line: str, what: str) -> int:
+    """One command to several containers; each failure is told, the exit code says whether there was one."""
+    where = Mount.find(mount)
+    failed = 0
+    for name in names:
+        try:
+            where.container(name)
+            where.command(("containers", name), line, what=f"{what} {name}")
+            click.echo(name)
+        except Failure as failure:
+            failed = 1
+            click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
+    return failed
+
+
+@click.command("start")
+@mount_option
+@click.argument("names", nargs=-1, required=True)
+def start_command(mount: str | None, names: tuple[str, ...]) -> int:
+    """Start containers that are created or stopped."""
+    return _each(mount, names, "start", "start")
+
+
+@click.command("stop")
+@mount_option
+@click.option("-t", "--time", "seconds", type=click.IntRange(min=0), help="Seconds of grace before SIGKILL.")
+@click.argument("names", nargs=-1, required=True)
+def stop_command(mount: str | None, seconds: int | None, names: tuple[str, ...]) -> int:
+    """Stop running containers: the stop signal, a grace period, SIGKILL."""
+    return _each(mount, names, "stop" if seconds is None else f"stop {seconds}", "stop")
+
+
+@click.command("rm")
+@mount_option
+@click.option("-f", "--force", is_flag=True, help="Kill what runs first.")
+@click.argument("names", nargs=-1, required=True)
+def rm_command(mount: str | None, force: bool, names: tuple[str, ...]) -> int:
+    """Remove containers with everything they wrote."""
+    if force:
+        where = Mount.find(mount)
+        for name in names:
+            if where.field("containers", where.container(name), "state") not in ENDED:
+                with contextlib.suppress(Failure):  # it may end by itself meanwhile; removing says what is wrong
+                    where.command(("containers", name), "stop 0", what="rm")
+    return _each(mount, names, "remove", "rm")

@@ -1,0 +1,273 @@
+"""`dutchman up down status doctor`: the daemon behind the mount.
+
+Floor 7. Only here: starting the daemon and waiting until it serves, finding who holds a store, taking down what a
+killed daemon left. One thread; nothing here touches a mount before knowing that it is alive.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from fdfs.cli_mount import Failure, Mount, absolute, default_mount, default_store
+from fdfs.cli_options import mount_option, store_option
+
+START_SECONDS = 60.0  # opening a large store after a crash includes its checks
+STOP_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who has a store: the daemon's pid and its mount, as its lock file says."""
+
+    pid: int
+    mount: Path | None
+
+
+def holder(store: Path) -> Holder | None:
+    """Who holds the store now; None when nobody does. The lock goes with its process, whatever the file still says."""
+    try:
+        with open(store / "lock", encoding="utf-8", errors="replace") as lock:
+            text = lock.read(4096).strip()
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = re.search(r"\d+", text)
+                mount = re.search(r"/.*", text)
+                return Holder(int(pid[0]) if pid else 0, Path(mount[0]) if mount else None)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _alive(mount: Path) -> bool:
+    """Whether something answers at a mount point. A separate process asks: a hung server would hang the asker."""
+    probe = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", "import os, sys; os.stat(sys.argv[1])", str(mount)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        return probe.wait(timeout=5) == 0
+    except subprocess.TimeoutExpired:
+        probe.kill()
+        return False
+
+
+def recover(mount: Path) -> bool:
+    """Take down what a killed daemon left at `mount`; whether there was something. Failure if it is alive."""
+    from engine import host
+
+    below = [Path(point) for point, _, _ in host.mounts() if point == str(mount) or point.startswith(f"{mount}/")]
+    if not below:
+        return False
+    if str(mount) in map(str, below) and _alive(mount):
+        kind = next(kind for point, kind, _ in reversed(host.mounts()) if point == str(mount))
+        raise Failure(
+            f"something else is mounted at {mount} ({kind})",
+            "hint: choose another place with --mount, or unmount it",
+        )
+    for point in reversed(below):  # the last mounted first
+        host.unmount(point)
+    return True
+
+
+def _log_tail(log: Path, offset: int) -> list[str]:
+    try:
+        with open(log, "rb") as handle:
+            handle.seek(offset)
+            return handle.read(64 << 10).decode(errors="replace").splitlines()[-5:]
+    except FileNotFoundError:
+        return []
+
+
+@click.command("up")
+@mount_option
+@store_option
+@click.option("--runtime", type=click.Choice(["auto", "oci", "fake"]), default="auto", show_default=True)
+@click.option("--foreground", is_flag=True, help="Stay, and serve until Ctrl-C.")
+def up_command(mount: str | None, store: str | None, runtime: str, foreground: bool) -> None:
+    """Start the engine and mount it. Containers that run already are taken up again."""
+    where = absolute(mount) if mount else absolute(default_mount())
+    place = absolute(store) if store else absolute(default_store())
+    held = holder(place)
+    if held is not None:
+        if held.mount == where or held.mount is None:
+            _wait(lambda: (where / "version").exists() or holder(place) is None, 10)
+            click.echo(f"already up at {held.mount or where} (pid {held.pid})")
+            return
+        raise Failure(
+            f"the store {place} is held by pid {held.pid}, mounted at {held.mount}",
+            "hint: use it there, or end it: dutchman down" + (f" --store {store}" if store else ""),
+        )
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if recover(where):
+            click.echo(f"took down what a killed daemon left at {where}", err=True)
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"{error.filename}: {error.strerror}") from None
+    command = [sys.executable, "-m", "fdfs.daemon", "--store", str(place), "--mount", str(where), "--runtime", runtime]
+    if foreground:
+        os.execv(command[0], command)
+    _spawn(command, place / "engine.log", where)
+    click.echo(f"up at {where}")
+
+
+def _spawn(command: list[str], log: Path, where: Path) -> None:
+    """Start the daemon and wait for its word on the ready pipe; Failure with what it said when it does not come up."""
+    reading, writing = os.pipe()
+    with open(log, "ab") as output:
+        offset = output.tell()
+        daemon = subprocess.Popen(
+            [*command, "--ready-fd", str(writing)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=(writing,),
+            start_new_session=True,
+            cwd="/",
+        )
+    os.close(writing)
+    said = b""
+    deadline = time.monotonic() + START_SECONDS
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([pipe], [], [], left)[0]:
+                continue
+            chunk = pipe.read(4096)
+            said += chunk
+            if not chunk or said.startswith(b"ready"):
+                break
+        else:
+            daemon.terminate()
+            raise Failure(f"the daemon did not come up within {START_SECONDS:.0f} s", f"see {log}")
+    if said.startswith(b"ready"):
+        return
+    try:
+        code = daemon.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        daemon.terminate()
+        code = -signal.SIGTERM
+    lines = said.decode(errors="replace").strip().splitlines() or _log_tail(log, offset)
+    if lines:
+        raise Failure(lines[0] if said else lines[-1], *lines[1:] if said else (f"see {log}",))
+    raise Failure(f"the daemon ended with code {code} at {where}", f"see {log}", "hint: dutchman doctor")
+
+
+@click.command("down")
+@mount_option
+@store_option
+@click.option("--stop-containers/--keep-containers", default=False, help="Stop what runs first (default: keep it).")
+def down_command(mount: str | None, store: str | None, stop_containers: bool) -> None:
+    """Unmount and end the engine. Containers go on running, and the next `up` takes them up again."""
+    from engine import host
+
+    place = absolute(store) if store else _store_of(mount)
+    held = holder(place)
+    if held is None:
+        where = absolute(mount) if mount else absolute(default_mount())
+        if host.is_mounted(where) and not _alive(where):
+            recover(where)
+            click.echo(f"took down what a killed daemon left at {where}")
+            return
+        click.echo("not up")
+        return
+    where = held.mount or absolute(mount or default_mount())
+    running: list[str] = []
+    if host.is_mounted(where) and _alive(where):
+        running = _running(Mount(where))
+        if stop_containers and running:
+            with ThreadPoolExecutor(16) as pool:
+                list(
+                    pool.map(
+                        lambda name: Mount(where).command(("containers", name), "stop", what=f"stop {name}"), running
+                    )
+                )
+            running = _running(Mount(where))
+    if not held.pid:
+        raise Failure(f"{place / 'lock'} does not say which process holds the store")
+    os.kill(held.pid, signal.SIGTERM)
+    if not _wait(lambda: holder(place) is None, STOP_SECONDS):
+        raise Failure(
+            f"pid {held.pid} does not end", f"hint: see {place / 'engine.log'}; as a last resort: kill -9 {held.pid}"
+        )
+    _wait(lambda: not host.is_mounted(where), 5)
+    recover(where)
+    click.echo(f"down: {where} is unmounted")
+    if running:
+        shown = ", ".join(running[:5]) + (", …" if len(running) > 5 else "")
+        click.echo(f"{len(running)} still running: {shown}")
+        click.echo("stop them with: dutchman up && dutchman down --stop-containers")
+
+
+def _store_of(mount: str | None) -> Path:
+    """The store behind a mount, when it is alive and says so; else the default store."""
+    if mount and _alive(absolute(mount)):
+        for line in Mount(absolute(mount)).field("status").splitlines():
+            key, _, value = line.partition(" ")
+            if key == "store":
+                return Path(value.strip())
+    return absolute(default_store())
+
+
+def _running(mount: Mount) -> list[str]:
+    return [
+        name
+        for name in mount.names("containers")
+        if mount.field("containers", name, "state") in ("running", "starting", "paused", "stopping")
+    ]
+
+
+@click.command("status")
+@mount_option
+@store_option
+@click.option("--runtime", hidden=True)
+@click.option("--mount-point", is_flag=True, help="Only where it is mounted.")
+def status_command(mount: str | None, store: str | None, runtime: str | None, mount_point: bool) -> int:
+    """What the engine says of itself. Exit code 3 when it is not up."""
+    held = None if mount else holder(absolute(store) if store else absolute(default_store()))
+    try:
+        where = Mount.find(str(held.mount) if held and held.mount else mount)
+    except Failure as failure:
+        raise Failure(failure.reason, *failure.more, code=3) from None
+    click.echo(str(where.root) if mount_point else where.read("status"))
+    return 0
+
+
+@click.command("doctor")
+def doctor_command() -> int:
+    """What this host can and cannot do, and what to install. Exit code 1 when something needed is missing."""
+    from engine.doctor import examine
+
+    missing = 0
+    for check in examine():
+        mark = "ok  " if check.ok else "MISS" if check.needed else "no  "
+        click.echo(f"{mark}  {check.name:<16} {check.found}")
+        if not check.ok and check.advice:
+            click.echo(f"      {'':<16} -> {check.advice}")
+        missing += check.needed and not check.ok
+    click.echo("\neverything needed is here" if not missing else f"\n{missing} needed thing(s) missing")
+    return 1 if missing else 0

@@ -1,0 +1,179 @@
+"""`dutchman pull load import images rmi`: images through their files, and jobs followed to their end.
+
+Floor 7. Only here: how a job is waited for and shown. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import time
+from typing import Any
+
+import click
+
+from fdfs.cli_mount import Failure, Mount, absolute, explain
+from fdfs.cli_options import columns, human, mount_option
+
+POLL = 0.1  # seconds between two looks at a job
+AMOUNT = re.compile(r"^(\S+)\s+(\d+)[ /](\d+)\b")  # LABEL DONE TOTAL, in bytes
+DONE = ("done", "succeeded", "failed", "cancelled")
+
+
+class _Bars:
+    """A job's progress on a terminal: a bar per layer. On anything else, nothing until the end."""
+
+    def __init__(self) -> None:
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bars.start()
+
+    def show(self, progress: str) -> None:
+        if self._bars is None:
+            return
+        for line in progress.splitlines():
+            match = AMOUNT.match(line)
+            if match is None:
+                continue
+            label, done, total = match[1], int(match[2]), int(match[3])
+            if label not in self._tasks:
+                self._tasks[label] = self._bars.add_task(label.removeprefix("sha256:")[:20], total=total or None)
+            self._bars.update(self._tasks[label], completed=done, total=total or None)
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def follow(mount: Mount, reply: list[str], what: str) -> str:
+    """Wait for the job a reply names (`jobs/3`); its last line of progress. Failure when it failed. Ctrl-C cancels."""
+    number = next((line.rpartition("/")[2] for line in reply if re.fullmatch(r"jobs/\d+", line.strip())), None)
+    if number is None:
+        return "\n".join(reply)
+    job = ("jobs", number.strip())
+    bars = _Bars()
+    try:
+        while (state := mount.field(*job, "state")) not in DONE:
+            if not state:
+                raise Failure(f"{what}: the job went away", "hint: dutchman status says whether the daemon runs")
+            bars.show(mount.field(*job, "progress"))
+            time.sleep(POLL)
+    except KeyboardInterrupt:
+        mount.command(job, "cancel", what="cancel")
+        raise
+    finally:
+        bars.close()
+    if state in ("failed", "cancelled"):
+        reason, more = explain(mount.field(*job, "error"))
+        raise Failure(f"{what}: {reason or state}", *more)
+    lines = mount.field(*job, "progress").splitlines()
+    return lines[-1] if lines else ""
+
+
+@click.command("pull")
+@mount_option
+@click.option("--platform", metavar="OS/ARCH", help="Another platform than this host's, such as linux/arm64.")
+@click.argument("reference")
+def pull_command(mount: str | None, platform: str | None, reference: str) -> None:
+    """Fetch an image from a registry."""
+    where = Mount.find(mount)
+    line = f"pull {shlex.quote(reference)}" + (f" platform={shlex.quote(platform)}" if platform else "")
+    follow(where, where.command(("images",), line, what=f"pull {reference}"), f"pull {reference}")
+    click.echo(reference)
+
+
+def _names(mount: Mount) -> dict[str, str]:
+    """Every name in images/ and the digest directory it refers to."""
+    names = {}
+    for directory, below, files in os.walk(mount.path("images")):
+        if "by-digest" in below:
+            below.remove("by-digest")
+        for name in (*below, *files):
+            path = os.path.join(directory, name)
+            if os.path.islink(path):
+                names[os.path.relpath(path, mount.path("images"))] = os.path.basename(os.readlink(path))
+    return names
+
+
+def _told(mount: Mount, before: dict[str, str]) -> None:
+    after = _names(mount)
+    for name in sorted(name for name, digest in after.items() if before.get(name) != digest):
+        click.echo(name)
+
+
+@click.command("load")
+@mount_option
+@click.argument("path", type=click.Path(exists=True))
+def load_command(mount: str | None, path: str) -> None:
+    """Take in images from an OCI layout or a docker-archive (as `docker save` writes)."""
+    where = Mount.find(mount)
+    before = _names(where)
+    line = f"load {shlex.quote(str(absolute(path)))}"
+    follow(where, where.command(("images",), line, what=f"load {path}"), f"load {path}")
+    _told(where, before)
+
+
+@click.command("import")
+@mount_option
+@click.argument("path", type=click.Path(exists=True))
+@click.argument("reference")
+def import_command(mount: str | None, path: str, reference: str) -> None:
+    """Make an image from a tar of a root filesystem."""
+    where = Mount.find(mount)
+    line = f"import {shlex.quote(str(absolute(path)))} {shlex.quote(reference)}"
+    follow(where, where.command(("images",), line, what=f"import {path}"), f"import {path}")
+    click.echo(reference)
+
+
+@click.command("images")
+@mount_option
+def images_command(mount: str | None) -> None:
+    """List images."""
+    where = Mount.find(mount)
+    named = _names(where)
+    rows = []
+    for name, digest in sorted(named.items()):
+        rows.append((name, digest))
+    rows += [("", digest) for digest in where.names("images", "by-digest") if digest not in named.values()]
+    table = []
+    for name, digest in rows:
+        image = ("images", "by-digest", digest)
+        size = human(where.field(*image, "size_bytes"))
+        table.append((name, digest[7:19], where.field(*image, "platform"), size, where.field(*image, "created")[:19]))
+    columns(("NAME", "DIGEST", "PLATFORM", "SIZE", "CREATED"), table)
+
+
+@click.command("rmi")
+@mount_option
+@click.argument("references", nargs=-1, required=True)
+def rmi_command(mount: str | None, references: tuple[str, ...]) -> None:
+    """Remove names of images; an image without names goes with its last one."""
+    where = Mount.find(mount)
+    for reference in references:
+        named = _names(where)
+        if reference in named:
+            digest, names = named[reference], [name for name in named if named[name] == named[reference]]
+        else:
+            found = [d for d in where.names("images", "by-digest") if reference and d[7:].startswith(reference)]
+            found = found or [d for d in where.names("images", "by-digest") if d == reference]
+            if len(found) != 1:
+                raise Failure(f"there is no image {reference!r}", "hint: dutchman images lists them")
+            digest, names = found[0], []
+        image = ("images", "by-digest", digest)
+        line = f"untag {shlex.quote(reference)}" if len(names) > 1 else "remove"
+        where.command(image, line, what=f"rmi {reference}")
+        click.echo(reference)

@@ -1,0 +1,42 @@
+"""Options several commands share, and plain column output. Floor 7."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def mount_option(function: F) -> F:
+    return click.option(
+        "--mount", "mount", metavar="DIR", help="The mount (default: $DUTCHMAN_MOUNT, ~/FlyingDutchman)."
+    )(function)
+
+
+def store_option(function: F) -> F:
+    return click.option(
+        "--store", metavar="DIR", help="Where images and containers are kept (default: $DUTCHMAN_STORE)."
+    )(function)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for people and for awk: columns two spaces apart, no lines; `-` where there is nothing."""
+    table = [list(header), *([cell or "-" for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def human(size: str) -> str:
+    """Bytes in the unit a person would use; the text as it is when it is not a number."""
+    if not size.isdigit():
+        return size
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
