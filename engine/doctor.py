@@ -23,7 +23,13 @@ LIBFUSE = (
     "/usr/local/lib/libfuse.so.2",
 )
 MACFUSE = ("/usr/local/lib/libfuse.2.dylib", "/usr/local/lib/libfuse.dylib", "/Library/Filesystems/macfuse.fs")
-OPTIONAL = ("crun", "erofs", "overlay", "seccomp profile")  # of the runtimes' facts: one runtime is enough
+OPTIONAL = (
+    "containers",
+    "crun",
+    "erofs",
+    "overlay",
+    "seccomp profile",
+)  # of the runtimes' facts: one runtime is enough
 
 
 @dataclass(frozen=True, slots=True)

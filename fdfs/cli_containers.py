@@ -25,41 +25,7 @@ from fdfs.cli_options import columns, mount_option
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
 ENDED = ("created", "stopped", "removing", "removed", "")
 ADJECTIVES = ("bold", "brisk", "calm", "deep", "fleet", "grey", "keen", "loud", "quiet", "salty", "sleepy", "swift")
-    "bold",
-    "brisk",
-    "calm",
-    "deep",
-    "fair",
-    "fleet",
-    "grey",
-    "keen",
-    "loud",
-    "quiet",
-    "salty",
-    "sleepy",
-    "stern",
-    "stormy",
-    "swift",
-    "wet",
-]
 NOUNS = ("anchor", "beacon", "brig", "buoy", "cutter", "dinghy", "galley", "gull", "keel", "lantern", "mast", "skiff")
-    "anchor",
-    "beacon",
-    "bosun",
-    "brig",
-    "buoy",
-    "cutter",
-    "dinghy",
-    "galley",
-    "gull",
-    "keel",
-    "lantern",
-    "mast",
-    "rudder",
-    "schooner",
-    "skiff",
-    "tiller",
-]
 
 
 def _paths(volume: str) -> str:

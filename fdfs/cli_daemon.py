@@ -201,19 +201,14 @@ def down_command(mount: str | None, store: str | None, stop_containers: bool) ->
         running = _running(Mount(where))
         if stop_containers and running:
             with ThreadPoolExecutor(16) as pool:
-                list(
-                    pool.map(
-                        lambda name: Mount(where).command(("containers", name), "stop", what=f"stop {name}"), running
-                    )
-                )
+                list(pool.map(lambda name: _stop(Mount(where), name), running))
             running = _running(Mount(where))
     if not held.pid:
         raise Failure(f"{place / 'lock'} does not say which process holds the store")
     os.kill(held.pid, signal.SIGTERM)
     if not _wait(lambda: holder(place) is None, STOP_SECONDS):
-        raise Failure(
-            f"pid {held.pid} does not end", f"hint: see {place / 'engine.log'}; as a last resort: kill -9 {held.pid}"
-        )
+        hint = f"hint: see {place / 'engine.log'}; as a last resort: kill -9 {held.pid}"
+        raise Failure(f"pid {held.pid} does not end", hint)
     _wait(lambda: not host.is_mounted(where), 5)
     recover(where)
     click.echo(f"down: {where} is unmounted")
@@ -231,6 +226,13 @@ def _store_of(mount: str | None) -> Path:
             if key == "store":
                 return Path(value.strip())
     return absolute(default_store())
+
+
+def _stop(mount: Mount, name: str) -> None:
+    try:
+        mount.command(("containers", name), "stop", what=f"stop {name}")
+    except Failure as failure:  # it may have ended by itself; what still runs is told at the end
+        click.echo(f"dutchman: {failure.reason}", err=True)
 
 
 def _running(mount: Mount) -> list[str]:

@@ -66,9 +66,8 @@ class Mount:
         try:
             (mount.root / "version").read_bytes()
         except FileNotFoundError:
-            raise Failure(
-                f"nothing is mounted at {mount.root}", f"hint: start the engine: dutchman up{where}"
-            ) from None
+            hint = f"hint: start the engine: dutchman up{where}"
+            raise Failure(f"nothing is mounted at {mount.root}", hint) from None
         except OSError as error:
             if error.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV):
                 raise Failure(

@@ -10,16 +10,16 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+MOUNT_HELP = "The mount (default: $DUTCHMAN_MOUNT, ~/FlyingDutchman)."
+STORE_HELP = "Where images and containers are kept (default: $DUTCHMAN_STORE, this platform's place)."
+
+
 def mount_option(function: F) -> F:
-    return click.option(
-        "--mount", "mount", metavar="DIR", help="The mount (default: $DUTCHMAN_MOUNT, ~/FlyingDutchman)."
-    )(function)
+    return click.option("--mount", metavar="DIR", help=MOUNT_HELP)(function)
 
 
 def store_option(function: F) -> F:
-    return click.option(
-        "--store", metavar="DIR", help="Where images and containers are kept (default: $DUTCHMAN_STORE)."
-    )(function)
+    return click.option("--store", metavar="DIR", help=STORE_HELP)(function)
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
