@@ -30,7 +30,7 @@ def parse(line: bytes) -> tuple[bytes, bool, bool, bytes] | None:
     """(time, is stderr, is partial, content) of one line without its newline; None when it is no record."""
     tag = line[_TAG]
     if tag in _FIXED:
-        return line[:35], tag[5] == 101, tag[8] == 80, line[45:]  # 'e' of stderr, 'P'
+        return line[:35], tag[4] == 101, tag[8] == 80, line[45:]  # 'e' of stderr, 'P'
     match = _ANY.match(line)
     if match is None:
         return None
@@ -46,7 +46,7 @@ def measure(piece: bytes) -> tuple[int, int]:
         tag = tags.pop()
         if tag in _FIXED:
             total = len(piece) - 45 * len(lines) - (len(lines) if tag[8] == 80 else 0)
-            return (0, total) if tag[5] == 101 else (total, 0)
+            return (0, total) if tag[4] == 101 else (total, 0)
     out = err = 0
     for line in lines:
         tag = line[_TAG]

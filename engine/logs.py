@@ -137,8 +137,8 @@ class ContainerLogs:
             if self._retiring is not None:
                 self._ask(reopen)
                 return False
-            if not self._segments:
-                return False
+            if not self._segments or self._segments[-1].number is not None:
+                return False  # nothing is there, or nothing new since the last rotation
             segment = self._segments[-1]
             size = segment.file_size()
             large = max_size is not None and size >= max(max_size, 1)

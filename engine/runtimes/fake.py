@@ -8,8 +8,8 @@ Floor 2. What argv means (nothing is executed):
     lines N                 N numbered lines, exit 0
     oom                     as if killed by the kernel for memory: 137, oom
     trap SECONDS            as `sleep inf`, but SIGTERM and SIGINT are ignored
-Anything else is an executable that is not there. SIGTERM, SIGINT, SIGKILL … end it with 128 + signal. Output goes to the
-log in conmon's format. One timer thread while anything sleeps; a restarted daemon finds nothing of it (`absent`).
+Anything else is an executable that is not there. SIGTERM, SIGINT, SIGKILL … end it with 128 + signal. Output goes to
+the log in conmon's format. One timer thread while anything sleeps; a restarted daemon finds nothing of it (`absent`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -25,7 +26,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from engine.errors import Busy, NotFound, RuntimeFailure
+from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure
+from engine.logs import mend
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,10 @@ class FakeRuntime:
         word = Path(spec.argv[0]).name
         if word not in WORDS:
             raise RuntimeFailure(f'exec: "{spec.argv[0]}": executable file not found in $PATH')
+        if word in ("exit", "lines") and not (len(spec.argv) == 2 and spec.argv[1].isdecimal()):
+            raise InvalidArgument(f"command: {word} takes one number", at=word)
+        if word in ("sleep", "trap") and spec.argv[1:] and not re.fullmatch(r"inf|\d+(\.\d+)?", spec.argv[1]):
+            raise InvalidArgument(f"command: {word} takes seconds or inf", at=spec.argv[1][:80])
         with self._changed:
             old = self._runs.get(spec.id)
             if old is not None and old.state is not State.STOPPED:
@@ -81,6 +87,7 @@ class FakeRuntime:
                 self._drop(spec.id)
             spec.log.parent.mkdir(parents=True, exist_ok=True)
             run = _Run(spec, next(self._pids))
+            mend(spec.log)
             run.file = _open_log(spec.log)
             self._runs[spec.id] = run
             return run.pid

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from engine import host
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
+from engine.logs import mend
 from engine.model import ContainerConfig
 from engine.runtimes import cgroups, conmon, spec
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
@@ -139,6 +140,7 @@ class OciRuntime:
         for directory in (files.bundle, files.exit.parent, files.run / "persist", files.log.parent):
             directory.mkdir(parents=True, exist_ok=True)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mend(files.log)
         spec.prepare(spec_)
         (files.bundle / "config.json").write_text(json.dumps(config, separators=(",", ":")))
         try:
