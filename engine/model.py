@@ -16,8 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from engine.errors import InvalidArgument, TooLarge
 
-DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
-NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}$")  # container and volume names, as Docker's
+DIGEST = re.compile(r"^sha256:[0-9a-f]{64}\Z")
+NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}\Z")  # container and volume names, as Docker's
 MAX_DOCUMENT = 1 << 20  # bytes of a config.yaml
 
 
@@ -111,8 +111,8 @@ def parse_argv(value: Any) -> Any:
     return value
 
 
-Size = Annotated[int | None, BeforeValidator(parse_size), Field(ge=0)]
-Seconds = Annotated[float | None, BeforeValidator(parse_seconds), Field(ge=0)]
+Size = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(parse_size)]
+Seconds = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(parse_seconds)]
 Mapping = Annotated[dict[str, str], BeforeValidator(parse_mapping)]
 Argv = Annotated[tuple[str, ...] | None, BeforeValidator(parse_argv)]
 

@@ -1,0 +1,53 @@
+"""For every test: the CI rule about skips, and nothing mounted left behind.
+
+In CI (CI=true) a skipped test is a failed session, with its reason: a check that did not run has not passed.
+Helpers: mounting.py (a live mount), registry.py (a real registry); fixtures come from `fixtures/` beside the project.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine import host
+
+CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+SKIPPED: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        SKIPPED.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        SKIPPED.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if CI and SKIPPED and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if CI and SKIPPED:
+        terminalreporter.section("skipped, which fails here (CI is set)", red=True)
+        for line in SKIPPED:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_mount_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever a failed test left mounted below pytest's directory is taken down, or it would outlive the session."""
+    yield
+    if host.LINUX and host.is_root():
+        base = str(tmp_path_factory.getbasetemp())
+        for point, _, _ in reversed(host.mounts()):
+            if point.startswith(base):
+                host.unmount(Path(point))
