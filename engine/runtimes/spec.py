@@ -176,7 +176,7 @@ def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
         for name in ("resolv.conf", "hostname", "hosts")
     ]
     mounts = [mount for mount in (*defaults, *files) if mount["destination"] not in own]
-    for mount in sorted(spec.mounts, key=lambda item: item.target.count("/")):  # a parent before what lies in it
+    for mount in spec.mounts:
         access = "ro" if mount.read_only else "rw"
         if mount.kind is MountKind.TMPFS:
             options = ("nosuid", "nodev", "noexec", access, *mount.options)
@@ -185,7 +185,7 @@ def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
             if mount.source is None:
                 raise InvalidArgument(f"volumes: {mount.target}: a {mount.kind} mount needs a source", at=mount.target)
             mounts.append(_mount(mount.target, "bind", str(mount.source), "rbind", "rprivate", access, *mount.options))
-    return mounts
+    return sorted(mounts, key=lambda item: str(item["destination"]).count("/"))  # a parent before what lies in it
 
 
 def _resources(config: ContainerConfig, cgroups: Cgroups) -> dict[str, Any]:
