@@ -1,0 +1,454 @@
+"""Containers: every verb, and the only writer of container state. Floor 3.
+
+Only here: what a verb means, from its check to its end. A verb first moves the state (the check, the new state and its
+event are one transaction), then carries it out on a thread of its own and waits for that a bounded time: `start` and
+`remove` 5 s, `stop` and `restart` about one. What takes longer goes on by itself; a failure after the caller has left is
+kept in the container's `error`.
+
+Threading: all methods from any thread. Readers never wait; verbs on one container exclude each other by its state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import signal as signals
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from engine import fields, host, lifecycle
+from engine.changes import changes
+from engine.drivers import Drivers
+from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, RuntimeFailure
+from engine.events import Journal, acting, acting_as
+from engine.execution import Execution
+from engine.failures import Failures
+from engine.images.catalog import Images
+from engine.images.reference import parse as parse_reference
+from engine.lifecycle import ALIVE, State, Verb
+from engine.logs import ContainerLogs
+from engine.model import ContainerConfig, MountKind, check_name
+from engine.monitor import Monitor
+from engine.mounts import RootfsMounts
+from engine.names import random_name
+from engine.records import Container, Records
+from engine.runtimes.base import Mount, parse_signal
+from engine.runtimes.select import NAMES as RUNTIMES
+from engine.runtimes.spec import capabilities
+from engine.stats import resources
+from engine.store.meta import Meta
+from engine.store.trees import Trees
+from engine.volumes import Volumes
+
+log = logging.getLogger(__name__)
+
+START_PATIENCE = 5.0  # seconds the caller waits for a start or a removal; normally some 100 ms
+STOP_PATIENCE = 1.0  # seconds for a stop or restart: a grace period may be long
+MAX_GRACE = 86400.0
+
+
+class Containers:
+    def __init__(
+        self,
+        store: Path,
+        meta: Meta,
+        journal: Journal,
+        failures: Failures,
+        images: Images,
+        trees: Trees,
+        volumes: Volumes,
+        mounts: RootfsMounts,
+        drivers: Drivers,
+    ) -> None:
+        self._root = store / "containers"
+        self._tmp = store / "tmp"
+        self._failures = failures
+        self._images = images
+        self._trees = trees
+        self._volumes = volumes
+        self._mounts = mounts
+        self._guard = threading.Lock()  # of the two below
+        self._logs: dict[str, ContainerLogs] = {}
+        self._workers: set[threading.Thread] = set()
+        self.records = Records(meta, journal)
+        self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers)
+        self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of)
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._tmp.mkdir(parents=True, exist_ok=True)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def get(self, name: str) -> Container:
+        return self.records.get(name)
+
+    def all(self) -> list[Container]:
+        return self.records.all()
+
+    def names(self) -> list[str]:
+        return self.records.names()
+
+    def verbs(self, name: str) -> list[str]:
+        """The verbs legal now."""
+        return [str(verb) for verb in lifecycle.legal_verbs(self.get(name).state)]
+
+    def wait(self, name: str, timeout: float | None) -> int | None:
+        """The exit code once it is stopped; None after `timeout` seconds. Gone when it is removed meanwhile."""
+        container = self.records.wait(self.get(name).id, lambda now: now.state is State.STOPPED, timeout)
+        return None if container is None else container.exit_code
+
+    def wait_for(self, name: str, until: Callable[[Container], bool], timeout: float | None) -> Container | None:
+        """The container once `until` holds of it; None after `timeout` seconds."""
+        return self.records.wait(self.get(name).id, until, timeout)
+
+    def logs(self, name: str) -> ContainerLogs:
+        return self._logs_of(self.get(name).id)
+
+    def _logs_of(self, id: str) -> ContainerLogs:
+        with self._guard:
+            logs = self._logs.get(id)
+            if logs is None:
+                directory = self._root / id / "logs"
+                if not directory.is_dir():
+                    raise NotFound("the container has no logs")
+                logs = self._logs[id] = ContainerLogs(directory)
+            return logs
+
+    def rootfs(self, name: str) -> Path:
+        """The merged root filesystem, mounted when it is not yet; live and writable whether it runs or not.
+
+        NotFound while no image is set or the image is not here; Unsupported where this host cannot mount.
+        """
+        container = self.get(name)
+        if not container.image and not container.config.image:
+            raise NotFound("no image is set", hint="echo IMAGE > config/image")
+        image = self.execution.image_of(container)
+        return self.execution.rootfs(container.id, image.chain_id)
+
+    def upper(self, name: str) -> Path:
+        """What differs from the image, in overlay form (whiteouts are 0:0 character devices). Always there."""
+        return self._root / self.get(name).id / "upper"
+
+    def changes(self, name: str) -> Iterator[tuple[str, bytes]]:
+        """("A" | "M" | "D", path) of what differs from the image."""
+        container = self.get(name)
+        tree = None
+        if container.image or container.config.image:
+            tree = self._trees.open(self.execution.image_of(container).chain_id)
+        return changes(self._root / container.id / "upper", tree)
+
+    def mounts_of(self, name: str) -> list[Mount]:
+        """The volumes and bind mounts in its config that exist on this host, tmpfs left out."""
+        out = []
+        for item in self.get(name).config.volumes:
+            try:
+                if item.type is MountKind.VOLUME:
+                    out.append(Mount(item.type, self._volumes.path(item.source), item.target, item.read_only))
+                elif item.type is MountKind.BIND:
+                    out.append(Mount(item.type, Path(item.source).expanduser(), item.target, item.read_only))
+            except NotFound:
+                continue  # made by the next start
+        return out
+
+    def stats(self, name: str) -> dict[str, int]:
+        """What it uses now; empty when it does not run or its driver does not count."""
+        container = self.get(name)
+        return resources(container.id) if container.state in ALIVE and container.runtime == "oci" else {}
+
+    def field_text(self, name: str, field: str) -> str:
+        """The file `config/<field>`."""
+        return fields.field_text(field, self.get(name).config)
+
+    def config_text(self, name: str) -> str:
+        """The file `config.yaml`."""
+        return fields.config_text(self.get(name).config)
+
+    # --- making and configuring ---------------------------------------------------------------------------------
+
+    def create(self, name: str, config: ContainerConfig | None = None) -> Container:
+        """A container in state created. AlreadyExists when the name is taken; NotFound for an image that is not here."""
+        check_name(name, "container")
+        config = config or fields.validated({})
+        self._check(config)
+        if config.image:
+            self.execution.find_image(config.image)
+        return self.records.create(name, config, self._make_directory)
+
+    def _make_directory(self, id: str) -> None:
+        directory = self._root / id
+        directory.mkdir(mode=0o700)
+        for sub in ("upper", "work", "merged", "logs"):
+            (directory / sub).mkdir()
+        os.chmod(directory / "upper", 0o755)
+        os.chmod(directory / "logs", 0o700)
+
+    def run(
+        self, image: str, name: str | None = None, argv: Sequence[str] | None = None, **more: object
+    ) -> Container:
+        """Create and start. `argv` replaces the image's CMD; `more` are further config fields. It stays when the start
+        fails, so that what went wrong can be seen."""
+        if not image:
+            raise InvalidArgument("run: an image is needed", hint="run IMAGE [name=…] [-- ARGV…]")
+        data: dict[str, object] = {**more, "image": image}
+        if argv:
+            data["command"] = list(argv)
+        config = fields.validated(data, "run")
+        if name is not None:
+            container = self.create(name, config)
+        else:
+            container = self._create_named(config)
+        self.start(container.name)
+        return self.records.by_id(container.id)
+
+    def _create_named(self, config: ContainerConfig) -> Container:
+        choose = random.Random()
+        for attempt in range(64):
+            try:
+                return self.create(random_name(choose, attempt), config)
+            except AlreadyExists:
+                continue
+        raise AlreadyExists("no free name was found", hint="give one: run IMAGE name=NAME")
+
+    def configure(self, name: str, config: ContainerConfig) -> Container:
+        """Replace the whole config. Busy while it runs, unless only labels, stop or log settings change."""
+        return self._configure(name, lambda _: config)
+
+    def set_field(self, name: str, field: str, text: str) -> Container:
+        """`config/<field>` as written. NotFound for an unknown field; InvalidArgument names what is wrong."""
+        fields.check_field(field)
+        return self._configure(name, lambda now: fields.with_field(now.config, field, text))
+
+    def _configure(self, name: str, new: Callable[[Container], ContainerConfig]) -> Container:
+        def change(now: Container) -> ContainerConfig:
+            config = new(now)
+            if config != now.config:
+                self._check(config)
+                if now.state not in (State.CREATED, State.STOPPED):
+                    for field in fields.FIELDS:
+                        if field not in fields.LIVE and getattr(config, field) != getattr(now.config, field):
+                            raise Busy(
+                                f"{field}: cannot change while the container is {now.state}", at=field, hint="stop it first"
+                            )
+            return config
+
+        return self.records.configure(self.get(name).id, change)
+
+    def _check(self, config: ContainerConfig) -> None:
+        """What can be said of a config before it runs. InvalidArgument names the field."""
+        if config.image:
+            try:
+                parse_reference(config.image)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"image: {error.reason}", at=error.at or config.image, hint=error.hint) from error
+        if config.stop_signal:
+            parse_signal(config.stop_signal)
+        if config.runtime and config.runtime not in RUNTIMES:
+            raise InvalidArgument(
+                f"runtime: unknown runtime {config.runtime!r}", at=config.runtime, hint=f"one of {', '.join(RUNTIMES)}"
+            )
+        capabilities(config)
+        targets = set()
+        for item in config.volumes:
+            if item.target in targets:
+                raise InvalidArgument(f"volumes: two mounts at {item.target}", at=item.target)
+            targets.add(item.target)
+            if item.type is MountKind.VOLUME:
+                check_name(item.source, "volume")
+            elif item.type is MountKind.BIND and not Path(item.source).expanduser().is_absolute():
+                raise InvalidArgument(f"volumes: {item.source}: an absolute path expected", at=item.source)
+
+    # --- verbs --------------------------------------------------------------------------------------------------
+
+    def start(self, name: str) -> None:
+        container = self.records.move(self.get(name).id, State.STARTING, verb=Verb.START)
+        self._bounded(container, "start", START_PATIENCE, lambda: self._start(container.id))
+
+    def _start(self, id: str) -> None:
+        self.execution.start(id)
+        self.monitor.wake()
+
+    def stop(self, name: str, seconds: float | None = None) -> None:
+        """The stop signal, `seconds` (default: its config's) of grace, SIGKILL. Returns after about a second at most,
+        `stopping` then going on."""
+        grace = _grace(seconds)
+        before = self.get(name)
+        container = self.records.move(before.id, State.STOPPING, verb=Verb.STOP)
+        paused = before.state is State.PAUSED
+        self._bounded(container, "stop", STOP_PATIENCE, lambda: self._stop(container, grace, paused))
+
+    def _stop(self, container: Container, grace: float | None, paused: bool) -> None:
+        configured = container.config.stop_grace_period
+        seconds = grace if grace is not None else MAX_GRACE if configured is None else configured
+        self.execution.stop(container, self.execution.stop_signal(container), seconds, paused=paused)
+
+    def restart(self, name: str, seconds: float | None = None) -> None:
+        """Stop and start, or only start when it is stopped."""
+        grace = _grace(seconds)
+        before = self.get(name)
+        lifecycle.permit(before.state, Verb.RESTART)
+        if before.state is State.STOPPED:
+            container = self.records.move(before.id, State.STARTING, verb=Verb.RESTART, restarts=before.restarts + 1)
+            self._bounded(container, "restart", START_PATIENCE, lambda: self._start(container.id))
+            return
+        container = self.records.move(before.id, State.STOPPING, verb=Verb.RESTART)
+
+        def work() -> None:
+            self._stop(container, grace, before.state is State.PAUSED)
+            if self.records.closing:
+                return
+            again = self.records.move(container.id, State.STARTING, verb=Verb.RESTART, restarts=container.restarts + 1)
+            self._start(again.id)
+
+        self._bounded(container, "restart", STOP_PATIENCE, work)
+
+    def kill(self, name: str, signal: str | int = "KILL") -> None:
+        """Send a signal to its first process. After SIGKILL, waits up to a second for its end."""
+        signum = parse_signal(str(signal))
+        container = self.get(name)
+        lifecycle.permit(container.state, Verb.KILL)
+        self.execution.signal(container, signum)
+        if signum == signals.SIGKILL:
+            self.records.wait(container.id, lambda now: now.state not in ALIVE, STOP_PATIENCE)
+
+    def pause(self, name: str) -> None:
+        self._freeze(name, Verb.PAUSE)
+
+    def resume(self, name: str) -> None:
+        self._freeze(name, Verb.RESUME)
+
+    def _freeze(self, name: str, verb: Verb) -> None:
+        id = self.get(name).id
+        with self.execution.locked(id):
+            container = self.records.by_id(id)
+            to = lifecycle.after(container.state, verb)
+            driver = self.execution.driver_of(container)
+            (driver.pause if verb is Verb.PAUSE else driver.resume)(id)
+            self.records.move(id, to, verb=verb)
+
+    def remove(self, name: str, force: bool = False) -> None:
+        """Delete it with everything it changed and logged. Busy while it runs; `force` kills it first."""
+        container = self.get(name)
+        if force and container.state in ALIVE:
+            self._kill_now(container)
+        container = self.records.by_id(container.id)
+        if container.state is not State.REMOVING:
+            container = self.records.move(container.id, State.REMOVING, verb=Verb.REMOVE)
+        self._bounded(container, "remove", START_PATIENCE, lambda: self.finish_removal(container))
+
+    def _kill_now(self, container: Container) -> None:
+        if container.state is not State.STOPPING:
+            container = self.records.move(container.id, State.STOPPING, reason="removed by force")
+            self._bounded(
+                container,
+                "remove",
+                START_PATIENCE,
+                lambda: self.execution.stop(container, signals.SIGKILL, START_PATIENCE, paused=False),
+            )
+        else:
+            self.kill(container.name)
+
+    def finish_removal(self, container: Container) -> None:
+        """Carry out a removal; the state is `removing`. Every step may have been done before."""
+        id = container.id
+        with self.execution.locked(id, 5.0):
+            self.execution.driver_of(container).delete(id)
+            self._mounts.forget(id)
+            with self._guard:
+                logs = self._logs.pop(id, None)
+            if logs is not None:
+                logs.close()
+            aside = self._tmp / f"removed-{id}"
+            try:
+                os.rename(self._root / id, aside)
+            except FileNotFoundError:
+                pass
+            self.records.move(id, State.REMOVED, only=State.REMOVING)
+        self.monitor.forget(id)
+        self.execution.forget(id)
+        try:
+            host.remove_tree(aside)
+        except OSError:
+            log.warning("not all of %s was deleted; the next start clears tmp/", aside, exc_info=True)
+
+    # --- working beside the caller ------------------------------------------------------------------------------
+
+    def _bounded(self, container: Container, command: str, patience: float, work: Callable[[], None]) -> None:
+        """Do `work` on a thread; wait for it up to `patience` seconds. Its error is the caller's, or, later, `error`'s."""
+        done = threading.Event()
+        hand_over = threading.Lock()
+        outcome: list[BaseException] = []
+        left = False
+        who = acting_as()
+
+        def body() -> None:
+            try:
+                with acting(who):
+                    work()
+            except BaseException as error:
+                with hand_over:
+                    outcome.append(error)
+                    late = left
+                if not isinstance(error, EngineError | OSError):
+                    log.exception("%s of container %s failed", command, container.name)
+                if late:
+                    self._late(container, command, error)
+            finally:
+                done.set()
+                with self._guard:
+                    self._workers.discard(threading.current_thread())
+
+        thread = threading.Thread(target=body, name=f"{command}-{container.id[:12]}", daemon=True)
+        with self._guard:
+            self._workers.add(thread)
+        thread.start()
+        done.wait(patience)
+        with hand_over:
+            left = True
+            if outcome:
+                raise outcome[0]
+
+    def _late(self, container: Container, command: str, error: BaseException) -> None:
+        log.warning("%s of container %s failed: %s", command, container.name, error)
+        if not isinstance(error, EngineError):
+            error = RuntimeFailure(f"{type(error).__name__}: {error}")
+        self._failures.record(container.object, command, error)
+
+    def resume_stop(self, container: Container) -> None:
+        """Take up a stop that an earlier daemon did not finish."""
+        self._bounded(container, "stop", 0.0, lambda: self._stop(container, None, True))
+
+    def close(self) -> None:
+        """Let go of all containers; they go on running."""
+        self.records.close()
+        deadline = time.monotonic() + 1.0
+        self.monitor.close()
+        with self._guard:
+            workers = list(self._workers)
+        for thread in workers:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with self._guard:
+            logs = list(self._logs.values())
+            self._logs.clear()
+        for item in logs:
+            item.close()
+
+    def discard_directory(self, id: str) -> None:
+        """Delete the directory of a container that has no row."""
+        self._mounts.forget(id)
+        aside = self._tmp / f"removed-{id}"
+        shutil.rmtree(aside, ignore_errors=True) if aside.exists() else None
+        os.rename(self._root / id, aside)
+        host.remove_tree(aside)
+
+    def directories(self) -> list[str]:
+        """The ids that have a directory."""
+        return sorted(path.name for path in self._root.iterdir())
+
+
+def _grace(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 <= seconds <= MAX_GRACE:
+        raise InvalidArgument(f"stop: seconds between 0 and {MAX_GRACE:.0f} expected", at=f"{seconds:g}")
+    return seconds
