@@ -122,7 +122,7 @@ paths = st.lists(st.sampled_from(["a", "b", "etc", "x y", "é"]), min_size=1, ma
             "memory": st.integers(6 << 20, 1 << 60),
             "cpus": st.floats(0.001, 4096),
             "pids": st.integers(1, 1 << 40),
-            "cap_add": st.lists(st.sampled_from(["ALL", *spec.CAPABILITIES]), max_size=4).map(tuple),
+            "cap_add": st.lists(st.sampled_from(["ALL", *spec.known_capabilities()]), max_size=4).map(tuple),
             "cap_drop": st.lists(st.sampled_from(["all", *spec.CAPABILITIES]), max_size=4).map(tuple),
         },
     ),
@@ -171,6 +171,14 @@ def test_capabilities(rootfs: Path) -> None:
     assert caps(privileged=True, cap_drop=("ALL",)) == everything
     with pytest.raises(InvalidArgument, match="cap_add"):
         caps(cap_add=("FLY",))
+
+
+def test_a_capability_this_host_does_not_grant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "known_capabilities", lambda: ("CAP_CHOWN", "CAP_KILL"))
+    assert spec.capabilities(ContainerConfig()) == ["CAP_CHOWN", "CAP_KILL"]
+    assert spec.capabilities(ContainerConfig(privileged=True)) == ["CAP_CHOWN", "CAP_KILL"]
+    with pytest.raises(Unsupported, match="CAP_SYS_ADMIN"):
+        spec.capabilities(ContainerConfig(cap_add=("SYS_ADMIN",)))
 
 
 def test_limits(rootfs: Path) -> None:

@@ -165,7 +165,8 @@ def launch(
     argv = [conmon, "--api-version", "1", "-c", files.id, "-u", files.id, "-n", files.id, "-r", runtime]
     argv += ["-b", str(files.bundle), "-p", str(files.pid), "-P", str(files.conmon_pid), "--full-attach"]
     argv += ["--exit-dir", str(files.exit.parent), "--persist-dir", str(files.run / "persist")]
-    argv += ["-l", f"k8s-file:{files.log}", "--log-level", "warning"]
+    relative = os.path.relpath(files.log, files.run)  # conmon splits this option at colons, and stays where it is
+    argv += ["-l", f"k8s-file:{relative}", "--log-level", "warning"]
     argv += [word for arg in runtime_args for word in ("--runtime-arg", arg)]
     if terminal:
         argv.append("-t")

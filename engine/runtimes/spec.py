@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InvalidArgument
+from engine.errors import InvalidArgument, Unsupported
 from engine.model import ContainerConfig, MountKind, SeccompMode
 from engine.runtimes import seccomp
 from engine.runtimes.base import RunSpec
@@ -121,12 +121,13 @@ class Cgroups:
 
 
 def known_capabilities() -> tuple[str, ...]:
-    """Those this kernel has."""
+    """Those this process may give: the kernel knows them, and they are in its own bounding set (proc(5) CapBnd)."""
     try:
-        last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
-    except (OSError, ValueError):
-        last = len(CAPABILITIES) - 1
-    return CAPABILITIES[: last + 1]
+        status = Path("/proc/self/status").read_text()
+        bounding = int(status.partition("CapBnd:")[2].split()[0], 16)
+    except (OSError, ValueError, IndexError):
+        return CAPABILITIES
+    return tuple(name for bit, name in enumerate(CAPABILITIES) if bounding >> bit & 1)
 
 
 def capabilities(config: ContainerConfig) -> list[str]:
@@ -142,6 +143,9 @@ def capabilities(config: ContainerConfig) -> list[str]:
         return out
 
     add, drop, known = named(config.cap_add, "cap_add"), named(config.cap_drop, "cap_drop"), known_capabilities()
+    for name in add:
+        if name not in known and name != "CAP_ALL":
+            raise Unsupported(f"cap_add: this host does not grant {name}", at=name)
     if config.privileged:
         return list(known)
     if "CAP_ALL" in add:
