@@ -185,9 +185,7 @@ class Containers:
         os.chmod(directory / "upper", 0o755)
         os.chmod(directory / "logs", 0o700)
 
-    def run(
-        self, image: str, name: str | None = None, argv: Sequence[str] | None = None, **more: object
-    ) -> Container:
+    def run(self, image: str, name: str | None = None, argv: Sequence[str] | None = None, **more: object) -> Container:
         """Create and start. `argv` replaces the image's CMD; `more` are further config fields. It stays when the start
         fails, so that what went wrong can be seen."""
         if not image:
@@ -230,7 +228,9 @@ class Containers:
                     for field in fields.FIELDS:
                         if field not in fields.LIVE and getattr(config, field) != getattr(now.config, field):
                             raise Busy(
-                                f"{field}: cannot change while the container is {now.state}", at=field, hint="stop it first"
+                                f"{field}: cannot change while the container is {now.state}",
+                                at=field,
+                                hint="stop it first",
                             )
             return config
 

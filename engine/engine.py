@@ -6,18 +6,27 @@ the parts it holds. Thread-safe; `close` leaves containers running and takes les
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging.handlers
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 
 from engine import host
 from engine.containers import Containers
+from engine.drivers import Drivers
+from engine.errors import EngineError, NoSpace
 from engine.events import Journal, acting
 from engine.failures import Failures
 from engine.images.catalog import Images
 from engine.jobs import Jobs
+from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
+from engine.reconcile import reconcile
 from engine.store.blobs import Blobs
 from engine.store.layers import Layers
 from engine.store.meta import Meta
@@ -25,6 +34,19 @@ from engine.store.trees import Trees
 from engine.volumes import Volumes
 
 log = logging.getLogger(__name__)
+
+LOG_SIZE, LOG_KEPT = 4 << 20, 3  # bytes of engine.log, and how many older ones
+DIRECTORIES = ("blobs", "layers", "trees", "containers", "volumes", "run", "tmp")
+PARTIAL = "partial-"  # downloads in tmp/ that can be resumed
+MAX_LINE = 2000  # characters of a command line kept in its event
+
+
+def version() -> str:
+    """Of the installed project; `unknown` when it runs from a bare tree."""
+    try:
+        return metadata.version("flying-dutchman")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 class Engine:
@@ -34,36 +56,197 @@ class Engine:
     the holder, when another daemon has the store.
     """
 
-    store: Path
-    meta: Meta
-    blobs: Blobs
-    layers: Layers
-    trees: Trees
-    images: Images
-    containers: Containers
-    volumes: Volumes
-    mounts: RootfsMounts
-    jobs: Jobs
-    journal: Journal
-    failures: Failures
-    version: str
+    def __init__(self, store: Path, *, runtime: str = "auto", mount: Path | None = None) -> None:
+        self.store = Path(os.path.abspath(store))
+        self.mount = mount
+        self.version = version()
+        self._started = time.monotonic()
+        self._closed = False
+        self.drivers = Drivers(runtime, self.store / "containers")
+        with ExitStack() as undo:
+            self._open(undo)
+            self._stack = undo.pop_all()
 
-    def __init__(self, store: Path, *, runtime: str = "auto", mount: Path | None = None) -> None: ...
+    def _open(self, undo: ExitStack) -> None:
+        """Everything, in order; what has been opened is closed again when a later step fails."""
+        self.store.mkdir(parents=True, exist_ok=True, mode=0o700)
+        holder = f"pid {os.getpid()}" + (f", mount {self.mount}" if self.mount else "")
+        undo.callback(host.lock_file(self.store / "lock", holder).close)
+        for name in DIRECTORIES:
+            (self.store / name).mkdir(mode=0o700, exist_ok=True)
+        undo.callback(self._log_to_file())
+        self._empty_tmp()
+        self.meta = Meta(self.store / "db.sqlite")
+        undo.callback(self.meta.close)
+        os.chmod(self.store / "db.sqlite", 0o600)
+        self.journal = Journal(self.meta)
+        undo.callback(self.journal.close)
+        self.failures = Failures(self.meta)
+        self.blobs = Blobs(self.store, self.meta)
+        self.layers = Layers(self.store, self.meta)
+        self.trees = Trees(self.store, self.meta, self.layers)
+        self.images = Images(self.meta, self.blobs, self.layers, self.trees, self.journal)
+        self.volumes = Volumes(self.store, self.meta, self.journal)
+        self.mounts = RootfsMounts(self.store, self.trees)
+        self.jobs = Jobs(self.meta, self.journal)
+        undo.callback(self.jobs.close)
+        self.containers = Containers(
+            self.store,
+            self.meta,
+            self.journal,
+            self.failures,
+            self.images,
+            self.trees,
+            self.volumes,
+            self.mounts,
+            self.drivers,
+        )
+        undo.callback(self.drivers.close)
+        undo.callback(self.containers.close)
+        self._check_files()
+        self.volumes.reconcile()
+        name, probe = self.drivers.probe()
+        self._runtime = f"{name}: {probe.reason}" if probe.ok else f"{name}, not usable here: {probe.reason}"
+        self.journal.append(
+            "engineStarted", "engine", {"version": self.version, "pid": os.getpid(), "runtime": self._runtime}
+        )
+        reconcile(self.containers)
+        self.containers.monitor.start()
+        log.info("store %s open; runtime %s", self.store, self._runtime)
+
+    def _log_to_file(self) -> Callable[[], None]:
+        """engine.log gets what the engine's and the mount's loggers say; returns how to end that."""
+        handler = logging.handlers.RotatingFileHandler(
+            self.store / "engine.log", maxBytes=LOG_SIZE, backupCount=LOG_KEPT, encoding="utf-8"
+        )
+        formatter = logging.Formatter(
+            "%(asctime)s.%(msecs)03dZ %(levelname)s %(threadName)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"
+        )
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+        loggers = [logging.getLogger(name) for name in ("engine", "fdfs")]
+        for logger in loggers:
+            logger.addHandler(handler)
+            if logger.level == logging.NOTSET:
+                logger.setLevel(logging.INFO)
+
+        def end() -> None:
+            for logger in loggers:
+                logger.removeHandler(handler)
+            handler.close()
+
+        return end
+
+    def _empty_tmp(self) -> None:
+        """Drop what was in the making when the last daemon ended; downloads to be resumed stay."""
+        for path in (self.store / "tmp").iterdir():
+            if path.name.startswith(PARTIAL):
+                continue
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    host.remove_tree(path)
+                else:
+                    path.unlink()
+            except OSError:
+                log.warning("tmp/%s cannot be removed", path.name, exc_info=True)
+
+    def _check_files(self) -> None:
+        """A quick check that what the catalog lists is there; a miss is a warning, found again where it is used."""
+        for layer in self.layers.all():
+            if not self.layers.data_path(layer.diff_id).exists():
+                log.warning("layer %s has lost its data file: pull its images again", layer.diff_id)
+
+    # --- what people read ---------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, str]:
-        """Flat keys, in the order people read them: version, pid, store, mount, runtime, containers, …"""
-        ...
+        """Flat keys, in the order people read them."""
+        counts = self.containers.records.counts()
+        out = {
+            "version": self.version,
+            "pid": str(os.getpid()),
+            "uptime_seconds": str(int(time.monotonic() - self._started)),
+            "store": str(self.store),
+            "mount": str(self.mount or ""),
+            "runtime": self._runtime,
+            "rootfs": self._rootfs(),
+            "images": str(self._count("images")),
+            "layers": str(self._count("layers")),
+            "volumes": str(self._count("volumes")),
+            "containers": str(sum(counts.values())),
+        }
+        for state in State:
+            if state is not State.REMOVED:
+                out[f"containers_{state}"] = str(counts.get(state, 0))
+        out["jobs_running"] = str(self._count("jobs", "WHERE state = 'running'"))
+        out["events"] = str(self.journal.last)
+        try:
+            room = os.statvfs(self.store)
+            out["free_bytes"] = str(room.f_bavail * room.f_frsize)
+        except OSError:
+            pass
+        return out
+
+    def _rootfs(self) -> str:
+        try:
+            self.mounts.supported()
+        except EngineError as error:
+            return f"not mountable here: {error.reason}"
+        return "EROFS and overlay"
+
+    def _count(self, table: str, where: str = "") -> int:
+        row = self.meta.row(f"SELECT count(*) AS n FROM {table} {where}")
+        return int(row["n"]) if row else 0
+
+    # --- commands -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def command(self, object: str, line: str, *, who: str = "") -> Iterator[None]:
         """Around carrying out one line written to a ctl (or a field, or a document) of `object`.
 
         Events in the block carry `who` (such as `uid=0 pid=4711`), a `verb` event records the line, and an EngineError
-        is recorded in `error` before it goes on.
+        is recorded in `error` before it goes on. On a full disk nothing is carried out: NoSpace.
         """
-        ...
+        with acting(who):
+            try:
+                self.journal.append("verb", object or "engine", {"command": line[:MAX_LINE]})
+                yield
+            except EngineError as error:
+                self.failures.record(object, line, error)
+                raise
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    full = NoSpace("the disk that holds the store is full", at=str(error.filename or "") or None)
+                    self.failures.record(object, line, full)
+                    raise full from error
+                wrapped = EngineError(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+                self.failures.record(object, line, wrapped)
+                raise
+
+    # --- the end ------------------------------------------------------------------------------------------------
 
     def close(self, *, unmount: bool = False) -> None:
-        """Stop the threads and let go of the store; containers go on running. `unmount`: also take down the root
-        filesystems of containers that do not run. Idempotent."""
-        ...
+        """Stop the threads and let go of the store; containers go on running. Idempotent.
+
+        `unmount`: also take down the root filesystems of containers that do not run.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if unmount and host.LINUX and host.is_root():
+            keep = {
+                container.id
+                for container in self.containers.all()
+                if container.state in ALIVE or container.state is State.STARTING
+            }
+            try:
+                self.mounts.release_all(keep)
+            except (EngineError, OSError):
+                log.warning("not everything could be unmounted", exc_info=True)
+        log.info("store %s closes", self.store)
+        self._stack.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

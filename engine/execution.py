@@ -250,9 +250,7 @@ class Execution:
         with self.locked(container.id) as handle:
             handle.run += 1
             run = handle.run
-            self.driver_of(container).watch(
-                container.id, lambda _, result: self.exited(container.id, run, result)
-            )
+            self.driver_of(container).watch(container.id, lambda _, result: self.exited(container.id, run, result))
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -323,7 +321,7 @@ class Execution:
                         driver.resume(id)  # a frozen process sees the signal once it goes on
                 except (Busy, NotFound) as error:
                     log.info("container %s ended before it was signalled: %s", id, error)
-        except EngineError as error:
+        except EngineError:
             self.recorded(lambda: self._refused(id, error))
             raise
         if self._ended_within(id, grace):

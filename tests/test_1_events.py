@@ -69,7 +69,9 @@ def test_a_rolled_back_event_never_was(meta: Meta) -> None:
 @given(
     batches=st.lists(
         st.tuples(
-            st.lists(st.tuples(st.sampled_from(["engine", "container/a", "volume/ü"]), st.text(max_size=30)), max_size=5),
+            st.lists(
+                st.tuples(st.sampled_from(["engine", "container/a", "volume/ü"]), st.text(max_size=30)), max_size=5
+            ),
             st.booleans(),
         ),
         max_size=12,

@@ -43,7 +43,9 @@ def test_newest_first_at_most_eight_and_each_object_its_own(meta: Meta) -> None:
         failures.record("container/1", f"start {number}", Busy(f"reason {number}"))
     failures.record("", "bogus", InvalidArgument("what?"))
     text = failures.text("container/1")
-    assert [line for line in text.splitlines() if line.startswith("reason")] == [f"reason {n}" for n in range(11, 3, -1)]
+    assert [line for line in text.splitlines() if line.startswith("reason")] == [
+        f"reason {n}" for n in range(11, 3, -1)
+    ]
     assert text.count("EBUSY") == KEPT
     assert "bogus" in failures.text("") and "bogus" not in text
     assert failures.mtime_ns("container/1") > 0 == failures.mtime_ns("volumes")
