@@ -2,8 +2,8 @@
 
 Only here: what a verb means, from its check to its end. A verb first moves the state (the check, the new state and its
 event are one transaction), then carries it out on a thread of its own and waits for that a bounded time: `start` and
-`remove` 5 s, `stop` and `restart` about one. What takes longer goes on by itself; a failure after the caller has left is
-kept in the container's `error`.
+`remove` 5 s, `stop` and `restart` about one. What takes longer goes on by itself; a failure after the caller has left
+is kept in the container's `error`.
 
 Threading: all methods from any thread. Readers never wait; verbs on one container exclude each other by its state.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shutil
 import signal as signals
 import threading
 import time
@@ -23,8 +22,8 @@ from pathlib import Path
 from engine import fields, host, lifecycle
 from engine.changes import changes
 from engine.drivers import Drivers
-from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, RuntimeFailure
-from engine.events import Journal, acting, acting_as
+from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from engine.events import Journal
 from engine.execution import Execution
 from engine.failures import Failures
 from engine.images.catalog import Images
@@ -43,6 +42,7 @@ from engine.stats import resources
 from engine.store.meta import Meta
 from engine.store.trees import Trees
 from engine.volumes import Volumes
+from engine.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +66,13 @@ class Containers:
     ) -> None:
         self._root = store / "containers"
         self._tmp = store / "tmp"
-        self._failures = failures
         self._images = images
         self._trees = trees
         self._volumes = volumes
         self._mounts = mounts
-        self._guard = threading.Lock()  # of the two below
+        self._guard = threading.Lock()  # of the logs
         self._logs: dict[str, ContainerLogs] = {}
-        self._workers: set[threading.Thread] = set()
+        self._workers = Workers(failures)
         self.records = Records(meta, journal)
         self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers)
         self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of)
@@ -169,7 +168,7 @@ class Containers:
     # --- making and configuring ---------------------------------------------------------------------------------
 
     def create(self, name: str, config: ContainerConfig | None = None) -> Container:
-        """A container in state created. AlreadyExists when the name is taken; NotFound for an image that is not here."""
+        """A container in state created. AlreadyExists when the name is taken; NotFound for an image not here."""
         check_name(name, "container")
         config = config or fields.validated({})
         self._check(config)
@@ -194,10 +193,7 @@ class Containers:
         if argv:
             data["command"] = list(argv)
         config = fields.validated(data, "run")
-        if name is not None:
-            container = self.create(name, config)
-        else:
-            container = self._create_named(config)
+        container = self._create_named(config) if name is None else self.create(name, config)
         self.start(container.name)
         return self.records.by_id(container.id)
 
@@ -264,7 +260,7 @@ class Containers:
 
     def start(self, name: str) -> None:
         container = self.records.move(self.get(name).id, State.STARTING, verb=Verb.START)
-        self._bounded(container, "start", START_PATIENCE, lambda: self._start(container.id))
+        self._workers.bounded(container.object, "start", START_PATIENCE, lambda: self._start(container.id))
 
     def _start(self, id: str) -> None:
         self.execution.start(id)
@@ -277,7 +273,7 @@ class Containers:
         before = self.get(name)
         container = self.records.move(before.id, State.STOPPING, verb=Verb.STOP)
         paused = before.state is State.PAUSED
-        self._bounded(container, "stop", STOP_PATIENCE, lambda: self._stop(container, grace, paused))
+        self._workers.bounded(container.object, "stop", STOP_PATIENCE, lambda: self._stop(container, grace, paused))
 
     def _stop(self, container: Container, grace: float | None, paused: bool) -> None:
         configured = container.config.stop_grace_period
@@ -291,7 +287,7 @@ class Containers:
         lifecycle.permit(before.state, Verb.RESTART)
         if before.state is State.STOPPED:
             container = self.records.move(before.id, State.STARTING, verb=Verb.RESTART, restarts=before.restarts + 1)
-            self._bounded(container, "restart", START_PATIENCE, lambda: self._start(container.id))
+            self._workers.bounded(container.object, "restart", START_PATIENCE, lambda: self._start(container.id))
             return
         container = self.records.move(before.id, State.STOPPING, verb=Verb.RESTART)
 
@@ -302,7 +298,7 @@ class Containers:
             again = self.records.move(container.id, State.STARTING, verb=Verb.RESTART, restarts=container.restarts + 1)
             self._start(again.id)
 
-        self._bounded(container, "restart", STOP_PATIENCE, work)
+        self._workers.bounded(container.object, "restart", STOP_PATIENCE, work)
 
     def kill(self, name: str, signal: str | int = "KILL") -> None:
         """Send a signal to its first process. After SIGKILL, waits up to a second for its end."""
@@ -336,13 +332,13 @@ class Containers:
         container = self.records.by_id(container.id)
         if container.state is not State.REMOVING:
             container = self.records.move(container.id, State.REMOVING, verb=Verb.REMOVE)
-        self._bounded(container, "remove", START_PATIENCE, lambda: self.finish_removal(container))
+        self._workers.bounded(container.object, "remove", START_PATIENCE, lambda: self.finish_removal(container))
 
     def _kill_now(self, container: Container) -> None:
         if container.state is not State.STOPPING:
             container = self.records.move(container.id, State.STOPPING, reason="removed by force")
-            self._bounded(
-                container,
+            self._workers.bounded(
+                container.object,
                 "remove",
                 START_PATIENCE,
                 lambda: self.execution.stop(container, signals.SIGKILL, START_PATIENCE, paused=False),
@@ -373,62 +369,18 @@ class Containers:
         except OSError:
             log.warning("not all of %s was deleted; the next start clears tmp/", aside, exc_info=True)
 
-    # --- working beside the caller ------------------------------------------------------------------------------
-
-    def _bounded(self, container: Container, command: str, patience: float, work: Callable[[], None]) -> None:
-        """Do `work` on a thread; wait for it up to `patience` seconds. Its error is the caller's, or, later, `error`'s."""
-        done = threading.Event()
-        hand_over = threading.Lock()
-        outcome: list[BaseException] = []
-        left = False
-        who = acting_as()
-
-        def body() -> None:
-            try:
-                with acting(who):
-                    work()
-            except BaseException as error:
-                with hand_over:
-                    outcome.append(error)
-                    late = left
-                if not isinstance(error, EngineError | OSError):
-                    log.exception("%s of container %s failed", command, container.name)
-                if late:
-                    self._late(container, command, error)
-            finally:
-                done.set()
-                with self._guard:
-                    self._workers.discard(threading.current_thread())
-
-        thread = threading.Thread(target=body, name=f"{command}-{container.id[:12]}", daemon=True)
-        with self._guard:
-            self._workers.add(thread)
-        thread.start()
-        done.wait(patience)
-        with hand_over:
-            left = True
-            if outcome:
-                raise outcome[0]
-
-    def _late(self, container: Container, command: str, error: BaseException) -> None:
-        log.warning("%s of container %s failed: %s", command, container.name, error)
-        if not isinstance(error, EngineError):
-            error = RuntimeFailure(f"{type(error).__name__}: {error}")
-        self._failures.record(container.object, command, error)
+    # --- for reconcile.py and engine.py -------------------------------------------------------------------------------
 
     def resume_stop(self, container: Container) -> None:
         """Take up a stop that an earlier daemon did not finish."""
-        self._bounded(container, "stop", 0.0, lambda: self._stop(container, None, True))
+        self._workers.bounded(container.object, "stop", 0.0, lambda: self._stop(container, None, True))
 
     def close(self) -> None:
         """Let go of all containers; they go on running."""
         self.records.close()
         deadline = time.monotonic() + 1.0
         self.monitor.close()
-        with self._guard:
-            workers = list(self._workers)
-        for thread in workers:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self._workers.join(max(0.0, deadline - time.monotonic()))
         with self._guard:
             logs = list(self._logs.values())
             self._logs.clear()
@@ -439,7 +391,7 @@ class Containers:
         """Delete the directory of a container that has no row."""
         self._mounts.forget(id)
         aside = self._tmp / f"removed-{id}"
-        shutil.rmtree(aside, ignore_errors=True) if aside.exists() else None
+        host.remove_tree(aside)
         os.rename(self._root / id, aside)
         host.remove_tree(aside)
 

@@ -1,6 +1,7 @@
 """Which runtime driver runs what. Floor 3.
 
-Only here: the engine's default and the choice per container. Drivers are opened when first needed and kept. Thread-safe.
+Only here: the engine's default and the choice per container. Drivers are opened when first needed and kept.
+Thread-safe.
 """
 
 from __future__ import annotations

@@ -340,9 +340,11 @@ class Execution:
             code = LOST if now.exit_code is None else now.exit_code
             self.exited(id, run, Exit(code, now.oom, now.finished_ns or time.time_ns()))
             return
-        error = RuntimeFailure(f"still running {KILL_PATIENCE:.0f} s after SIGKILL", hint="its process may hang in I/O")
-        self.recorded(lambda: self._refused(id, error))
-        raise error
+        refusal = RuntimeFailure(
+            f"still running {KILL_PATIENCE:.0f} s after SIGKILL", hint="its process may hang in I/O"
+        )
+        self.recorded(lambda: self._refused(id, refusal))
+        raise refusal
 
     def _refused(self, id: str, error: EngineError) -> None:
         self._records.move(id, State.RUNNING, only=State.STOPPING, reason=one_line(f"stop refused: {error.reason}"))

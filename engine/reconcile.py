@@ -5,7 +5,7 @@ anything else touches containers.
 
     found in the catalog    found running               becomes
     starting                not yet executed            stopped: the start is rolled back
-    starting                running, paused             running, paused: the start had succeeded, only the note of it was lost
+    starting                running, paused             running, paused: only the note of it was lost
     starting                ended                       running, then stopped with its exit code
     running, paused         running, paused             what is found; watched again
     stopping                running, paused             stopping: the stop is taken up again
