@@ -1,0 +1,117 @@
+"""Log lines per second: a container writing as fast as it can, under conmon alone and under our driver with a follower.
+
+Prints JSON lines: {"bench": "logs", "what", "who", "lines", "lines_per_second", ...}. `alone` is conmon and runc as
+podman calls them, nobody reading; `ours` is the oci driver, with rotation at 16 MiB and a follower that reads every
+byte of the stdout view while it is written, as `tail -f` does. `index` and `json` read a finished log from cold.
+Needs root on Linux, runc, conmon and busybox-static. Usage: python tools/bench/logs.py [--lines N] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from engine.logs import ContainerLogs
+from engine.model import ContainerConfig
+from engine.runtimes.base import make_spec
+from engine.runtimes.oci import OciRuntime
+
+LINE = "x" * 79
+
+
+def rootfs(place: Path) -> Path:
+    root = place / "rootfs"
+    (root / "bin").mkdir(parents=True)
+    shutil.copy("/bin/busybox", root / "bin" / "busybox")
+    for name in ("sh", "yes", "head", "true", "echo"):
+        (root / "bin" / name).symlink_to("busybox")
+    return root
+
+
+def burst(place: Path, root: Path, name: str, lines: int, follow: bool) -> tuple[float, int]:
+    """(seconds from start to the exit, lines that arrived)."""
+    runtime = OciRuntime(place / "containers", state=place / "state")
+    directory = place / "containers" / name
+    directory.mkdir(parents=True)
+    config = ContainerConfig(command=("sh", "-c", f"yes {LINE} | head -n {lines}"))  # type: ignore[call-arg]
+    runtime.create(make_spec(id=name, name=name, directory=directory, rootfs=root, config=config))
+    ended = threading.Event()
+    runtime.watch(name, lambda id, end: ended.set())
+    begin = time.perf_counter()
+    runtime.start(name)
+    seen = 0
+    if follow:
+        logs, offset, next_look = ContainerLogs(directory / "logs"), 0, 0.0
+        while True:
+            over = ended.is_set()
+            part = logs.read("stdout", offset, 1 << 17)
+            seen += part.count(b"\n")
+            offset += len(part)
+            if time.monotonic() > next_look:
+                next_look = time.monotonic() + 0.2
+                logs.maybe_rotate(16 << 20, None, lambda: runtime.reopen_log(name))
+            if not part:
+                if over and logs.caught_up("stdout", 0):
+                    break
+                time.sleep(0.005)
+        seconds = time.perf_counter() - begin
+        assert logs.size("stdout") == offset
+        logs.close()
+    else:
+        ended.wait()
+        seconds = time.perf_counter() - begin
+        with (directory / "logs" / "ctr.log").open("rb") as file:
+            while data := file.read(1 << 20):
+                seen += data.count(b"\n")
+    runtime.delete(name)
+    runtime.close()
+    return seconds, seen
+
+
+def cold(directory: Path, view: str) -> tuple[float, float, int]:
+    """(seconds to index, seconds to read all after that, bytes) of a finished log."""
+    logs = ContainerLogs(directory)
+    begin = time.perf_counter()
+    logs.caught_up(view, 600)
+    indexed = time.perf_counter() - begin
+    begin, offset, size = time.perf_counter(), 0, logs.size(view)
+    while offset < size:
+        offset += len(logs.read(view, offset, 1 << 17))
+    done = time.perf_counter() - begin
+    logs.close()
+    return indexed, done, size
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--lines", type=int, default=1_000_000)
+    options.add_argument("--rounds", type=int, default=3)
+    given = options.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="dutchman-bench-"))
+    try:
+        root = rootfs(place)
+        for number in range(given.rounds):
+            for who, follow in (("alone", False), ("ours", True)):
+                seconds, seen = burst(place, root, f"{who}{number}", given.lines, follow)
+                row = {"bench": "logs", "what": "burst", "who": who, "round": number, "lines": seen}
+                print(json.dumps(row | {"seconds": round(seconds, 3), "lines_per_second": round(seen / seconds)}))
+        directory = place / "containers" / "alone0" / "logs"
+        for view in ("stdout", "all.jsonl"):
+            indexed, read, size = cold(directory, view)
+            row = {"bench": "logs", "what": "cold", "who": "ours", "view": view, "lines": given.lines, "bytes": size}
+            row |= {"index_lines_per_second": round(given.lines / max(indexed, 1e-9))}
+            print(json.dumps(row | {"read_lines_per_second": round(given.lines / max(read, 1e-9))}))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

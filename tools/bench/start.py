@@ -1,0 +1,105 @@
+"""From start to the first log line: our driver against `runc run` of the same bundle.
+
+Prints JSON lines: {"bench": "start", "who", "median_ms", "p90_ms", "rounds"}. Rows: `runc run` of the very config.json,
+until its first line has come through a pipe; `create+start` by the oci driver, until that line is in the stdout view;
+`start` the same for a container created before. Alternating, so that all see the same machine.
+Needs root on Linux, runc, conmon and busybox-static. Usage: python tools/bench/start.py [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from logs import rootfs
+
+from engine.logs import ContainerLogs
+from engine.model import ContainerConfig
+from engine.runtimes import spec
+from engine.runtimes.base import RunSpec, make_spec
+from engine.runtimes.oci import OciRuntime
+
+
+def prepared(place: Path, root: Path, name: str) -> RunSpec:
+    directory = place / "containers" / name
+    directory.mkdir(parents=True)
+    config = ContainerConfig(command=("echo", "hello"))  # type: ignore[call-arg]
+    return make_spec(id=name, name=name, directory=directory, rootfs=root, config=config)
+
+
+def bare(place: Path, root: Path, name: str) -> float:
+    """Seconds until the first line of `runc run`."""
+    run = prepared(place, root, name)
+    spec.prepare(run)
+    (run.directory / "config.json").write_text(json.dumps(spec.build(run, spec.Cgroups.detect())))
+    argv = ["runc", "--root", str(place / "bare"), "run", "--bundle", str(run.directory), name]
+    begin = time.perf_counter()
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"hello\n"
+        return time.perf_counter() - begin
+
+
+def ours(runtime: OciRuntime, place: Path, root: Path, name: str) -> tuple[float, float]:
+    """Seconds of create + start, and of start alone, until the first line is in the view."""
+    run = prepared(place, root, name)
+    begin = time.perf_counter()
+    runtime.create(run)
+    logs = ContainerLogs(run.log.parent)
+    created = time.perf_counter()
+    runtime.start(name)
+    while logs.read("stdout", 0, 100) != b"hello\n":
+        time.sleep(0.0002)
+    end = time.perf_counter()
+    logs.close()
+    runtime.delete(name)
+    return end - begin, end - created
+
+
+def row(who: str, seconds: list[float]) -> None:
+    ordered = sorted(seconds)
+    p90 = ordered[int(len(ordered) * 0.9)]
+    facts = {
+        "bench": "start",
+        "who": who,
+        "rounds": len(seconds),
+        "median_ms": round(1e3 * statistics.median(ordered), 1),
+    }
+    print(json.dumps(facts | {"p90_ms": round(1e3 * p90, 1)}))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=30)
+    given = options.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="dutchman-bench-"))
+    runtime = OciRuntime(place / "containers", state=place / "state")
+    try:
+        root = rootfs(place)
+        print(json.dumps({"bench": "start", "probe": runtime.probe().reason, "version": runtime.probe().version}))
+        plain, both, only = [], [], []
+        for number in range(given.rounds):
+            plain.append(bare(place, root, f"bare{number}"))
+            whole, start = ours(runtime, place, root, f"ours{number}")
+            both.append(whole)
+            only.append(start)
+        row("runc run", plain)
+        row("create+start", both)
+        row("start", only)
+    finally:
+        runtime.close()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
