@@ -321,8 +321,9 @@ class Execution:
                         driver.resume(id)  # a frozen process sees the signal once it goes on
                 except (Busy, NotFound) as error:
                     log.info("container %s ended before it was signalled: %s", id, error)
-        except EngineError:
-            self.recorded(lambda: self._refused(id, error))
+        except EngineError as error:
+            failed = error
+            self.recorded(lambda: self._refused(id, failed))
             raise
         if self._ended_within(id, grace):
             return
