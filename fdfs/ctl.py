@@ -1,8 +1,8 @@
 """The control grammar: one line is one command; words are split as a POSIX shell does; a table says what exists.
 
-Floor 5. Only here: parsing of lines, checking of arguments against a verb's usage, and the list a ctl shows when read. Who wrote
-what (an event) and what failed (the object's `error`) is recorded by `engine.command`, around each line. Runs in the
-thread of the write(2).
+Floor 5. Only here: parsing of lines, checking of arguments against a verb's usage, and the list a ctl shows when read.
+Who wrote what (an event) and what failed (the object's `error`) is recorded by `engine.command`, around each line. Runs
+in the thread of the write(2).
 """
 
 from __future__ import annotations

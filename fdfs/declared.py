@@ -139,7 +139,7 @@ class Declared:
                 raise AccessDenied("this file is part of its directory")
 
     def rename(self, path: bytes, to: bytes) -> None:
-        """Scratch onto a document commits it; a document onto scratch leaves a copy there; scratch moves as files do."""
+        """Scratch onto a document commits it; a document onto scratch leaves a copy there; scratch just moves."""
         there, new = posixpath.split(to)
         here, old = posixpath.split(path)
         file = self._scratch.get(here, old)

@@ -124,7 +124,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dir:
-    """A directory of fixed `rows`, of dynamic children (`names` lists them, `find` gives the row of one), or a graft."""
+    """A directory of fixed `rows`, of dynamic children (`names` lists, `find` gives the row of one), or a graft."""
 
     name: str
     doc: str

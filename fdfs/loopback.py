@@ -172,7 +172,7 @@ class Loopback:
 
     @contextmanager
     def _by_proc(self, path: bytes) -> Iterator[str]:
-        """A path for calls that take no descriptor, naming exactly what was resolved even if it is swapped meanwhile."""
+        """A path for calls that take no descriptor: it names what was resolved, even if that is swapped meanwhile."""
         with self._open(path, O_PATH) as fd:
             yield f"/proc/self/fd/{fd}"
 

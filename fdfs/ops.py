@@ -173,10 +173,7 @@ class Operations:
             if flags & os.O_TRUNC:
                 scratch.truncate(0)
             return self.opened(scratch), scratch
-        if isinstance(where, Found):
-            handle = self.declared.open(where, flags)
-        else:
-            handle = where[0].open(where[1], flags)
+        handle = self.declared.open(where, flags) if isinstance(where, Found) else where[0].open(where[1], flags)
         return self.opened(handle), handle
 
     def create(self, path: bytes, mode: int, flags: int) -> tuple[int, Handle]:

@@ -1,0 +1,353 @@
+"""containers/: create with mkdir, configure by files, command by ctl. Floor 5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine import fields
+from engine.errors import InvalidArgument, NotFound
+from engine.model import parse_config
+from fdfs.ctl import Call, Verb, table
+from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
+from fdfs.loopback import Loopback
+from fdfs.tree.caller import caller
+from fdfs.tree.errors import error_file
+from fdfs.tree.text import line, stamp
+
+WAIT_SECONDS = 0.9  # a blocked handler makes its caller unkillable: short
+
+
+def object_of(engine: Any, name: str) -> str:
+    return str(engine.containers.get(name).object)
+
+
+def containers_object(engine: Any) -> str:
+    return "containers"
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def state(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).state)
+
+
+def id_(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).id)
+
+
+def image(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).image)
+
+
+def pid(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).pid)
+
+
+def exit_code(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).exit_code)
+
+
+def created_at(engine: Any, name: str) -> str:
+    return stamp(engine.containers.get(name).created_ns)
+
+
+def started_at(engine: Any, name: str) -> str:
+    return stamp(engine.containers.get(name).started_ns)
+
+
+def finished_at(engine: Any, name: str) -> str:
+    return stamp(engine.containers.get(name).finished_ns)
+
+
+def restarts(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).restarts)
+
+
+def oom(engine: Any, name: str) -> str:
+    return line(bool(engine.containers.get(name).oom))
+
+
+def reason(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).reason)
+
+
+def runtime(engine: Any, name: str) -> str:
+    return line(engine.containers.get(name).runtime)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------
+
+
+def config_yaml(engine: Any, name: str) -> str:
+    return fields.config_text(engine.containers.get(name).config)
+
+
+def commit_config(engine: Any, name: str, document: bytes) -> None:
+    engine.containers.configure(name, parse_config(document))
+
+
+def _field_names(engine: Any, name: str) -> tuple[str, ...]:
+    return fields.FIELDS
+
+
+def _field(engine: Any, name: str, field: str) -> Row | None:
+    return FIELD if field in fields.FIELDS else None
+
+
+def field_text(engine: Any, name: str, field: str) -> str:
+    return fields.field_text(field, engine.containers.get(name).config)
+
+
+def set_field(engine: Any, name: str, field: str, text: str) -> None:
+    config = engine.containers.get(name).config
+    engine.containers.configure(name, fields.with_field(config, field, text))
+
+
+def field_object(engine: Any, name: str, field: str) -> str:
+    return object_of(engine, name)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def events_size(engine: Any, name: str) -> int:
+    return int(engine.journal.size(object_of(engine, name)))
+
+
+def events(engine: Any, name: str, offset: int, size: int) -> bytes:
+    return bytes(engine.journal.read(offset, size, object_of(engine, name)))
+
+
+def _log_names(engine: Any, name: str) -> tuple[str, ...]:
+    return ("stdout", "stderr", "all.jsonl")
+
+
+def _log(engine: Any, name: str, view: str) -> Row | None:
+    return LOG if view in _log_names(engine, name) else None
+
+
+def log_size(engine: Any, name: str, view: str) -> int:
+    return int(engine.containers.logs(name).size(view))
+
+
+def log_bytes(engine: Any, name: str, view: str, offset: int, size: int) -> bytes:
+    return bytes(engine.containers.logs(name).read(view, offset, size))
+
+
+def log_mtime(engine: Any, name: str, view: str) -> int:
+    return int(engine.containers.logs(name).mtime_ns()) or STARTED_NS
+
+
+def wait(engine: Any, name: str) -> str:
+    code = engine.containers.wait(name, WAIT_SECONDS)
+    return "" if code is None else line(code)
+
+
+def rootfs(engine: Any, name: str) -> Loopback:
+    return Loopback(Path(engine.containers.rootfs(name)), writable=True, caller=caller)
+
+
+def rootfs_source(engine: Any, name: str) -> BindSource:
+    """Only what is mounted already: looking at a container must not mount it."""
+    container = engine.containers.get(name)
+    mounted = engine.mounts.mounted(container.id)
+    return BindSource(directory=str(engine.mounts.merged(container.id)) if mounted else "")
+
+
+def diff(engine: Any, name: str) -> Loopback:
+    return Loopback(Path(engine.containers.upper(name)), writable=False, overlay_upper=True)
+
+
+def changes(engine: Any, name: str) -> bytes:
+    from engine.changes import changes_text
+
+    return changes_text(iter(engine.containers.changes(name)))
+
+
+def _mounts(engine: Any, name: str) -> list[Any]:
+    return list(engine.containers.get(name).config.volumes)
+
+
+def _mount_names(engine: Any, name: str) -> list[str]:
+    return [str(number) for number, mount in enumerate(_mounts(engine, name)) if mount.source]
+
+
+def _mount(engine: Any, name: str, number: str) -> Row | None:
+    return MOUNT if number in _mount_names(engine, name) else None
+
+
+def mount_target(engine: Any, name: str, number: str) -> str:
+    mount = _mounts(engine, name)[int(number)]
+    return f"../../../volumes/{mount.source}/data" if mount.type == "volume" else str(mount.source)
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------
+
+
+def valid(engine: Any, name: str) -> list[str]:
+    return [str(verb) for verb in engine.containers.verbs(name)]
+
+
+def _seconds(call: Call) -> float | None:
+    text = call.arg(0)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise InvalidArgument("seconds expected, 0 to 86400", at=text)
+    return value
+
+
+def start(engine: Any, name: str, call: Call) -> None:
+    engine.containers.start(name)
+
+
+def stop(engine: Any, name: str, call: Call) -> None:
+    engine.containers.stop(name, _seconds(call))
+
+
+def restart(engine: Any, name: str, call: Call) -> None:
+    engine.containers.restart(name)
+
+
+def kill(engine: Any, name: str, call: Call) -> None:
+    engine.containers.kill(name, call.arg(0) or "KILL")
+
+
+def pause(engine: Any, name: str, call: Call) -> None:
+    engine.containers.pause(name)
+
+
+def resume(engine: Any, name: str, call: Call) -> None:
+    engine.containers.resume(name)
+
+
+def remove(engine: Any, name: str, call: Call | None = None) -> None:
+    engine.containers.remove(name)
+
+
+def run(engine: Any, call: Call) -> str:
+    container = engine.containers.run(call.args[0], call.options.get("name"), list(call.rest) if call.rest else None)
+    return str(container.name)
+
+
+def create(engine: Any, name: str) -> None:
+    engine.containers.create(name, None)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def _names(engine: Any) -> list[str]:
+    return [container.name for container in engine.containers.all()]
+
+
+def _find(engine: Any, name: str) -> Row | None:
+    try:
+        engine.containers.get(name)
+    except (NotFound, InvalidArgument):
+        return None
+    return CONTAINER
+
+
+FIELD = File(
+    name="<field>",
+    doc="one field of config.yaml, applied at the write",
+    show=field_text,
+    set=set_field,
+    object=field_object,
+)
+LOG = File(
+    name="<stream>",
+    doc="stdout, stderr, or all.jsonl (JSON Lines with times): one ever-growing file over rotated segments",
+    read=log_bytes,
+    size=log_size,
+    mtime=log_mtime,
+)
+MOUNT = Link(name="<n>", doc="a volume or bind mount in use", target=mount_target)
+
+CONTAINER = Dir(
+    name="<name>",
+    doc="one container",
+    rmdir=remove,
+    object=object_of,
+    scratch=True,
+    rows=(
+        File(
+            name="ctl",
+            doc="what to do with it",
+            object=object_of,
+            valid=valid,
+            verbs=table(
+                Verb(name="start", doc="run it", run=start),
+                Verb(name="stop", args="[SECONDS]", doc="its stop signal, then SIGKILL after the seconds", run=stop),
+                Verb(name="restart", doc="stop and start", run=restart),
+                Verb(name="kill", args="[SIGNAL]", doc="a signal to its first process; KILL if not given", run=kill),
+                Verb(name="pause", doc="freeze its processes", run=pause),
+                Verb(name="resume", doc="thaw them", run=resume),
+                Verb(name="remove", doc="delete it and its changes, as rmdir does", run=remove),
+            ),
+        ),
+        error_file(object_of),
+        File(name="state", doc="created starting running paused stopping stopped removing", show=state),
+        File(
+            name="config.yaml",
+            doc="the whole spec; validated and applied when it is closed",
+            show=config_yaml,
+            commit=commit_config,
+            object=object_of,
+        ),
+        Dir(name="config", doc="the same, one value per file", names=_field_names, find=_field, kinds=(FIELD,)),
+        File(name="id", doc="64 hex digits", show=id_),
+        File(name="image", doc="manifest digest of the image it was started from; empty before", show=image),
+        File(name="pid", doc="its first process on the host while it runs", show=pid),
+        File(name="exit_code", doc="exit status of the last run; empty before", show=exit_code),
+        File(name="created_at", doc="when it was created", show=created_at),
+        File(name="started_at", doc="when it was last started", show=started_at),
+        File(name="finished_at", doc="when its last run ended", show=finished_at),
+        File(name="restarts", doc="how often it was restarted", show=restarts),
+        File(name="oom", doc="1 when its last run was ended for want of memory", show=oom),
+        File(name="reason", doc="why it is in its state; empty when ordinary", show=reason),
+        File(name="runtime", doc="the driver that runs it", show=runtime),
+        File(name="events", doc="its part of the journal: JSON Lines; grows", read=events, size=events_size),
+        File(
+            name="wait", doc="its exit code once it has stopped; empty after a second, read again to go on", wait=wait
+        ),
+        Dir(name="logs", doc="what it printed", names=_log_names, find=_log, kinds=(LOG,)),
+        Dir(name="rootfs", doc="its files, live and writable", graft=rootfs, bind=rootfs_source),
+        Dir(name="diff", doc="only what differs from the image, read-only", graft=diff),
+        File(name="changes", doc="A, M or D and a path per line, against the image", show=changes),
+        Dir(name="mounts", doc="volumes and bind mounts in use", names=_mount_names, find=_mount, kinds=(MOUNT,)),
+    ),
+)
+
+CONTAINERS = Dir(
+    name="containers",
+    doc="containers; mkdir creates one, rmdir removes it",
+    names=_names,
+    find=_find,
+    kinds=(CONTAINER,),
+    mkdir=create,
+    object=containers_object,
+    rows=(
+        File(
+            name="ctl",
+            doc="create and start in one line; the reply is the container's name",
+            object=containers_object,
+            verbs=table(
+                Verb(
+                    name="run",
+                    args="IMAGE [name=…] [-- ARGV…]",
+                    doc="create a container from an image and start it",
+                    run=run,
+                ),
+            ),
+        ),
+        error_file(containers_object),
+    ),
+)

@@ -1,0 +1,317 @@
+"""images/: what was pulled, loaded and imported; tags are symlinks, images are named by manifest digest. Floor 5.
+
+A reference such as ghcr.io/o/r:tag becomes nested directories that end in a symlink; images of docker.io/library are
+called by their short name, as people type them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from engine.images.pull import pull as pull_image
+
+from engine.errors import InvalidArgument, NotFound
+from engine.images import archive
+from engine.images.reference import parse as parse_reference
+from fdfs.ctl import Call, Verb, table
+from fdfs.entry import BindSource, Dir, File, Link, Row
+from fdfs.rootfs import TreeGraft
+from fdfs.tree.errors import error_file
+from fdfs.tree.text import line, lines, stamp
+
+# --- tags -------------------------------------------------------------------------------------------------------
+
+
+def _familiar(engine: Any) -> dict[str, str]:
+    """Short name -> digest of every tag."""
+    out = {}
+    for reference, digest in engine.images.tags().items():
+        out[parse_reference(reference).familiar()] = digest
+    return out
+
+
+def _tag_names(engine: Any, *parts: str) -> Iterable[str]:
+    prefix = "".join(f"{part}/" for part in parts)
+    names = _familiar(engine)
+    return {name[len(prefix) :].split("/")[0] for name in names if name.startswith(prefix)}
+
+
+def _tag_row(engine: Any, *parts: str) -> Row | None:
+    path = "/".join(parts)
+    names = _familiar(engine)
+    if any(name.startswith(f"{path}/") for name in names):
+        return TAG_DIR
+    return TAG if path in names else None
+
+
+def tag_target(engine: Any, *parts: str) -> str:
+    digest = _familiar(engine).get("/".join(parts))
+    if digest is None:
+        raise NotFound("no such tag", at="/".join(parts))
+    return "../" * (len(parts) - 1) + f"by-digest/{digest}"
+
+
+# --- an image ---------------------------------------------------------------------------------------------------
+
+
+def _image(engine: Any, digest: str) -> Row | None:
+    try:
+        engine.images.get(digest)
+    except (NotFound, InvalidArgument):
+        return None
+    return IMAGE
+
+
+def object_of(engine: Any, digest: str) -> str:
+    return f"image/{digest}"
+
+
+def manifest(engine: Any, digest: str) -> bytes:
+    return bytes(engine.images.manifest(digest))
+
+
+def config(engine: Any, digest: str) -> bytes:
+    return bytes(engine.images.config_bytes(digest))
+
+
+def references(engine: Any, digest: str) -> str:
+    return lines(engine.images.references(digest))
+
+
+def platform(engine: Any, digest: str) -> str:
+    return line(engine.images.get(digest).platform)
+
+
+def created(engine: Any, digest: str) -> str:
+    return line(engine.images.get(digest).created)
+
+
+def pulled(engine: Any, digest: str) -> str:
+    return stamp(engine.images.get(digest).pulled_ns)
+
+
+def size_bytes(engine: Any, digest: str) -> str:
+    return line(engine.images.get(digest).size)
+
+
+def _split_size(engine: Any, digest: str) -> tuple[int, int]:
+    """(bytes of layers only this image has, bytes of layers it shares with another)."""
+    unique = shared = 0
+    engine.images.get(digest)
+    rows = engine.meta.query(
+        "SELECT DISTINCT diff_id, (SELECT size FROM layers WHERE layers.diff_id = mine.diff_id) AS size, "
+        "EXISTS (SELECT 1 FROM image_layers other WHERE other.diff_id = mine.diff_id AND other.image != mine.image) "
+        "AS others FROM image_layers mine WHERE image = ?",
+        (digest,),
+    )
+    for row in rows:
+        if row["others"]:
+            shared += row["size"] or 0
+        else:
+            unique += row["size"] or 0
+    return unique, shared
+
+
+def unique_bytes(engine: Any, digest: str) -> str:
+    return line(_split_size(engine, digest)[0])
+
+
+def shared_bytes(engine: Any, digest: str) -> str:
+    return line(_split_size(engine, digest)[1])
+
+
+def history(engine: Any, digest: str) -> str:
+    """JSON Lines, oldest first, as the image config has them, with the layer each made."""
+    out = []
+    diffs = iter(engine.images.layers(digest))
+    for step in engine.images.config(digest).history or ():
+        entry = step.model_dump(exclude_defaults=True)
+        if not step.empty_layer and (layer := next(diffs, None)) is not None:
+            entry["layer"] = layer.diff_id
+        out.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    return "".join(out)
+
+
+def used_by(engine: Any, digest: str) -> str:
+    return lines(engine.images.users(digest))
+
+
+def origins(engine: Any, digest: str) -> dict[str, dict[str, str]]:
+    """What provenance adds for each layer of an image: what created it and its media type."""
+    return {
+        layer.diff_id: {"created_by": layer.created_by, "media_type": layer.media_type}
+        for layer in engine.images.layers(digest)
+    }
+
+
+def rootfs(engine: Any, digest: str) -> TreeGraft:
+    chain = engine.images.get(digest).chain_id
+    return TreeGraft(engine.trees.open(chain), chain, origins(engine, digest))
+
+
+def rootfs_source(engine: Any, digest: str) -> BindSource:
+    return BindSource(chain=engine.images.get(digest).chain_id)
+
+
+def _layer_names(engine: Any, digest: str) -> list[str]:
+    return [f"{index:02d}" for index in range(len(engine.images.layers(digest)))]
+
+
+def _layer_link(engine: Any, digest: str, number: str) -> Row | None:
+    return LAYER if number in _layer_names(engine, digest) else None
+
+
+def layer_target(engine: Any, digest: str, number: str) -> str:
+    return f"../../../../layers/{engine.images.layers(digest)[int(number)].diff_id}"
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------
+
+
+def job_reply(number: int) -> str:
+    return f"jobs/{number}"
+
+
+def pull(engine: Any, call: Call) -> str:
+    reference = parse_reference(call.args[0])
+    wanted = call.options.get("platform")
+
+    def work(task: Any) -> str:
+        return str(pull_image(engine.images, reference, wanted, task).digest)
+
+    return job_reply(engine.jobs.start(_line("pull", call), work))
+
+
+def _line(verb: str, call: Call) -> str:
+    return " ".join((verb, *call.args, *(f"{key}={value}" for key, value in call.options.items())))
+
+
+def _host_path(text: str) -> str:
+    """A file of the host by absolute path (the daemon has no working directory of the writer's)."""
+    if not text.startswith("/"):
+        raise InvalidArgument("an absolute path expected", at=text, hint='echo "load $PWD/FILE" > ctl')
+    return text
+
+
+def load(engine: Any, call: Call) -> str:
+    path = _host_path(call.args[0])
+
+    def work(task: Any) -> str:
+        return " ".join(image.digest for image in archive.load(engine.images, path, task))
+
+    return job_reply(engine.jobs.start(_line("load", call), work))
+
+
+def import_(engine: Any, call: Call) -> str:
+    path = _host_path(call.args[0])
+    reference = call.args[1]
+    parse_reference(reference)
+
+    def work(task: Any) -> str:
+        return str(archive.import_rootfs(engine.images, path, reference, task).digest)
+
+    return job_reply(engine.jobs.start(_line("import", call), work))
+
+
+def prune(engine: Any, call: Call) -> str | None:
+    removed = engine.images.prune()
+    return "\n".join(str(item) for item in removed) if isinstance(removed, list) else None
+
+
+def tag(engine: Any, digest: str, call: Call) -> None:
+    engine.images.tag(digest, call.args[0])
+
+
+def untag(engine: Any, digest: str, call: Call) -> None:
+    name = parse_reference(call.args[0]).normalised()
+    if engine.images.tags().get(name) != digest:
+        raise NotFound("this image has no such tag", at=call.args[0])
+    engine.images.untag(call.args[0])
+
+
+def verify(engine: Any, digest: str, call: Call) -> str:
+    def work(task: Any) -> str | None:
+        result = engine.images.verify(digest, task)
+        return None if result is None else str(result)
+
+    return job_reply(engine.jobs.start(f"verify {digest}", work))
+
+
+def remove(engine: Any, digest: str, call: Call | None = None) -> None:
+    engine.images.remove(digest)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+LAYER = Link(name="<NN>", doc="one layer, 00 the lowest", target=layer_target)
+TAG = Link(name="<name>:<tag>", doc="a tag: the image it names", target=tag_target)
+TAG_DIR = Dir(name="<host or path>", doc="references with a path", names=_tag_names, find=_tag_row)
+
+IMAGE = Dir(
+    name="sha256:<manifest>",
+    doc="one image, by the digest of its manifest",
+    rmdir=remove,
+    object=object_of,
+    rows=(
+        File(
+            name="ctl",
+            doc="what to do with it",
+            object=object_of,
+            verbs=table(
+                Verb(name="tag", args="REF", doc="give it one more name", run=tag),
+                Verb(name="untag", args="REF", doc="take a name away", run=untag),
+                Verb(name="verify", doc="read all of it again and check every digest (a job)", run=verify),
+                Verb(name="remove", doc="delete it, its tags, and layers nothing else needs", run=remove),
+            ),
+        ),
+        error_file(object_of),
+        File(name="manifest.json", doc="its manifest, byte for byte", show=manifest),
+        File(name="config.json", doc="its configuration, byte for byte", show=config),
+        File(name="reference", doc="its tags, one per line", show=references),
+        File(name="platform", doc="os/architecture[/variant]", show=platform),
+        File(name="created", doc="when it was built, as its configuration says", show=created),
+        File(name="pulled", doc="when it came into the store", show=pulled),
+        File(name="size_bytes", doc="sum of the files of its layers", show=size_bytes),
+        File(name="unique_bytes", doc="of these, in layers no other image has", show=unique_bytes),
+        File(name="shared_bytes", doc="of these, in layers other images have too", show=shared_bytes),
+        File(name="history", doc="how it was built: JSON Lines, oldest first", show=history),
+        File(name="used_by", doc="containers made from it, one per line", show=used_by),
+        Dir(name="rootfs", doc="the merged tree, read-only", graft=rootfs, bind=rootfs_source),
+        Dir(name="layers", doc="its layers in order", names=_layer_names, find=_layer_link, kinds=(LAYER,)),
+    ),
+)
+
+
+def _digests(engine: Any) -> list[str]:
+    return [image.digest for image in engine.images.all()]
+
+
+def images_object(engine: Any) -> str:
+    return "images"
+
+
+IMAGES = Dir(
+    name="images",
+    doc="images: what was pulled, loaded, imported",
+    names=_tag_names,
+    find=_tag_row,
+    kinds=(TAG, TAG_DIR),
+    object=images_object,
+    rows=(
+        File(
+            name="ctl",
+            doc="get and clean up images; the reply names the job",
+            object=images_object,
+            verbs=table(
+                Verb(name="pull", args="REF [platform=…]", doc="fetch from a registry (a job)", run=pull),
+                Verb(name="load", args="PATH", doc="an OCI layout or docker-archive of this host (a job)", run=load),
+                Verb(name="import", args="PATH REF", doc="a tar of a root file system (a job)", run=import_),
+                Verb(name="prune", doc="remove images without a tag that no container uses", run=prune),
+            ),
+        ),
+        error_file(images_object),
+        Dir(name="by-digest", doc="the images themselves", names=_digests, find=_image, kinds=(IMAGE,)),
+    ),
+)
