@@ -84,7 +84,10 @@ class DataWriter:
         return self._end
 
     def store(self, entry: Entry, reader: TarReader, stored: int, sparse: list[tuple[int, int]] | None) -> None:
-        """Take the body the reader stands at and fill the entry's sha256, data and offset. NoSpace, Damaged, TooLarge."""
+        """Take the body the reader stands at and fill the entry's sha256, data and offset.
+
+        NoSpace; Damaged when the archive ends early; TooLarge.
+        """
         if self._end + entry.size > MAX_DATA:
             raise TooLarge("the layer holds more than 16 TiB")
         if sparse is not None or stored > STREAM:

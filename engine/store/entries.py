@@ -33,7 +33,7 @@ _KINDS = {
 def clean(path: bytes) -> bytes:
     """`path` below a root: no empty, `.` or `..` parts; `..` at the root stays there. b"" is the root."""
     if path[-1:] == b"/":
-        path = path[:-1]
+        path = path.rstrip(b"/")
     if path[:1] not in (b"/", b".") and b"/." not in path and b"//" not in path:
         return path
     out: list[bytes] = []

@@ -86,12 +86,10 @@ def pack_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
         if name in NAMELESS:
             index, rest = 2 + NAMELESS.index(name), b""
         else:
-            for index, prefix in PREFIXES:
-                if name.startswith(prefix) and len(name) > len(prefix):
-                    rest = name[len(prefix) :]
-                    break
-            else:
+            found = [(number, prefix) for number, prefix in PREFIXES if name.startswith(prefix) and name != prefix]
+            if not found:
                 continue
+            index, rest = found[0][0], name[len(found[0][1]) :]
         out += XATTR.pack(len(rest), index, len(value)) + rest + value
         out += bytes(-len(out) % 4)
     return bytes(out) if len(out) > len(XATTR_HEADER) else b""

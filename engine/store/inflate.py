@@ -13,7 +13,7 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import zstandard
 from isal import igzip_lib
@@ -89,7 +89,14 @@ _OPEN: dict[str, Callable[[], Any]] = {
     BZIP2: bz2.BZ2Decompressor,
     XZ: lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY),
 }
-_ERRORS = (igzip_lib.error, zlib.error, OSError, EOFError, lzma.LZMAError, ValueError)
+_ERRORS: tuple[type[Exception], ...] = (
+    cast(type[Exception], igzip_lib.error),
+    zlib.error,
+    OSError,
+    EOFError,
+    lzma.LZMAError,
+    ValueError,
+)
 
 
 def _members(kind: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -145,7 +152,7 @@ def _zstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
     context = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
     done = 0
     try:
-        reader = context.stream_reader(_Source(chunks), read_size=BLOCK >> 2, read_across_frames=True)
+        reader = context.stream_reader(cast(IO[bytes], _Source(chunks)), read_size=BLOCK >> 2, read_across_frames=True)
         while block := reader.read(BLOCK):
             done += len(block)
             yield block

@@ -1,4 +1,4 @@
-"""pax extended header records and GNU sparse maps: the pure text parts of tar. Pure functions; ValueError says what is bad.
+"""pax extended header records and GNU sparse maps: the text parts of tar. Pure; ValueError says what is bad.
 
 Sources: POSIX.1-2017 pax, "pax Extended Header"; GNU tar manual, "PAX Format, Versions 0.0, 0.1, 1.0"; SCHILY.xattr
 as star and GNU tar write it; LIBARCHIVE.xattr (libarchive tar(5)): URL-encoded name, base64 value.
@@ -34,17 +34,18 @@ class _Fields(Protocol):
 
 
 def decimal(text: bytes) -> int:
-    """Digits only, at most 19 of them."""
-    if not text.isdigit() or len(text) > 19:
+    """Digits only, of a number below 2^63; leading zeros do not count."""
+    if not text.isdigit():
         raise ValueError(f"not a decimal number: {text[:24]!r}")
-    value = int(text)
+    digits = text.lstrip(b"0")
+    value = int(digits or b"0") if len(digits) <= 19 else MAX_SIZE + 1
     if value > MAX_SIZE:
-        raise ValueError(f"number out of range: {value}")
+        raise ValueError(f"number out of range: {text[:24]!r}")
     return value
 
 
 def parse(data: bytes) -> tuple[dict[bytes, bytes], list[int]]:
-    """Records "<length> <key>=<value>\\n" as a dict, and the repeated GNU.sparse.offset/numbytes of format 0.0 in order."""
+    """Records "<length> <key>=<value>\\n" as a dict, and format 0.0's repeated GNU.sparse.offset/numbytes in order."""
     records: dict[bytes, bytes] = {}
     sparse: list[int] = []
     at, end = 0, len(data)
@@ -153,7 +154,7 @@ def sparse_numbers(records: dict[bytes, bytes], repeated: list[int]) -> tuple[in
 
 
 def check_map(numbers: list[int], real: int, stored: int) -> SparseMap:
-    """Pairs as fragments: ascending, apart, within `real`, and together exactly `stored` bytes. Empty ones are dropped."""
+    """Pairs as fragments: ascending, apart, within `real`, and `stored` bytes together. Empty ones are dropped."""
     if len(numbers) % 2:
         raise ValueError("an offset without a length")
     if real < 0:

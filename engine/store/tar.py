@@ -148,6 +148,8 @@ class TarReader:
     def _skip(self, count: int, what: str) -> None:
         while count:
             if self._pos == self._end and not self._next_block():
+                if not what:  # padding may be missing at the end, as Go and GNU tar allow
+                    return
                 raise self._truncated(what)
             step = min(count, self._end - self._pos)
             self._pos += step
@@ -202,7 +204,7 @@ class TarReader:
             if self._left or self._pad:
                 self._skip(self._left, "a file's content")
                 self._left = 0
-                self._skip(self._pad, "the padding of a file")
+                self._skip(self._pad, "")
                 self._pad = 0
             here = self._base + self._pos
             block = self._header()
@@ -307,7 +309,7 @@ class TarReader:
             member.type = REGULAR
         elif kind not in _KNOWN:
             raise self._bad(here, f"unsupported entry type {kind!r}")
-        if kind in _HEADER_ONLY:
+        if kind in _HEADER_ONLY or (kind == b"\0" and member.type == DIRECTORY):
             member.size = member.stored = 0
         if kind == b"D":
             self._left, self._pad, member.size, member.stored = member.stored, -member.stored % BLOCK, 0, 0
@@ -348,6 +350,8 @@ class TarReader:
         """Fill `member.sparse` and the real size from whichever of GNU's five sparse formats this is."""
         numbers: list[int]
         if kind == b"S":
+            if block[257:263] != b"ustar ":
+                raise self._bad(here, "a GNU sparse file without GNU magic")
             real = self._number(block[483:495], here, "real size")
             numbers = self._old_sparse(block[386:482], here)
             extended = block[482]

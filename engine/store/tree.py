@@ -107,6 +107,7 @@ class Tree:
             self.devices.append("sha256:" + tag.decode("ascii", "replace"))
         self._handles: list[Handle | None] = [None] * count
         self._paths: dict[bytes, int] = {}
+        self._dirs: dict[int, tuple[int, int, int]] = {}
         self._layers, self._inodes, self._prov_at = self._open_prov()
         self._dir(root)
 
@@ -128,21 +129,23 @@ class Tree:
         at = self._meta + nid * 32
         if nid < 0 or at + 64 > self._end:
             raise KeyError(nid)
-        return _INODE.unpack_from(self._map, at)
+        fields: tuple[int, ...] = _INODE.unpack_from(self._map, at)
+        return fields
 
     def stat(self, nid: int) -> Stat:
         form, _, mode, _, size, union, _, uid, gid, seconds, nanoseconds, nlink = self._inode(nid)
         if form not in (1, 5, 9):
             raise Damaged(f"inode {nid} is damaged", at=self._at)
         rdev = 0
-        if mode & 0o020000 and (kind := mode & _IFMT) in (stat_module.S_IFCHR, stat_module.S_IFBLK) and kind:
+        if mode & 0o130000 == 0o020000:  # character and block devices
             rdev = os.makedev(*decode_rdev(union))
         return Stat(
             mode, nlink, uid, gid, size, seconds * 1_000_000_000 + nanoseconds, rdev, nid, (size + 4095 >> 12) << 3
         )
 
     def _inline_at(self, nid: int, icount: int) -> int:
-        return self._meta + nid * 32 + 64 + ((icount - 1) * 4 + 12 if icount else 0)
+        at: int = self._meta + nid * 32 + 64 + ((icount - 1) * 4 + 12 if icount else 0)
+        return at
 
     def _content(self, nid: int, fields: tuple[int, ...]) -> tuple[int, int, int]:
         """Of a directory or symlink in the image: (offset of its whole blocks, offset of its tail, size)."""
@@ -167,10 +170,17 @@ class Tree:
         return plain, tail, size
 
     def _dir(self, nid: int) -> tuple[int, int, int]:
+        known = self._dirs.get(nid)
+        if known is not None:
+            return known
         fields = self._inode(nid)
         if fields[2] & _IFMT != _IFDIR:
             raise KeyError(nid)
-        return self._content(nid, fields)
+        content = self._content(nid, fields)
+        if len(self._dirs) >= _CACHED_PATHS:
+            self._dirs.clear()
+        self._dirs[nid] = content
+        return content
 
     # --- names ---------------------------------------------------------------------------------------------------
 
@@ -227,7 +237,7 @@ class Tree:
                 at = plain
             (nameoff,) = _NAMEOFF.unpack_from(view, at)
             count = nameoff // DIRENT_SIZE
-            if nameoff % DIRENT_SIZE or not 0 < count or nameoff > length:
+            if nameoff % DIRENT_SIZE or count <= 0 or nameoff > length:
                 raise Damaged(f"directory {nid} is damaged", at=self._at)
             low, high = 0, count - 1
             unpack = _NAMEOFF.unpack_from
@@ -279,10 +289,7 @@ class Tree:
             entries = list(_DIRENT.iter_unpack(block[:names]))
             last = len(entries) - 1
             for position, (child, start, kind, _) in enumerate(entries):
-                if position < last:
-                    name = block[start : entries[position + 1][1]]
-                else:
-                    name = block[start:].rstrip(b"\0")
+                name = block[start : entries[position + 1][1]] if position < last else block[start:].rstrip(b"\0")
                 if name != b"." and name != b"..":
                     if not name or b"/" in name or start < names:
                         raise Damaged(f"directory {nid} is damaged", at=self._at)
@@ -311,7 +318,7 @@ class Tree:
         fields = self._inode(nid)
         if fields[2] & _IFMT != _IFLNK:
             raise KeyError(nid)
-        plain, tail, size = self._content(nid, fields)
+        _, tail, size = self._content(nid, fields)
         if size >= BLOCK:
             raise Damaged(f"inode {nid} is damaged", at=self._at)
         return self._map[tail : tail + size]

@@ -1,0 +1,190 @@
+"""Does the store hold what its rows say? A checker after every store test, at start-up and for `verify`.
+
+Only here: the whole-store view. What a crash can leave, and what repairs it:
+
+    crash at                                  on disk                          repaired by
+    writing in tmp/                           tmp litter                       repair (partial-* is kept for resuming)
+    between rename and row                    blob, layer, tree without a row  repair removes it
+    between row deletion and file removal     the same                         repair removes it
+    lost or damaged files                     row without (right) files        reported; pulling again restores it
+
+Not thread-safe against writers: run at start-up, before anything is stored, or with writers quiet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.errors import EngineError
+from engine.store.index import read_index
+from engine.store.meta import Meta
+from engine.store.tree import Handle, Tree
+
+PART_AGE = 7 * 86400  # seconds an abandoned part file of a download is kept
+
+
+def check(root: Path, meta: Meta, *, deep: bool = False) -> list[str]:
+    """Problems found, one line each; [] when all is well. `deep` also reads indexes, trees and bodies through."""
+    return [
+        *_blobs(root, meta, deep),
+        *_layers(root, meta),
+        *_trees(root, meta, deep),
+        *(_bodies(root, meta) if deep else ()),
+    ]
+
+
+def _hex(digest: str) -> str:
+    return digest.removeprefix("sha256:")
+
+
+def _blobs(root: Path, meta: Meta, deep: bool) -> Iterator[str]:
+    folder = root / "blobs" / "sha256"
+    rows = {_hex(row["digest"]): row["size"] for row in meta.query("SELECT digest, size FROM blobs")}
+    for name, size in rows.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"blob {name}: its file is missing"
+        elif path.stat().st_size != size:
+            yield f"blob {name}: {path.stat().st_size} bytes where {size} were stored"
+        elif deep:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != name:
+                    yield f"blob {name}: the content does not match the digest"
+    for path in _listed(folder):
+        if path.name not in rows:
+            yield f"blob {path.name}: a file without a row"
+
+
+def _layers(root: Path, meta: Meta) -> Iterator[str]:
+    folder = root / "layers" / "sha256"
+    rows = {row["diff_id"]: row for row in meta.query("SELECT * FROM layers")}
+    deps: dict[str, set[str]] = {diff_id: set() for diff_id in rows}
+    for row in meta.query("SELECT diff_id, dep FROM layer_deps"):
+        if row["diff_id"] not in rows or row["dep"] not in rows:
+            yield f"layer_deps {row['diff_id']} -> {row['dep']}: no such layer"
+        else:
+            deps[row["diff_id"]].add(row["dep"])
+    for diff_id, row in rows.items():
+        data = folder / _hex(diff_id) / "data"
+        if not data.is_file():
+            yield f"layer {diff_id}: data is missing"
+        elif data.stat().st_size != row["data_size"]:
+            yield f"layer {diff_id}: data has {data.stat().st_size} bytes, not {row['data_size']}"
+        entries = size = 0
+        try:
+            for entry in read_index(folder / _hex(diff_id) / "index", diff_id):
+                entries += 1
+                size += entry.size
+                if not entry.sha256:
+                    continue
+                if entry.data != diff_id and entry.data not in deps[diff_id]:
+                    yield f"layer {diff_id}: refers to {entry.data} without depending on it"
+                owner = rows.get(entry.data)
+                if owner is None or entry.offset % 4096 or entry.offset + entry.size > owner["data_size"]:
+                    yield f"layer {diff_id}: {entry.path[:200]!r} lies outside the data of {entry.data}"
+        except EngineError as error:
+            yield f"layer {diff_id}: {error.reason}"
+            continue
+        if (entries, size) != (row["entries"], row["size"]):
+            yield f"layer {diff_id}: {entries} entries of {size} bytes, not {row['entries']} of {row['size']}"
+    for row in meta.query(
+        "SELECT b.layer, b.offset, b.size, l.data_size FROM bodies b LEFT JOIN layers l ON l.id = b.layer"
+        " WHERE l.id IS NULL OR b.offset + b.size > l.data_size"
+    ):
+        yield f"bodies: {row['layer']} at {row['offset']}: outside a stored layer"
+    for row in meta.query("SELECT image, diff_id FROM image_layers WHERE diff_id NOT IN (SELECT diff_id FROM layers)"):
+        yield f"image {row['image']}: its layer {row['diff_id']} is missing"
+    for path in _listed(folder):
+        if f"sha256:{path.name}" not in rows:
+            yield f"layer {path.name}: files without a row"
+
+
+def _trees(root: Path, meta: Meta, deep: bool) -> Iterator[str]:
+    folder = root / "trees" / "sha256"
+    known = {row["diff_id"] for row in meta.query("SELECT diff_id FROM layers")}
+    rows = {_hex(row["chain_id"]): row for row in meta.query("SELECT chain_id, layers, size FROM trees")}
+
+    def open_data(diff_id: str) -> Handle:
+        return Handle(root / "layers" / "sha256" / _hex(diff_id) / "data")
+
+    for name, row in rows.items():
+        for diff_id in json.loads(row["layers"]):
+            if diff_id not in known:
+                yield f"tree {name}: its layer {diff_id} is missing"
+        try:
+            tree = Tree(folder / name, open_data)
+            for diff_id in tree.devices:
+                if diff_id not in known:
+                    yield f"tree {name}: it needs the data of {diff_id}, which is missing"
+            for _, nid in tree.walk() if deep else ():
+                tree.stat(nid), tree.xattrs(nid), tree.provenance(nid)
+        except (EngineError, OSError, KeyError) as error:
+            yield f"tree {name}: {error}"
+    for row in meta.query("SELECT digest, chain_id FROM images WHERE chain_id NOT IN (SELECT chain_id FROM trees)"):
+        yield f"image {row['digest']}: its tree {row['chain_id']} is missing"
+    for path in _listed(folder):
+        if path.name not in rows:
+            yield f"tree {path.name}: files without a row"
+
+
+def _bodies(root: Path, meta: Meta) -> Iterator[str]:
+    """Every stored body hashes to its row."""
+    for row in meta.query(
+        "SELECT b.sha256, b.offset, b.size, l.diff_id FROM bodies b JOIN layers l ON l.id = b.layer"
+        " ORDER BY b.layer, b.offset"
+    ):
+        digester, left = hashlib.sha256(), row["size"]
+        try:
+            with open(root / "layers" / "sha256" / _hex(row["diff_id"]) / "data", "rb") as file:
+                file.seek(row["offset"])
+                while left and (piece := file.read(min(left, 1 << 20))):
+                    digester.update(piece)
+                    left -= len(piece)
+        except OSError as error:
+            yield f"layer {row['diff_id']}: {error.strerror}"
+            continue
+        if digester.digest() != row["sha256"]:
+            yield f"layer {row['diff_id']}: the body at {row['offset']} does not match its digest"
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def repair(root: Path, meta: Meta) -> list[str]:
+    """Remove what a crash left behind: tmp litter and files without a row. Returns what was removed. Run at start."""
+    removed = empty_tmp(root)
+    for kind, column, table in (
+        ("blobs", "digest", "blobs"),
+        ("layers", "diff_id", "layers"),
+        ("trees", "chain_id", "trees"),
+    ):
+        rows = {_hex(row[0]) for row in meta.query(f"SELECT {column} FROM {table}")}
+        for path in _listed(root / kind / "sha256"):
+            if path.name not in rows:
+                _remove(path)
+                removed.append(f"{kind}/{path.name}")
+    return removed
+
+
+def empty_tmp(root: Path) -> list[str]:
+    """Empty tmp/, except part files of downloads younger than PART_AGE. Returns what was removed."""
+    removed = []
+    for path in _listed(root / "tmp"):
+        if path.name.startswith("partial-") and time.time() - path.lstat().st_mtime < PART_AGE:
+            continue
+        _remove(path)
+        removed.append(f"tmp/{path.name}")
+    return removed
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
