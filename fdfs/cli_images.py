@@ -18,8 +18,8 @@ from fdfs.cli_mount import Failure, Mount, absolute, explain
 from fdfs.cli_options import columns, human, mount_option
 
 POLL = 0.1  # seconds between two looks at a job
-AMOUNT = re.compile(r"^(\S+)\s+(\d+)[ /](\d+)\b")  # LABEL DONE TOTAL, in bytes
-DONE = ("done", "succeeded", "failed", "cancelled")
+AMOUNT = re.compile(r"^(?!total )(\S+) (\d+)/(\d+|\?)")  # LABEL DONE/TOTAL, in bytes
+DONE = ("done", "failed", "cancelled")
 
 
 class _Bars:
@@ -49,10 +49,10 @@ class _Bars:
             match = AMOUNT.match(line)
             if match is None:
                 continue
-            label, done, total = match[1], int(match[2]), int(match[3])
+            label, done, total = match[1], int(match[2]), None if match[3] == "?" else int(match[3])
             if label not in self._tasks:
-                self._tasks[label] = self._bars.add_task(label.removeprefix("sha256:")[:20], total=total or None)
-            self._bars.update(self._tasks[label], completed=done, total=total or None)
+                self._tasks[label] = self._bars.add_task(label.removeprefix("sha256:")[:20], total=total)
+            self._bars.update(self._tasks[label], completed=done, total=total)
 
     def close(self) -> None:
         if self._bars is not None:

@@ -41,15 +41,21 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def explain(entry: str) -> tuple[str, tuple[str, ...]]:
-    """The newest failure in an `error` file: its reason in one line, and the lines that show where and what to do."""
-    lines = entry.split("\n\n", 1)[0].splitlines()
-    name = lines[0].rpartition(" ")[2] if lines else ""
-    shown = [line for line in lines[1:] if line.startswith("    ")]
-    told = [line for line in lines[1:] if not line.startswith("    ")]
-    reason = told[0] if told else name
+def explain(text: str) -> tuple[str, tuple[str, ...]]:
+    """The newest failure in an `error` file: its reason in one line, and the lines that show where and what to do.
+
+    An entry is a line with time and errno, the indented command with a caret line, the reason, a hint; the `error` of
+    a job is the reason alone.
+    """
+    lines = text.strip().split("\n\n", 1)[0].splitlines()
+    name = ""
+    if lines and (head := re.match(r"\d{4}-\d\d-\S+Z (\w+)$", lines[0])):
+        name = head[1]
+        del lines[0]
+    shown = [line for line in lines if line.startswith("    ")]
+    told = [line for line in lines if not line.startswith("    ")]
     context = shown if any(set(line.strip()) == {"^"} for line in shown) else []
-    return reason, (*context, *told[1:])
+    return told[0] if told else name, (*context, *told[1:])
 
 
 class Mount:

@@ -32,6 +32,7 @@ from engine import host
 from fdfs.cli_daemon import holder
 
 ROOT = Path(__file__).parents[1]
+Done = subprocess.CompletedProcess[str]
 ALARM = re.compile(r"WARNING|ERROR|CRITICAL|Traceback")
 
 
@@ -107,7 +108,7 @@ class Dutchman:
         assert code is None or done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done
 
-    def sh(self, script: str, *, code: int | None = 0, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def sh(self, script: str, *, code: int | None = 0, timeout: float = 60) -> Done:
         """Run a shell script in the mount."""
         done = subprocess.run(
             ["bash", "-c", f"cd {self.mount} && {script}"],
@@ -180,14 +181,17 @@ class Dutchman:
         )
 
     def job(self, verb: str, seconds: float = 60) -> tuple[str, str]:
-        """Write a verb that becomes a job; (state, error) when it has ended."""
-        fd = os.open(self.mount / "images" / "ctl", os.O_RDWR)
+        """A verb of images/ that becomes a job: its state and error when it has ended."""
+        return self.job_of("images", verb, seconds)
+
+    def job_of(self, directory: str, verb: str, seconds: float = 60) -> tuple[str, str]:
+        fd = os.open(self.mount / directory / "ctl", os.O_RDWR)
         try:
             os.write(fd, verb.encode() + b"\n")
             number = os.read(fd, 4096).decode().split("jobs/")[1].split()[0]
         finally:
             os.close(fd)
-        wait_for(lambda: self.read(f"jobs/{number}/state") not in ("running", "queued"), seconds, verb)
+        wait_for(lambda: self.read(f"jobs/{number}/state") != "running", seconds, verb)
         return self.read(f"jobs/{number}/state"), self.read(f"jobs/{number}/error")
 
     # --- the end ----------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_doctor_finds_what_the_tests_need(down: Dutchman) -> None:
     done = down.cli("doctor")
     assert "everything needed is here" in done.stdout
     for name in ("python", "libfuse 2", "runc", "conmon", "cgroups"):
-        assert f"ok    {name}" in done.stdout
+        assert f"ok    {name} " in done.stdout
 
 
 def test_newest_failure_is_told_with_its_place() -> None:
