@@ -14,6 +14,7 @@ A line that is no record (torn when a disk was full) shows as nothing. Works on 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from json.encoder import encode_basestring as _quoted
 
 STDOUT, STDERR, JSONL = "stdout", "stderr", "all.jsonl"
@@ -21,7 +22,8 @@ VIEWS = (STDOUT, STDERR, JSONL)
 
 _TAG = slice(35, 45)  # of conmon's fixed header
 _OUT_F, _OUT_P, _ERR_F, _ERR_P = b" stdout F ", b" stdout P ", b" stderr F ", b" stderr P "
-_FIXED = frozenset((_OUT_F, _OUT_P, _ERR_F, _ERR_P))
+_OUT, _ERR = frozenset((_OUT_F, _OUT_P)), frozenset((_ERR_F, _ERR_P))
+_FIXED = _OUT | _ERR
 _OUTPUT, _ERROR = ',"stream":"stdout","line":', ',"stream":"stderr","line":'
 _ANY = re.compile(rb"([0-9TZ:.+-]{10,40}) (stdout|stderr) ([FP])(?::[^ ]*)? ", re.ASCII)
 
@@ -41,27 +43,25 @@ def measure(piece: bytes) -> tuple[int, int]:
     """How many bytes of stdout and of stderr a piece (whole lines) holds."""
     lines = piece.split(b"\n")
     lines.pop()
-    tags = {line[_TAG] for line in lines}
-    if len(tags) == 1:  # nearly always: one stream, whole lines
-        tag = tags.pop()
-        if tag in _FIXED:
-            total = len(piece) - 45 * len(lines) - (len(lines) if tag[8] == 80 else 0)
-            return (0, total) if tag[4] == 101 else (total, 0)
+    tags = [line[_TAG] for line in lines]
+    kinds = set(tags)
+    if kinds <= _OUT:  # nearly always
+        return len(piece) - 45 * len(lines) - (tags.count(_OUT_P) if _OUT_P in kinds else 0), 0
+    if kinds <= _ERR:
+        return 0, len(piece) - 45 * len(lines) - (tags.count(_ERR_P) if _ERR_P in kinds else 0)
+    if kinds <= _FIXED:
+        found = [len(line) for line, tag in zip(lines, tags, strict=True) if tag in _OUT]
+        out = sum(found) - 44 * len(found) - tags.count(_OUT_P)
+        return out, len(piece) - 45 * len(lines) - tags.count(_OUT_P) - tags.count(_ERR_P) - out
     out = err = 0
     for line in lines:
-        tag = line[_TAG]
-        if tag == _OUT_F:
-            out += len(line) - 44
-        elif tag == _ERR_F:
-            err += len(line) - 44
-        else:
-            record = parse(line)
-            if record is not None:
-                size = len(record[3]) + (not record[2])
-                if record[1]:
-                    err += size
-                else:
-                    out += size
+        record = parse(line)
+        if record is not None:
+            size = len(record[3]) + (not record[2])
+            if record[1]:
+                err += size
+            else:
+                out += size
     return out, err
 
 
@@ -71,22 +71,33 @@ def render(view: str, piece: bytes) -> bytes:
     lines.pop()
     if view == JSONL:
         return _json_lines(lines)
-    whole, other = (_OUT_F, _ERR_F) if view == STDOUT else (_ERR_F, _OUT_F)
-    tags = {line[_TAG] for line in lines}
-    if tags <= {whole, other}:
-        if other in tags:
-            lines = [line for line in lines if line[_TAG] == whole]
-        if not lines:
-            return b""
-        return b"\n".join([line[45:] for line in lines]) + b"\n"
-    out = []
+    tags = [line[_TAG] for line in lines]
+    kinds = set(tags)
+    if not kinds <= _FIXED:
+        return b"".join(_contents(lines, view == STDERR))
+    own, part = (_OUT, _OUT_P) if view == STDOUT else (_ERR, _ERR_P)
+    if not kinds <= own:
+        lines = [line for line, tag in zip(lines, tags, strict=True) if tag in own]
+        tags = [tag for tag in tags if tag in own]
+    contents = [line[45:] for line in lines]
+    out, start = [], 0
+    for _ in range(tags.count(part) if part in kinds else 0):  # conmon cuts about one line in 8 KiB
+        cut = tags.index(part, start) + 1
+        out.append(b"\n".join(contents[start:cut]))
+        start = cut
+    if start < len(contents):
+        out.append(b"\n".join(contents[start:] if start else contents))
+        out.append(b"\n")
+    return b"".join(out)
+
+
+def _contents(lines: list[bytes], error: bool) -> Iterator[bytes]:
     for line in lines:
         record = parse(line)
-        if record is not None and record[1] == (view == STDERR):
-            out.append(record[3])
+        if record is not None and record[1] == error:
+            yield record[3]
             if not record[2]:
-                out.append(b"\n")
-    return b"".join(out)
+                yield b"\n"
 
 
 def _json_lines(lines: list[bytes]) -> bytes:

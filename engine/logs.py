@@ -19,11 +19,13 @@ import errno
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -376,12 +378,32 @@ class ContainerLogs:
         segment.save()
         self._lock.release()  # compressing takes a while, and needs nothing that changes
         try:
-            packed = segment.pack(lambda: self._closed)
+            with _in_background():
+                packed = segment.pack(lambda: self._closed)
         finally:
             self._lock.acquire()
         if packed:
             segment.switch()
             self._touch(segment)
+
+
+@contextmanager
+def _in_background() -> Iterator[None]:
+    """Give this thread the lowest priority (Linux has one per thread): containers and readers come first."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    thread = threading.get_native_id()
+    before = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, 19)
+    try:
+        yield
+    finally:
+        try:
+            os.setpriority(os.PRIO_PROCESS, thread, before)
+        except OSError as error:  # only root may go up again: then this helper stays slow, and goes when it is done
+            if error.errno not in (errno.EACCES, errno.EPERM):
+                raise
 
 
 def _restore_dropped(segment: Segment) -> bool:

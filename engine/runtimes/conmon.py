@@ -20,6 +20,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from engine import host
 from engine.errors import DeadlineExceeded, NotFound, RuntimeFailure
 
 CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
+# --full-attach: its sockets do not depend on how long the store's path is. --no-sync-log: an fsync of every segment
+# would stop the container's output meanwhile, and guard only against a power cut. Left out where conmon is older.
+FLAGS = ("--full-attach", "--no-sync-log")
 MAX_MESSAGE = 64 << 10
 REOPEN_LOG = b"2 0 0\n"  # conmon src/ctrl.c: REOPEN_LOGS_EVENT
 
@@ -154,6 +158,7 @@ def launch(
     files: Files,
     *,
     terminal: bool,
+    flags: Iterable[str] = FLAGS,
     deadline: float = CREATE_DEADLINE,
 ) -> Facts:
     """Start conmon, which runs `create`; returns when the container's process waits in `created`.
@@ -163,7 +168,7 @@ def launch(
     """
     read_end, write_end = os.pipe()
     argv = [conmon, "--api-version", "1", "-c", files.id, "-u", files.id, "-n", files.id, "-r", runtime]
-    argv += ["-b", str(files.bundle), "-p", str(files.pid), "-P", str(files.conmon_pid), "--full-attach"]
+    argv += ["-b", str(files.bundle), "-p", str(files.pid), "-P", str(files.conmon_pid), *flags]
     argv += ["--exit-dir", str(files.exit.parent), "--persist-dir", str(files.run / "persist")]
     relative = os.path.relpath(files.log, files.run)  # conmon splits this option at colons, and stays where it is
     argv += ["-l", f"k8s-file:{relative}", "--log-level", "warning"]

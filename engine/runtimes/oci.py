@@ -52,6 +52,7 @@ class OciRuntime:
         self._cgroups = spec.Cgroups.detect()
         self._lock = threading.Lock()  # guards the fields below; never held over a wait
         self._probed: tuple[Probe, str, str] | None = None  # result, runtime path, conmon path
+        self._flags: tuple[str, ...] = ()  # those of conmon.FLAGS that it knows
         self._probe_lock = threading.Lock()
         self._directories: dict[str, Path] = {}
         self._watched: dict[str, tuple[int, Callable[[str, Exit], None]]] = {}  # id -> pidfd or -1, callback
@@ -79,6 +80,8 @@ class OciRuntime:
         monitor = shutil.which("conmon", path=path)
         if monitor is None:
             return Probe(False, "conmon is not installed (apt-get install conmon)"), "", ""
+        known = _run([monitor, "--help"], 5.0).stdout.decode(errors="replace")
+        self._flags = tuple(flag for flag in conmon.FLAGS if flag in known)
         refused = []
         for name in self._runtimes:
             binary = shutil.which(name, path=path)
@@ -145,7 +148,8 @@ class OciRuntime:
         (files.bundle / "config.json").write_text(json.dumps(config, separators=(",", ":")))
         try:
             arguments = ["--root", str(self._state)]
-            facts = conmon.launch(monitor, runtime, arguments, files, terminal=spec_.config.tty)
+            tty = spec_.config.tty
+            facts = conmon.launch(monitor, runtime, arguments, files, terminal=tty, flags=self._flags)
             facts.save(files.facts)
         except BaseException:
             self.delete(spec_.id, runtime)

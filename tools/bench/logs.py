@@ -1,8 +1,9 @@
 """Log lines per second: a container writing as fast as it can, under conmon alone and under our driver with a follower.
 
-Prints JSON lines: {"bench": "logs", "what", "who", "lines", "lines_per_second", ...}. `alone` is conmon and runc as
+Prints JSON lines: {"bench": "logs", "what", "who", "lines", "…_lines_per_second"}. `alone` is conmon and runc as
 podman calls them, nobody reading; `ours` is the oci driver, with rotation at 16 MiB and a follower that reads every
-byte of the stdout view while it is written, as `tail -f` does. `index` and `json` read a finished log from cold.
+byte of the stdout view while it is written, as `tail -f` does. `written` counts until the container has ended, `read`
+until the follower has every line. `cold` rows read a finished log that nobody has indexed.
 Needs root on Linux, runc, conmon and busybox-static. Usage: python tools/bench/logs.py [--lines N] [--rounds N]
 """
 
@@ -36,15 +37,16 @@ def rootfs(place: Path) -> Path:
     return root
 
 
-def burst(place: Path, root: Path, name: str, lines: int, follow: bool) -> tuple[float, int]:
-    """(seconds from start to the exit, lines that arrived)."""
+def burst(place: Path, root: Path, name: str, lines: int, follow: bool) -> tuple[float, float, int]:
+    """(seconds from start to the exit, seconds until the follower had all, lines that arrived)."""
     runtime = OciRuntime(place / "containers", state=place / "state")
     directory = place / "containers" / name
     directory.mkdir(parents=True)
     config = ContainerConfig(command=("sh", "-c", f"yes {LINE} | head -n {lines}"))  # type: ignore[call-arg]
     runtime.create(make_spec(id=name, name=name, directory=directory, rootfs=root, config=config))
     ended = threading.Event()
-    runtime.watch(name, lambda id, end: ended.set())
+    exits: list[float] = []
+    runtime.watch(name, lambda id, end: (exits.append(time.perf_counter()), ended.set()))
     begin = time.perf_counter()
     runtime.start(name)
     seen = 0
@@ -73,7 +75,7 @@ def burst(place: Path, root: Path, name: str, lines: int, follow: bool) -> tuple
                 seen += data.count(b"\n")
     runtime.delete(name)
     runtime.close()
-    return seconds, seen
+    return exits[0] - begin, seconds, seen
 
 
 def cold(directory: Path, view: str) -> tuple[float, float, int]:
@@ -100,9 +102,10 @@ def main() -> None:
         root = rootfs(place)
         for number in range(given.rounds):
             for who, follow in (("alone", False), ("ours", True)):
-                seconds, seen = burst(place, root, f"{who}{number}", given.lines, follow)
+                exited, seconds, seen = burst(place, root, f"{who}{number}", given.lines, follow)
                 row = {"bench": "logs", "what": "burst", "who": who, "round": number, "lines": seen}
-                print(json.dumps(row | {"seconds": round(seconds, 3), "lines_per_second": round(seen / seconds)}))
+                row |= {"written_lines_per_second": round(seen / exited)}
+                print(json.dumps(row | {"read_lines_per_second": round(seen / seconds)} if follow else row))
         directory = place / "containers" / "alone0" / "logs"
         for view in ("stdout", "all.jsonl"):
             indexed, read, size = cold(directory, view)
