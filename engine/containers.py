@@ -240,7 +240,10 @@ class Containers:
             except InvalidArgument as error:
                 raise InvalidArgument(f"image: {error.reason}", at=error.at or config.image, hint=error.hint) from error
         if config.stop_signal:
-            parse_signal(config.stop_signal)
+            try:
+                parse_signal(config.stop_signal)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"stop_signal: {error.reason}", at=error.at, hint=error.hint) from error
         if config.runtime and config.runtime not in RUNTIMES:
             raise InvalidArgument(
                 f"runtime: unknown runtime {config.runtime!r}", at=config.runtime, hint=f"one of {', '.join(RUNTIMES)}"

@@ -23,7 +23,7 @@ from engine.errors import EngineError, NoSpace
 from engine.events import Journal, acting
 from engine.failures import Failures
 from engine.images.catalog import Images
-from engine.jobs import Jobs
+from engine.jobs import Job, Jobs
 from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
 from engine.reconcile import reconcile
@@ -88,7 +88,7 @@ class Engine:
         self.images = Images(self.meta, self.blobs, self.layers, self.trees, self.journal)
         self.volumes = Volumes(self.store, self.meta, self.journal)
         self.mounts = RootfsMounts(self.store, self.trees)
-        self.jobs = Jobs(self.meta, self.journal)
+        self.jobs = Jobs(self.meta, self.journal, on_failure=self._job_failed)
         undo.callback(self.jobs.close)
         self.containers = Containers(
             self.store,
@@ -113,6 +113,11 @@ class Engine:
         reconcile(self.containers)
         self.containers.monitor.start()
         log.info("store %s open; runtime %s", self.store, self._runtime)
+
+    def _job_failed(self, job: Job, error: EngineError) -> None:
+        """Whoever wrote the verb has long returned: the reason stands where it was written, and at the job."""
+        self.failures.record(f"job/{job.id}", job.verb, error)
+        self.failures.record("images", job.verb, error)
 
     def _log_to_file(self) -> Callable[[], None]:
         """engine.log gets what the engine's and the mount's loggers say; returns how to end that."""
