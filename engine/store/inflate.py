@@ -136,6 +136,7 @@ class _Source:
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
         self._rest = memoryview(b"")
+        self.frames = _Frames()
 
     def read(self, size: int = -1) -> bytes:
         while not self._rest:
@@ -145,16 +146,76 @@ class _Source:
             self._rest = memoryview(chunk)
         piece = bytes(self._rest[:size])
         self._rest = self._rest[len(piece) :]
+        self.frames.feed(piece)
         return piece
+
+
+class _Frames:
+    """Follows frames and blocks by their headers, to know whether the stream ended where a frame does.
+
+    The streaming API of zstandard ends silently in the middle of a frame. RFC 8878 section 3.1.
+    """
+
+    def __init__(self) -> None:
+        self._skip = 0  # bytes to pass over
+        self._head = b""  # an incomplete header
+        self._in_frame = False
+        self._checksum = 0
+
+    @property
+    def complete(self) -> bool:
+        return not (self._skip or self._head or self._in_frame)
+
+    def feed(self, data: bytes) -> None:
+        at = 0
+        while at < len(data):
+            if self._skip:
+                step = min(self._skip, len(data) - at)
+                self._skip -= step
+                at += step
+                continue
+            need = self._needed()
+            piece = data[at : at + need - len(self._head)]
+            self._head += piece
+            at += len(piece)
+            if len(self._head) == self._needed():
+                self._header(self._head)
+                self._head = b""
+
+    def _needed(self) -> int:
+        """Bytes of the present header, as far as is known from its beginning."""
+        if self._in_frame:
+            return 3
+        if len(self._head) < 5 or self._head[:4] in _SKIPPABLE:
+            return 5 if self._head[:4] not in _SKIPPABLE else 8
+        flags = self._head[4]
+        single = flags >> 5 & 1
+        return 5 + (1 - single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
+
+    def _header(self, head: bytes) -> None:
+        if self._in_frame:
+            block = int.from_bytes(head, "little")
+            self._skip = 1 if block >> 1 & 3 == 1 else block >> 3  # a run-length block is one byte
+            if block & 1:
+                self._in_frame = False
+                self._skip += self._checksum
+        elif head[:4] in _SKIPPABLE:
+            self._skip = int.from_bytes(head[4:], "little")
+        else:
+            self._in_frame = True
+            self._checksum = 4 * (head[4] >> 2 & 1)
 
 
 def _zstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
     context = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
     done = 0
+    source = _Source(chunks)
     try:
-        reader = context.stream_reader(cast(IO[bytes], _Source(chunks)), read_size=BLOCK >> 2, read_across_frames=True)
+        reader = context.stream_reader(cast(IO[bytes], source), read_size=BLOCK >> 2, read_across_frames=True)
         while block := reader.read(BLOCK):
             done += len(block)
             yield block
     except zstandard.ZstdError as error:
         raise Damaged(f"the zstd stream is damaged: {error}", at=f"byte {done} uncompressed") from error
+    if not source.frames.complete:
+        raise Damaged("the zstd stream is truncated", at=f"byte {done} uncompressed")

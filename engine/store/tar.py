@@ -228,7 +228,7 @@ class TarReader:
                 data = self._take(length)
                 if len(data) < length:
                     raise self._truncated("an extension header")
-                self._skip(-length % BLOCK, "an extension header")
+                self._skip(-length % BLOCK, "")
                 if kind == b"L":
                     long_name = data.split(b"\0", 1)[0]
                 elif kind == b"K":
