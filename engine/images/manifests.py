@@ -1,7 +1,7 @@
 """Manifests and indexes: OCI and Docker v2s2, checked, and the choice of a platform. Pure functions. Floor 2.
 
 Only here: what a manifest may look like. Everything in one is hostile until it has passed here: digests are
-well-formed, sizes are bounded and not negative, counts are bounded. A fault in the document is Damaged naming the field; a
+well-formed, sizes and counts are bounded. A fault in the document is Damaged naming the field; a
 document that is fine but not a container image is InvalidArgument; one this engine cannot use is Unsupported.
 
 Sources: image-spec manifest.md, image-index.md, descriptor.md; Docker "Image Manifest Version 2, Schema 2";
