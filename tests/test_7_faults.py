@@ -38,9 +38,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(40):
         (base / "root" / f"{number:02}").write_bytes(os.urandom(4 * MEGABYTE))
     subprocess.run(["tar", "-C", str(base / "root"), "-cf", str(base / "layer.tar"), "."], check=True)
-    digest = subprocess.run(["sha256sum", str(base / "layer.tar")], capture_output=True, text=True, check=True).stdout[
-        :64
-    ]
+    with open(base / "layer.tar", "rb") as layer:
+        digest = hashlib.file_digest(layer, "sha256").hexdigest()
     rootfs = {"type": "layers", "diff_ids": [f"sha256:{digest}"]}
     (base / "config.json").write_text(json.dumps({"os": "linux", "architecture": "amd64", "rootfs": rootfs}))
     listed = [{"Config": "config.json", "RepoTags": ["big:1"], "Layers": ["layer.tar"]}]
