@@ -403,7 +403,12 @@ def remove_tree(path: Path) -> None:
     os.rmdir(path)
 
 
+MAX_DEPTH = 64  # directories held open at a time while a tree is deleted
+
+
 def _empty(top: int, device: int, path: str) -> None:
+    """Depth first. What lies deeper than MAX_DEPTH is moved up first, so that no tree needs more open files."""
+    moved = 0
     stack = [(top, iter(os.listdir(top)), "")]
     opened: list[int] = []
     try:
@@ -416,11 +421,20 @@ def _empty(top: int, device: int, path: str) -> None:
                 if not stat.S_ISDIR(info.st_mode):
                     os.unlink(name, dir_fd=here)
                     continue
+                if len(stack) >= MAX_DEPTH:
+                    moved += 1
+                    os.rename(
+                        name, f".deep-{os.getpid()}-{moved}-{os.urandom(6).hex()}", src_dir_fd=here, dst_dir_fd=top
+                    )
+                    continue
                 below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
                 opened.append(below)
                 stack.append((below, iter(os.listdir(below)), name))
                 break
             else:
+                if len(stack) == 1 and (rest := os.listdir(top)):  # what was moved up
+                    stack[0] = (top, iter(rest), "")
+                    continue
                 _, _, name = stack.pop()
                 if stack:
                     os.close(opened.pop())

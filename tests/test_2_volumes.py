@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from engine import host
 from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound, TooLarge
 from engine.events import Journal
 from engine.model import parse_config
@@ -134,6 +136,7 @@ def test_walking_never_leaves_the_tree_and_is_bounded(tmp_path: Path) -> None:
         fd = below
     os.close(fd)
     assert usage(root) == 0
+    host.remove_tree(deep)
     for number in range(20):
         (root / f"f{number}").touch()
     with pytest.raises(TooLarge):
@@ -237,3 +240,24 @@ def test_any_sequence_of_verbs_agrees_with_a_model(tmp_path: Path) -> None:
                 self.store.meta.close()
 
     run_state_machine_as_test(Machine, settings=settings(max_examples=15, stateful_step_count=20, deadline=None))
+
+
+def test_a_tree_deeper_than_all_open_files_is_deleted(tmp_path: Path) -> None:
+    top = tmp_path / "deep"
+    top.mkdir()
+    fd = os.open(top, os.O_RDONLY)
+    for level in range(1500):
+        os.close(os.open(f"f{level}", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        os.mkdir("dddd", dir_fd=fd)
+        below = os.open("dddd", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, used + 128), hard))
+    try:
+        host.remove_tree(top)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not top.exists()
