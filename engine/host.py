@@ -408,7 +408,7 @@ MAX_DEPTH = 64  # directories held open at a time while a tree is deleted
 
 def _empty(top: int, device: int, path: str) -> None:
     """Depth first. What lies deeper than MAX_DEPTH is moved up first, so that no tree needs more open files."""
-    moved = 0
+    moved = seen = 0
     stack = [(top, iter(os.listdir(top)), "")]
     opened: list[int] = []
     try:
@@ -432,8 +432,9 @@ def _empty(top: int, device: int, path: str) -> None:
                 stack.append((below, iter(os.listdir(below)), name))
                 break
             else:
-                if len(stack) == 1 and (rest := os.listdir(top)):  # what was moved up
-                    stack[0] = (top, iter(rest), "")
+                if len(stack) == 1 and moved != seen:
+                    seen = moved
+                    stack[0] = (top, iter(os.listdir(top)), "")  # what was moved up
                     continue
                 _, _, name = stack.pop()
                 if stack:
