@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
+WIDTH = 40
 BEGIN, END = "<!-- files: made by tools/readme.py -->\n", "<!-- end of files -->"
 
 
@@ -14,9 +15,16 @@ def table() -> str:
     from fdfs.tree.root import ROOT
 
     lines = ["```"]
-    width = 44
+    depth = 0
     for path, doc in entry.table(ROOT):
-        lines.append(f"{path:<{width}} {doc}" if len(path) < width else f"{path}\n{'':<{width}} {doc}")
+        if path.startswith("  "):  # a verb, below its ctl
+            name, indent = path.strip(), depth + 2
+        else:
+            depth = path.rstrip("/").count("/")
+            name, indent = path.rstrip("/").rpartition("/")[2] + ("/" if path.endswith("/") else ""), depth
+        if depth and name == "error":
+            continue  # the one at the top says it for all
+        lines.append(f"{'  ' * indent}{name}".ljust(WIDTH) + f" {doc}")
     return "\n".join([*lines, "```"]) + "\n"
 
 
