@@ -209,14 +209,16 @@ class Segment:
 
     def restore_current(self) -> None:
         """Go on from the index that was saved of a segment which still grows, if it is of this very file."""
-        if self.restore():
-            self.complete = False
+        if self.restore(self._first()):
             self.load()
             self.complete = False
         self.sidecar.unlink(missing_ok=True)  # it is only good once: from now on the file may change under it
 
-    def restore(self) -> bool:
-        """Take the totals from the sidecar; the checkpoints follow when needed. False when it does not fit."""
+    def restore(self, first: str | None = None) -> bool:
+        """Take the totals from the sidecar; the checkpoints follow when needed. False when it does not fit.
+
+        `first`: the header of the file's first record, where a number does not already tell whose index it is.
+        """
         try:
             with self.sidecar.open("rb") as file:
                 head = json.loads(file.readline(4096))
@@ -225,7 +227,7 @@ class Segment:
                 return False
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if raw > self.file_size() or (not self.dropped and head.get("first") != self._first()):
+        if raw > self.file_size() or (first is not None and head.get("first") != first):
             return False
         self.raw = raw
         self.sizes = {STDOUT: out, STDERR: err, JSONL: lines or 0}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,15 @@ from typing import Any
 
 import pytest
 
-from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure
+from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
 from engine.logs import ContainerLogs
 from engine.model import ContainerConfig, MountKind
+from engine.runtimes import cgroups, conmon
 from engine.runtimes.base import Exit, Mount, RunSpec, Runtime, State, make_spec
 from engine.runtimes.fake import FakeRuntime
 from engine.runtimes.oci import OciRuntime
 from engine.runtimes.select import host_report, open_runtime
+from engine.runtimes.spec import Cgroups
 
 BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "sleep", "echo", "cat", "true", "false", "seq", "id", "head", "yes", "tty", "dd", "touch", "grep")
@@ -585,3 +589,89 @@ def test_a_runtime_that_refuses_is_passed_over(tmp_path: Path) -> None:
     assert probe.ok and "runc works" in probe.reason and "no-such-runtime is not installed" in probe.reason
     probe = OciRuntime(tmp_path, state=tmp_path / "state", runtimes=("false",)).probe()
     assert not probe.ok and "false refuses" in probe.reason
+
+
+def test_a_runtime_that_hangs_or_fails_leaves_no_conmon(oci: Bench) -> None:
+    slow, bad = oci.place / "slow", oci.place / "bad"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    bad.write_text('#!/bin/sh\necho \'time="x" level=error msg="runc create failed: no \\"luck\\""\' >&2\nexit 1\n')
+    monitor = shutil.which("conmon") or "/usr/bin/conmon"
+    for path, error, words in ((slow, DeadlineExceeded, "0 s"), (bad, RuntimeFailure, '^no "luck"$')):
+        path.chmod(0o755)
+        files = conmon.Files(oci.place / "containers" / path.name, path.name)
+        for place in (files.bundle, files.exit.parent, files.run / "persist", files.log.parent):
+            place.mkdir(parents=True)
+        with pytest.raises(error, match=words):
+            conmon.launch(monitor, str(path), [], files, terminal=False, deadline=0.4)
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        oci.until(lambda path=path, pids=pids: not any(str(path) in _command(pid) for pid in pids))
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace") if _alive(pid) else ""
+    except OSError:
+        return ""
+
+
+# --- what Docker shows for the same commands --------------------------------------------------------------------------
+
+DOCKER = Path(__file__).parents[2] / "shared" / "fixtures" / "logs" / "docker-json-file"
+
+
+def test_the_output_is_what_docker_records(oci: Bench) -> None:
+    """Each fixture's command is run; stream by stream, the text of all.jsonl equals that of Docker's own log file."""
+    if not (DOCKER / "cases.json").exists():
+        skip_or_fail("fixtures are not here")
+    for name in ("printf", "tr", "od"):
+        (oci.rootfs() / "bin" / name).symlink_to("busybox")
+    compared = 0
+    for case in json.loads((DOCKER / "cases.json").read_text()):
+        path = DOCKER / case["name"] / "ID-json.log"
+        if case["run_options"] or not path.exists() or "multibyte" in case["name"]:  # parts are cut elsewhere there
+            continue
+        id = oci.run(tuple(case["command"]))
+        assert oci.end().exit_code == case["exit"]
+        wanted, found = dict[str, str](), dict[str, str]()
+        for line in path.read_text().splitlines():
+            item = json.loads(line)
+            wanted[item["stream"]] = wanted.get(item["stream"], "") + item["log"]
+        for line in oci.output(id, "all.jsonl").decode().split("\n")[:-1]:
+            item = json.loads(line)
+            text = item["line"] + ("" if item.get("partial") else "\n")
+            found[item["stream"]] = found.get(item["stream"], "") + text
+        assert found == wanted, case["name"]
+        compared += 1
+    assert compared >= 5
+
+
+# --- cgroups of both versions, as files -------------------------------------------------------------------------------
+
+
+def test_cgroup_files_of_both_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    one, two = Cgroups(1, True), Cgroups(2, True)
+    for version in (one, two):  # nothing is there: nothing is claimed
+        assert not cgroups.frozen(version, "c") and cgroups.oom_kills(version, "c") == 0
+        cgroups.thaw(version, "c")
+    group = tmp_path / "dutchman" / "c"
+    group.mkdir(parents=True)
+    (group / "cgroup.freeze").write_text("1\n")
+    (group / "memory.events").write_text("low 0\nhigh 0\nmax 9\noom 3\noom_kill 2\noom_group_kill 0\n")
+    assert cgroups.frozen(two, "c") and cgroups.oom_kills(two, "c") == 2
+    cgroups.thaw(two, "c")
+    assert not cgroups.frozen(two, "c")
+    for controller, name, text in (
+        ("freezer", "freezer.state", "FROZEN\n"),
+        ("memory", "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n"),
+    ):
+        place = tmp_path / controller / "dutchman" / "c"
+        place.mkdir(parents=True)
+        (place / name).write_text(text)
+    assert cgroups.frozen(one, "c") and cgroups.oom_kills(one, "c") == 1
+    cgroups.thaw(one, "c")
+    assert not cgroups.frozen(one, "c")
+    cgroups.adopt_monitor(two, 1)
+    assert (tmp_path / "dutchman" / "monitors" / "cgroup.procs").read_text() == "1"
+    (tmp_path / "cgroup.controllers").touch()
+    assert Cgroups.detect(tmp_path).version == 2

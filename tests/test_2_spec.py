@@ -262,7 +262,7 @@ def test_exit_codes_of_failures() -> None:
     assert failure_exit_code('exec: "x": executable file not found in $PATH') == 127
     assert failure_exit_code('exec: "/x": stat /x: no such file or directory') == 127
     assert failure_exit_code('exec: "/etc": permission denied') == 126
-    assert failure_exit_code("cgroups are broken") == 128
+    assert failure_exit_code("error mounting /x: no such file or directory") == 128
 
 
 # --- users ----------------------------------------------------------------------------------------------------------

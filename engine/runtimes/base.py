@@ -205,9 +205,10 @@ def make_spec(
 
 def failure_exit_code(reason: str) -> int:
     """The exit code Docker reports for a container that could not be started: 127 not found, 126 not executable."""
-    if "executable file not found" in reason or "no such file or directory" in reason:
+    executing = 'exec: "' in reason or "executable" in reason  # else it is about a mount, say
+    if executing and ("not found" in reason or "no such file or directory" in reason):
         return 127
-    if "permission denied" in reason or "is a directory" in reason or "exec format error" in reason:
+    if executing and ("permission denied" in reason or "is a directory" in reason or "format error" in reason):
         return 126
     return 128
 

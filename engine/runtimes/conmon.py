@@ -263,17 +263,18 @@ def clean(message: str) -> str:
 
 
 def kill_conmon(files: Files) -> None:
-    """Kill the conmon that conmon.pid names, if that pid is really this container's conmon."""
+    """Kill the conmon that conmon.pid names, if it really is this container's, and with it a `create` it waits for."""
     try:
         pid = int(files.conmon_pid.read_text())
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return
     if files.id.encode() in command and os.fsencode(files.bundle) in command:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for kill in (os.killpg, os.kill):  # it leads its own group (not yet, right after its fork)
+            try:
+                kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
 
 
 def reopen_log(files: Files) -> None:
