@@ -37,18 +37,12 @@ def _say(ready_fd: int | None, text: str) -> None:
         pass  # who asked is gone
 
 
-def _logging(store: Path, foreground: bool) -> None:
-    """Everything into <store>/engine.log; warnings also to the terminal in the foreground."""
-    handlers: list[logging.Handler] = [logging.FileHandler(store / "engine.log", encoding="utf-8")]
-    if foreground:
-        console = logging.StreamHandler()
-        console.setLevel(logging.WARNING)
-        handlers.append(console)
-    logging.basicConfig(
-        level=logging.INFO, handlers=handlers, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+def _logging(foreground: bool) -> None:
+    """The engine keeps <store>/engine.log; warnings also go to the terminal in the foreground."""
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[console] if foreground else [logging.NullHandler()], force=True)
     logging.getLogger("fuse").setLevel(logging.CRITICAL)  # failures are logged once, by our guard
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def serve(
@@ -62,7 +56,7 @@ def serve(
 ) -> int:
     """Serve the engine at `store` on `mount`; 0 after a signal or an unmount, 1 when it cannot start."""
     store.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _logging(store, foreground)
+    _logging(foreground)
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: ending.set())

@@ -180,6 +180,8 @@ class Declared:
             return self.mkdir(path)
         if operation in ("rmdir", "unlink", "rename"):
             return getattr(self, operation)(path, *arguments)
+        if operation in ("symlink", "mknod", "link"):
+            raise AccessDenied(f"{operation} is not possible here")
         file = self.scratch(path)
         if file is None:
             found = self.find(path)

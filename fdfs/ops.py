@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from engine.errors import Gone, NotFound
+from engine.errors import EngineError, Gone, NotFound
 from fdfs.declared import Context, Declared, errno_of
 from fdfs.entry import Attr, Dir, Found, Graft, Handle, Keys
 
@@ -97,7 +97,12 @@ class Operations:
         if found.rest is None:
             return found
         assert isinstance(row, Dir) and row.graft is not None
-        graft: Graft = row.graft(self._engine, *found.keys)
+        try:
+            graft: Graft = row.graft(self._engine, *found.keys)
+        except EngineError:
+            if found.rest:
+                raise
+            return Found(row, found.keys)  # nothing to show yet: an empty directory, so that its parent stays browsable
         prefix = path[: len(path) - len(found.rest)].rstrip(b"/") if found.rest else path.rstrip(b"/")
         with self._lock:
             if len(self._grafts) >= MAX_GRAFTS:

@@ -10,10 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from engine.images.pull import pull as pull_image
-
 from engine.errors import InvalidArgument, NotFound
-from engine.images import archive
 from engine.images.reference import parse as parse_reference
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import BindSource, Dir, File, Link, Row
@@ -96,30 +93,12 @@ def size_bytes(engine: Any, digest: str) -> str:
     return line(engine.images.get(digest).size)
 
 
-def _split_size(engine: Any, digest: str) -> tuple[int, int]:
-    """(bytes of layers only this image has, bytes of layers it shares with another)."""
-    unique = shared = 0
-    engine.images.get(digest)
-    rows = engine.meta.query(
-        "SELECT DISTINCT diff_id, (SELECT size FROM layers WHERE layers.diff_id = mine.diff_id) AS size, "
-        "EXISTS (SELECT 1 FROM image_layers other WHERE other.diff_id = mine.diff_id AND other.image != mine.image) "
-        "AS others FROM image_layers mine WHERE image = ?",
-        (digest,),
-    )
-    for row in rows:
-        if row["others"]:
-            shared += row["size"] or 0
-        else:
-            unique += row["size"] or 0
-    return unique, shared
-
-
 def unique_bytes(engine: Any, digest: str) -> str:
-    return line(_split_size(engine, digest)[0])
+    return f"{engine.images.unique_bytes(digest)}\n"
 
 
 def shared_bytes(engine: Any, digest: str) -> str:
-    return line(_split_size(engine, digest)[1])
+    return f"{engine.images.shared_bytes(digest)}\n"
 
 
 def history(engine: Any, digest: str) -> str:
@@ -179,6 +158,8 @@ def pull(engine: Any, call: Call) -> str:
     wanted = call.options.get("platform")
 
     def work(task: Any) -> str:
+        from engine.images.pull import pull as pull_image
+
         return str(pull_image(engine.images, reference, wanted, task).digest)
 
     return job_reply(engine.jobs.start(_line("pull", call), work))
@@ -199,6 +180,8 @@ def load(engine: Any, call: Call) -> str:
     path = _host_path(call.args[0])
 
     def work(task: Any) -> str:
+        from engine.images import archive
+
         return " ".join(image.digest for image in archive.load(engine.images, path, task))
 
     return job_reply(engine.jobs.start(_line("load", call), work))
@@ -210,6 +193,8 @@ def import_(engine: Any, call: Call) -> str:
     parse_reference(reference)
 
     def work(task: Any) -> str:
+        from engine.images import archive
+
         return str(archive.import_rootfs(engine.images, path, reference, task).digest)
 
     return job_reply(engine.jobs.start(_line("import", call), work))
