@@ -614,6 +614,46 @@ def _command(pid: int) -> str:
         return ""
 
 
+ON_VERSION_2 = """
+    import queue, signal, sys
+    from pathlib import Path
+    from engine.model import ContainerConfig
+    from engine.runtimes.base import State, make_spec
+    from engine.runtimes.oci import OciRuntime
+    place = Path(sys.argv[1])
+    runtime, ends = OciRuntime(place / "containers", state=place / "state", runtimes=("runc",)), queue.Queue()
+    print(runtime.probe().reason)
+    for number in range(2):
+        directory = place / "containers" / f"v2-{number}"
+        directory.mkdir(parents=True)
+        config = ContainerConfig(command=("sleep", "100"))
+        id = directory.name
+        runtime.create(make_spec(id=id, name=id, directory=directory, rootfs=place / "rootfs", config=config))
+        runtime.watch(id, lambda id, end: ends.put(end))
+        runtime.start(id)
+        if number == 0:
+            runtime.pause(id)
+            assert runtime.status(id).state is State.PAUSED
+        runtime.signal(id, signal.SIGKILL)
+        print(ends.get(timeout=10).exit_code)
+        runtime.delete(id)
+    print(list(Path("/sys/fs/cgroup/dutchman").glob("v2-*")))
+"""
+
+
+def test_on_cgroup_version_2_alone(oci: Bench) -> None:
+    """The same host, seen from a mount namespace with nothing but the unified tree."""
+    if Cgroups.detect().version == 2:
+        return  # every other test here has run on it
+    oci.rootfs()
+    script = 'mount --make-rprivate / && umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec "$@"'
+    python = [sys.executable, "-c", textwrap.dedent(ON_VERSION_2), str(oci.place)]
+    argv = ["unshare", "--mount", "sh", "-c", script, "sh", *python]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["runc works here (cgroup v2)", "137", "137", "[]"]
+
+
 # --- what Docker shows for the same commands --------------------------------------------------------------------------
 
 DOCKER = Path(__file__).parents[2] / "shared" / "fixtures" / "logs" / "docker-json-file"
@@ -671,6 +711,11 @@ def test_cgroup_files_of_both_versions(tmp_path: Path, monkeypatch: pytest.Monke
     assert cgroups.frozen(one, "c") and cgroups.oom_kills(one, "c") == 1
     cgroups.thaw(one, "c")
     assert not cgroups.frozen(one, "c")
+    assert cgroups.own_group(one).startswith("/")
+    monkeypatch.setattr(cgroups, "own_group", lambda version: "/")
+    cgroups.adopt_monitor(two, 1)
+    assert not (tmp_path / "dutchman" / "monitors").exists()
+    monkeypatch.setattr(cgroups, "own_group", lambda version: "/system.slice/dutchman.service")
     cgroups.adopt_monitor(two, 1)
     assert (tmp_path / "dutchman" / "monitors" / "cgroup.procs").read_text() == "1"
     (tmp_path / "cgroup.controllers").touch()

@@ -54,10 +54,22 @@ def oom_kills(cgroups: Cgroups, id: str) -> int:
     return 0
 
 
+def own_group(cgroups: Cgroups) -> str:
+    """The cgroup of this process in the tree by which a service manager kills (proc(5), /proc/pid/cgroup)."""
+    wanted = "0::" if cgroups.version == 2 else ":name=systemd:"
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith(wanted) or (cgroups.version == 1 and wanted in line):
+            return line.split(":", 2)[2]
+    return "/"
+
+
 def adopt_monitor(cgroups: Cgroups, pid: int) -> None:
-    """Move conmon out of the daemon's cgroup, so that stopping the daemon's service does not kill it. Best effort."""
+    """Move conmon out of the daemon's cgroup, so that stopping the daemon's service does not kill it. Best effort.
+
+    Takes some 10 ms (the kernel waits for all CPUs). Nothing to do where the daemon is in the root group.
+    """
     group = path(cgroups, "systemd", MONITOR)
-    if cgroups.version == 1 and not (ROOT / "systemd").is_dir():
+    if own_group(cgroups) == "/" or (cgroups.version == 1 and not (ROOT / "systemd").is_dir()):
         return
     try:
         group.mkdir(parents=True, exist_ok=True)

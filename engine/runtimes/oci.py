@@ -154,7 +154,8 @@ class OciRuntime:
         except BaseException:
             self.delete(spec_.id, runtime)
             raise
-        cgroups.adopt_monitor(self._cgroups, facts.conmon)
+        move = threading.Thread(target=cgroups.adopt_monitor, args=(self._cgroups, facts.conmon), daemon=True)
+        move.start()  # aside: it is slow, and nothing waits for it
         return facts.pid
 
     def start(self, id: str) -> None:
