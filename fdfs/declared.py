@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from engine.errors import AccessDenied, EngineError, NotFound
+from engine.errors import AccessDenied, EngineError, InvalidArgument, NotFound
 from fdfs.ctl import object_of
 from fdfs.entry import (
     HIDDEN,
@@ -117,7 +117,10 @@ class Declared:
         row, keys, _, name = self._directory(path)
         if row.mkdir is None or is_litter(name):
             raise AccessDenied(f"{os.fsdecode(name)!r} cannot be created here")
-        text = name.decode("utf-8", "surrogateescape")
+        try:
+            text = name.decode()
+        except UnicodeDecodeError:
+            raise InvalidArgument("names here are UTF-8", at=ascii(name)) from None
         with self._engine.command(object_of(self._engine, row, keys), f"mkdir {text}", who=self.who()):
             row.mkdir(self._engine, *keys, text)
 

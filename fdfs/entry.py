@@ -186,7 +186,11 @@ def walk(engine: Any, root: Dir, path: bytes) -> Found:
             raise NotFound("not a directory", at=os.fsdecode(part))
         if row.graft is not None:
             return Found(row, keys, b"/".join(parts[position:]))
-        row, keys = child(engine, row, keys, part.decode("utf-8", "surrogateescape"))
+        try:
+            name = part.decode()
+        except UnicodeDecodeError:
+            raise NotFound("names here are UTF-8", at=ascii(part)) from None
+        row, keys = child(engine, row, keys, name)
     if isinstance(row, Dir) and row.graft is not None:
         return Found(row, keys, b"")
     return Found(row, keys)

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from engine.errors import AccessDenied, TooLarge
+from engine.errors import AccessDenied, InvalidArgument, TooLarge
 from fdfs import ctl
 from fdfs.entry import BLOCK, Attr, File, Keys, render
 
@@ -226,7 +226,11 @@ class Setting:
         shown = content.decode("utf-8", "replace").rstrip("\n")[:200]
         name = ctl.object_of(self._engine, self._row, self._keys)
         with self._engine.command(name, f"{self._row.name} = {shown}", who=self._who()):
-            self._row.set(self._engine, *self._keys, content.decode("utf-8", "surrogateescape"))
+            try:
+                text = content.decode()
+            except UnicodeDecodeError as error:
+                raise InvalidArgument(f"{self._row.name}: not UTF-8 at byte {error.start}") from error
+            self._row.set(self._engine, *self._keys, text)
 
     def truncate(self, size: int) -> None: ...
 
