@@ -180,6 +180,7 @@ def test_run_passes_on_output_byte_for_byte_and_the_exit_code(engine: Dutchman) 
 
 
 def test_run_sets_what_it_is_told(engine: Dutchman, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
     (tmp_path / "given").write_text("from the host\n")
     options = ["--rm", "-e", "A=1 2", "-v", f"{tmp_path}:/given:ro", "-w", "/srv", "--hostname", "ship", "-u", "nobody"]
     script = "echo $A; cat /given/given; pwd; hostname; id -u; touch /given/x 2>/dev/null || echo read-only"
@@ -307,6 +308,4 @@ def test_pull_from_a_registry(engine: Dutchman, tmp_path: Path) -> None:
         assert engine.cli("run", "--rm", name, "--", "cat", "/srv/new.txt").stdout == "This file is new.\n"
         absent = engine.cli("pull", registry.name("absent:1"), code=1)
         assert "absent" in absent.stderr
-    gone = engine.cli("pull", name, code=1, timeout=120)
-    assert gone.stderr.startswith(f"dutchman: pull {name}: ")
     engine.cli("rmi", name)
