@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, NoSpace
 from engine.events import Journal
 from engine.execution import Execution
 from engine.lifecycle import ALIVE, State
@@ -93,6 +93,8 @@ class Monitor:
             busy = True
             try:
                 busy = self._tick()
+            except NoSpace as error:
+                log.warning("events of output and resources wait: %s", error)
             except Exception:
                 if self._closing:
                     return

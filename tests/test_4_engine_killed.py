@@ -1,0 +1,245 @@
+"""`kill -9` of the engine at each point of a container's life: the next one finds out what is true, and loses nothing.
+
+A child process opens the engine, brings a container into a state, and is killed there; `point` names where: at a call
+of the driver (just before or after it) or when all is quiet.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engines import add_busybox, add_image, events, eventually, reach
+
+from engine import host
+from engine.engine import Engine
+from engine.lifecycle import State
+from engine.model import parse_config
+from engine.runtimes.oci import OciRuntime
+
+IMAGE = "docker.io/library/busybox:latest"
+CHILD = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from engine.engine import Engine
+from engine.model import parse_config
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+store, runtime, point, steps = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+engine = Engine(store, runtime=runtime)
+containers, driver = engine.containers, engine.drivers.get()
+when, _, method = point.partition(" ")
+if method:
+    place = {"driver": driver, "mounts": engine.mounts, "records": containers.records}
+    holder, _, call = method.partition(".")
+    real = getattr(place[holder], call)
+    def hooked(*args, **kwargs):
+        if when == "before":
+            die()
+        result = real(*args, **kwargs)
+        die()
+        return result
+    arm = lambda: setattr(place[holder], call, hooked)
+else:
+    arm = lambda: None
+for step in steps.split(";"):
+    verb, _, rest = step.strip().partition(" ")
+    if verb == "arm":
+        arm()
+    elif verb == "sleep":
+        time.sleep(float(rest))
+    elif verb == "running":
+        containers.wait_for("c", lambda now: now.state == "running", 20)
+    else:
+        getattr(containers, verb)("c", *([float(rest)] if rest else []))
+die()
+"""
+
+
+def supported(runtime: str, base: Path) -> None:
+    if runtime == "oci":
+        if not (host.LINUX and host.is_root()):
+            pytest.skip("containers need root on Linux")
+        probe = OciRuntime(base).probe()
+        if not probe.ok:
+            pytest.skip(f"no OCI runtime: {probe.reason}")
+
+
+Crash = Callable[..., Engine]
+
+
+@pytest.fixture(params=["oci", "fake"])
+def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    supported(request.param, tmp_path)
+    return str(request.param)
+
+
+@pytest.fixture
+def crash(tmp_path: Path) -> Iterator[Crash]:
+    opened: list[Engine] = []
+
+    def run(runtime: str, command: list[str], point: str, steps: str, pause: float = 0.0) -> Engine:
+        store = tmp_path / "store"
+        engine = Engine(store, runtime=runtime)
+        if runtime == "oci":
+            add_busybox(engine)
+        else:
+            add_image(engine, IMAGE)
+        engine.containers.create("c", parse_config(f"image: {IMAGE}\ncommand: {command!r}"))
+        engine.close()
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(store), runtime, point, steps],
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        time.sleep(pause)
+        opened.append(Engine(store, runtime=runtime))
+        return opened[-1]
+
+    yield run
+    for engine in opened:
+        for container in engine.containers.all():
+            engine.containers.remove(container.name, force=True)
+        engine.close(unmount=True)
+        assert not [point for point, _, _ in host.mounts() if point.startswith(str(engine.store))]
+        assert os.listdir(engine.store / "tmp") == []
+
+
+def stdout(engine: Engine) -> bytes:
+    logs = engine.containers.logs("c")
+    logs.caught_up("stdout")
+    return logs.read("stdout", 0, 1 << 24)
+
+
+def check_journal(engine: Engine) -> None:
+    """Gapless, and each container's moves follow each other."""
+    found = events(engine)
+    assert [event["seq"] for event in found] == list(range(1, len(found) + 1))
+    moves = [event for event in found if event["type"] == "stateChanged" and event["object"].startswith("container/")]
+    for before, after in zip(moves, moves[1:]):  # noqa: B905, RUF007
+        assert before["to"] == after["from"]
+    assert moves[-1]["to"] == engine.containers.get("c").state
+
+
+SLEEP = {"oci": ["sleep", "1000"], "fake": ["sleep", "inf"]}
+
+
+def test_running_is_found_again_or_told_to_be_lost(runtime: str, crash: Crash) -> None:
+    engine = crash(runtime, SLEEP[runtime], "", "start;running")
+    now = engine.containers.get("c")
+    if runtime == "oci":
+        assert now.state is State.RUNNING and now.pid and host.process_alive(now.pid)
+        engine.containers.stop("c", 0)
+        assert reach(engine, "c", State.STOPPED).exit_code == 137
+    else:  # in memory: it went with its daemon
+        assert (now.state, now.exit_code) == (State.STOPPED, 255) and now.reason
+    check_journal(engine)
+
+
+def test_paused_is_found_paused(crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    engine = crash("oci", SLEEP["oci"], "", "start;running;pause")
+    assert engine.containers.get("c").state is State.PAUSED
+    engine.containers.resume("c")
+    engine.containers.kill("c")
+    assert reach(engine, "c", State.STOPPED).exit_code == 137
+    check_journal(engine)
+
+
+@pytest.mark.parametrize("point", ["after driver.pause"])
+def test_a_pause_cut_in_two_is_what_really_is(point: str, crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    engine = crash("oci", SLEEP["oci"], point, "start;running;arm;pause")
+    assert engine.containers.get("c").state is State.PAUSED
+    check_journal(engine)
+
+
+@pytest.mark.parametrize("point", ["after mounts.ensure", "after driver.create"])
+def test_a_start_cut_short_before_anything_ran_is_rolled_back(runtime: str, point: str, crash: Crash) -> None:
+    engine = crash(runtime, SLEEP[runtime], point, "arm;start")
+    now = engine.containers.get("c")
+    assert now.state is State.STOPPED and "while it was starting" in now.reason
+    check_journal(engine)
+    engine.containers.start("c")
+    assert engine.containers.get("c").state is State.RUNNING
+
+
+def test_a_start_that_succeeded_unnoted_is_noted(crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    engine = crash("oci", ["sh", "-c", "echo once; sleep 1000"], "after driver.start", "arm;start")
+    now = engine.containers.get("c")
+    assert now.state is State.RUNNING and now.pid and now.image
+    eventually(lambda: stdout(engine) == b"once\n")
+    check_journal(engine)
+
+
+def test_a_run_that_ended_while_no_daemon_looked_keeps_its_exit_code_and_every_line(
+    crash: Crash, tmp_path: Path
+) -> None:
+    supported("oci", tmp_path)
+    script = "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done; sleep 0.5; echo last; exit 42"
+    engine = crash("oci", ["sh", "-c", script], "", "start;running", pause=1.5)
+    now = reach(engine, "c", State.STOPPED)
+    assert now.exit_code == 42 and now.finished_ns and now.finished_ns < time.time_ns()
+    assert stdout(engine) == b"".join(b"line %d\n" % n for n in range(2000)) + b"last\n"
+    told = [event for event in events(engine, f"container/{now.id}") if event["type"] == "logOutput"]
+    assert told[0]["stdout"][0] == 0 and told[-1]["stdout_end"] == len(stdout(engine))
+    check_journal(engine)
+
+
+def test_a_short_run_whose_start_was_not_noted_is_not_lost(crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    engine = crash("oci", ["sh", "-c", "echo hello; exit 9"], "after driver.start", "arm;start", pause=0.5)
+    now = reach(engine, "c", State.STOPPED)
+    assert now.exit_code == 9 and stdout(engine) == b"hello\n"
+    check_journal(engine)
+
+
+def test_a_burst_of_output_across_a_killed_daemon_loses_nothing(crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    script = "i=0; while [ $i -lt 60 ]; do yes 0123456789 | head -n 500; i=$((i+1)); sleep 0.02; done"
+    engine = crash("oci", ["sh", "-c", script], "", "start;running;sleep 0.4")
+    assert engine.containers.wait("c", 30) == 0
+    assert stdout(engine) == b"0123456789\n" * 30000
+
+
+@pytest.mark.parametrize("point", ["before driver.signal", "after driver.signal"])
+def test_a_stop_cut_short_is_taken_up_again(point: str, crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    script = "trap 'echo bye; exit 6' TERM; echo ready; while :; do sleep 0.05; done"
+    engine = crash("oci", ["sh", "-c", script], point, "start;running;sleep 0.3;arm;stop")
+    now = reach(engine, "c", State.STOPPED)
+    assert now.exit_code == 6 and stdout(engine) == b"ready\nbye\n"
+    check_journal(engine)
+
+
+@pytest.mark.parametrize("point", ["before driver.delete", "after mounts.forget"])
+def test_a_removal_cut_short_is_finished(runtime: str, point: str, crash: Crash) -> None:
+    engine = crash(runtime, SLEEP[runtime], point, "start;running;kill;sleep 0.3;arm;remove")
+    eventually(lambda: engine.containers.names() == [])
+    assert os.listdir(engine.store / "containers") == []
+    assert not [name for name, _, _ in host.mounts() if name.startswith(str(engine.store))]
+    assert events(engine)[-1]["type"] == "containerRemoved"
+
+
+def test_a_creation_cut_short_leaves_no_directory(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    Engine(store, runtime="fake").close()
+    orphan = store / "containers" / ("ab" * 32)
+    (orphan / "upper").mkdir(parents=True)
+    (store / "tmp" / "removed-x").mkdir()
+    (store / "tmp" / "partial-0").write_bytes(b"kept for Range")
+    with Engine(store, runtime="fake") as engine:
+        assert os.listdir(store / "containers") == [] and engine.containers.names() == []
+        assert os.listdir(store / "tmp") == ["partial-0"]
