@@ -12,12 +12,16 @@ so other tools read them too. Not thread-safe: ContainerLogs' lock guards every 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
+import sys
+import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import zstandard
@@ -86,6 +90,16 @@ class Segment:
         if self._frames is not None:
             return self._frames[0][-1]
         return os.fstat(self._fd).st_size
+
+    def disk_size(self) -> int:
+        """Bytes of its files."""
+        total = 0
+        for path in (self.path, self.packed):
+            try:
+                total += path.stat().st_size
+            except FileNotFoundError:
+                continue
+        return total
 
     def mtime_ns(self) -> int:
         return os.fstat(self._fd).st_mtime_ns if self.open() and self._fd >= 0 else 0
@@ -237,6 +251,11 @@ class Segment:
         self._saved = (True, lines is not None)
         return True
 
+    def restore_dropped(self) -> bool:
+        """Take the totals of a segment whose bytes are gone: the sidecar is all there is of it."""
+        self.raw = 1 << 62  # any total fits
+        return self.restore() and self.known(JSONL)
+
     def load(self) -> None:
         """Have the checkpoints in memory; made again from the bytes when the sidecar is damaged."""
         if self._loaded:
@@ -305,10 +324,32 @@ class Segment:
             aside.unlink(missing_ok=True)
         return True
 
-    def switch(self) -> None:
-        """From the plain file to the compressed one, which is there; the plain one goes."""
+    def switch(self) -> Path:
+        """From the plain file to the compressed one, which is there. Returns where the plain one is now, to be removed:
+        that may take long for a large file, and needs no lock."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        old = self.path.with_name(self.path.name + ".old.tmp")
+        self.path.rename(old)
+        return old
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """Give this thread the lowest priority (Linux has one per thread): containers and readers come first."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    thread = threading.get_native_id()
+    before = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, 19)
+    try:
+        yield
+    finally:
+        try:
+            os.setpriority(os.PRIO_PROCESS, thread, before)
+        except OSError as error:  # only root may go up again: then this helper stays slow, and goes when it is done
+            if error.errno not in (errno.EACCES, errno.EPERM):
+                raise
 
 
 def _as_lines(data: bytes) -> bytes:

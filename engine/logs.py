@@ -6,7 +6,7 @@ rotation, compression, restarts of the container and of the daemon. How a rotati
     1 rename ctr.log -> ctr.log.<n>      no ctr.log: conmon still writes to <n>; the next maybe_rotate asks it again
     2 conmon reopens: a new ctr.log      <n> is frozen from here on (conmon opens the new file, then renames it there)
     3 ctr.log.<n>.idx, then .zst         *.tmp is removed on open; a .zst has its name only when whole and synced
-    4 remove ctr.log.<n>                 both there: the plain one goes
+    4 remove ctr.log.<n>, as *.old.tmp   both there: the plain one goes
 
 Threading: one lock, held for a bounded piece of work (an index step is some 100 µs). One helper thread per log comes
 and goes with the work: catching up with a large backlog, compressing. `size` indexes for at most 50 ms and then answers
@@ -19,19 +19,17 @@ import errno
 import logging
 import os
 import re
-import sys
 import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from engine.errors import InvalidArgument, NotFound
 from engine.logformat import JSONL, STDOUT, VIEWS, parse
-from engine.logindex import Segment
+from engine.logindex import Segment, in_background
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +196,7 @@ class ContainerLogs:
         """
         freed = 0
         with self._lock:
-            sizes = [_disk_size(segment) for segment in self._segments]
+            sizes = [segment.disk_size() for segment in self._segments]
             for segment, size in zip(self._segments, sizes, strict=True):
                 if sum(sizes) - freed <= keep or not self._sealed(segment):
                     break
@@ -235,7 +233,7 @@ class ContainerLogs:
             match = _NAME.match(name)
             if match:
                 found.setdefault(int(match[1]), set()).add(match[2] or "")
-            elif name.endswith((".zst.tmp", ".idx.tmp")):
+            elif name.endswith((".zst.tmp", ".idx.tmp", ".old.tmp")):
                 (self._directory / name).unlink(missing_ok=True)
         live = self.current.exists()
         for number in sorted(found):
@@ -245,7 +243,7 @@ class ContainerLogs:
                 segment.path.unlink()
             if kinds == {".idx"}:
                 segment.dropped = True
-                if not _restore_dropped(segment):
+                if not segment.restore_dropped():
                     segment.sidecar.unlink()
                     continue
             segment.frozen = True
@@ -286,6 +284,8 @@ class ContainerLogs:
                     break
                 if segment.known(view):
                     bases.append(bases[-1] + segment.sizes[view])
+                    if segment.dirty:
+                        self._help()  # to write down what was just found out
                     break
                 stepped = segment.advance()
                 if view == JSONL:
@@ -378,47 +378,18 @@ class ContainerLogs:
         segment.save()
         self._lock.release()  # compressing takes a while, and needs nothing that changes
         try:
-            with _in_background():
+            with in_background():
                 packed = segment.pack(lambda: self._closed)
         finally:
             self._lock.acquire()
         if packed:
-            segment.switch()
+            old = segment.switch()
             self._touch(segment)
-
-
-@contextmanager
-def _in_background() -> Iterator[None]:
-    """Give this thread the lowest priority (Linux has one per thread): containers and readers come first."""
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    thread = threading.get_native_id()
-    before = os.getpriority(os.PRIO_PROCESS, thread)
-    os.setpriority(os.PRIO_PROCESS, thread, 19)
-    try:
-        yield
-    finally:
-        try:
-            os.setpriority(os.PRIO_PROCESS, thread, before)
-        except OSError as error:  # only root may go up again: then this helper stays slow, and goes when it is done
-            if error.errno not in (errno.EACCES, errno.EPERM):
-                raise
-
-
-def _restore_dropped(segment: Segment) -> bool:
-    segment.raw = 1 << 62  # its bytes are gone: any total fits
-    return segment.restore() and segment.known(JSONL)
-
-
-def _disk_size(segment: Segment) -> int:
-    total = 0
-    for path in (segment.path, segment.packed):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+            self._lock.release()
+            try:
+                old.unlink()
+            finally:
+                self._lock.acquire()
 
 
 def mend(current: Path) -> None:

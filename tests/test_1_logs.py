@@ -320,6 +320,7 @@ def test_a_crash_at_any_point_of_a_rotation_is_repaired(tmp_path: Path, damage: 
     elif damage == "tmp files":
         (tmp_path / "ctr.log.4.zst.tmp").write_bytes(b"half")
         (tmp_path / "ctr.log.2.idx.tmp").write_bytes(b"half")
+        (tmp_path / "ctr.log.3.old.tmp").write_bytes(b"what is compressed by now")
     again = ContainerLogs(tmp_path)
     assert {view: everything(again, view) for view in VIEWS} == want
     wait_sealed(tmp_path, 3)

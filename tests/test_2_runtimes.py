@@ -545,6 +545,45 @@ def test_a_container_outlives_a_killed_daemon(oci: Bench, ends_first: bool) -> N
     assert oci.output(run.id) == b"".join(b"line %d\n" % n for n in range(300))
 
 
+ROTATING = """
+    import sys, time
+    from pathlib import Path
+    from engine.logs import ContainerLogs
+    from engine.runtimes.oci import OciRuntime
+    place, id = Path(sys.argv[1]), sys.argv[2]
+    runtime = OciRuntime(place / "containers", state=place / "state")
+    runtime.watch(id, lambda id, end: None)
+    logs, offset = ContainerLogs(place / "containers" / id / "logs"), 0
+    print("attached", flush=True)
+    while True:
+        logs.maybe_rotate(150_000, None, lambda: runtime.reopen_log(id))
+        offset += len(logs.read("stdout", offset, 1 << 20))
+        time.sleep(0.001)
+"""
+
+
+def test_daemons_killed_one_after_another_in_a_burst_with_rotation(oci: Bench) -> None:
+    """Wherever the kill falls (rename, reopen, index, compression): every line is there, once, in order."""
+    lines = 30_000
+    script = (
+        f"i=0; while [ $i -lt {lines} ]; do echo line $i; i=$((i+1)); [ $((i % 100)) = 0 ] && sleep 0.005; done; exit 5"
+    )
+    id = oci.run(("sh", "-c", script))
+    argv = [sys.executable, "-c", textwrap.dedent(ROTATING), str(oci.place), id]
+    for round in range(5):
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as daemon:
+            assert daemon.stdout is not None and daemon.stdout.readline() == b"attached\n"
+            time.sleep(0.05 + 0.037 * round)
+            daemon.kill()
+    assert oci.end(30).exit_code == 5
+    logs = ContainerLogs(oci.place / "containers" / id / "logs")
+    assert logs.caught_up("stdout", 10)
+    assert logs.read("stdout", 0, 1 << 30) == b"".join(b"line %d\n" % n for n in range(lines))
+    logs.close()
+    names = os.listdir(oci.place / "containers" / id / "logs")
+    assert len([name for name in names if name[8:].split(".")[0].isdigit()]) >= 2, "it was not rotated"
+
+
 def test_killed_in_the_middle_of_create_is_cleared(oci: Bench) -> None:
     """The daemon died before it wrote facts.json: the container is found as created, and can be deleted."""
     run = oci.spec("sleep")
