@@ -25,17 +25,18 @@ from engine.store.check import check
 from engine.store.meta import Meta
 
 MEGABYTE = 1 << 20
+FILES = 24  # of 4 MB in the big layer
 # what a daemon says about the work its predecessor could not finish
-AFTERMATH = r"WARNING.*(daemon|killed|reconcil|interrupt|left|stale|tmp/)"
+AFTERMATH = r"WARNING.*(daemon|killed|reconcil|interrupt|left|stale|tmp/|orders end)"
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A docker-archive whose layer takes long enough to be interrupted: 160 MB that do not compress."""
+    """A docker-archive whose layer takes long enough to be interrupted: 96 MB that do not compress."""
     needs_oci()
     base = tmp_path_factory.mktemp("big")
     (base / "root").mkdir()
-    for number in range(40):
+    for number in range(FILES):
         (base / "root" / f"{number:02}").write_bytes(os.urandom(4 * MEGABYTE))
     subprocess.run(["tar", "-C", str(base / "root"), "-cf", str(base / "layer.tar"), "."], check=True)
     with open(base / "layer.tar", "rb") as layer:
@@ -119,7 +120,7 @@ def whole(engine: Dutchman, image: str) -> None:
     """All of the big image is there and right."""
     assert engine.job_of(f"images/{image}", "verify") == ("done", "")
     sizes = {path.name: path.stat().st_size for path in (engine.mount / "images" / image / "rootfs").iterdir()}
-    assert sizes == {f"{number:02}": 4 * MEGABYTE for number in range(40)}
+    assert sizes == {f"{number:02}": 4 * MEGABYTE for number in range(FILES)}
 
 
 # --- kill -9 in the middle of … -------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_a_pull(engine: Dutchman, archive: Path, tmp_path: Path) -> None:
     consistent(engine)
 
 
-@pytest.mark.parametrize("delay", [0.01, 0.04, 0.08, 0.15])
+@pytest.mark.parametrize("delay", [0.01, 0.05, 0.12])
 def test_a_start(demo: Dutchman, delay: float) -> None:
     demo.make("web", "echo begin; exec sleep 1000")
     starting = background(lambda: demo.write("containers/web/ctl", "start"))
@@ -212,7 +213,8 @@ def test_a_log_burst(demo: Dutchman) -> None:
     assert len(lines) == 40000 and lines == [str(number) for number in range(1, 40001)]
     assert demo.read("containers/web/logs/stderr").splitlines() == [f"err {number}" for number in range(40)]
     records = [json.loads(line) for line in demo.read("containers/web/logs/all.jsonl").splitlines()]
-    assert [r["line"] for r in records if r["stream"] == "stdout"] == lines
+    joined = "".join(r["line"] + "\n" * ("partial" not in r) for r in records if r["stream"] == "stdout")
+    assert joined.splitlines() == lines
     consistent(demo)
 
 
@@ -241,7 +243,7 @@ def test_an_exit_while_nobody_looks(demo: Dutchman) -> None:
 
 def test_what_was_acknowledged_is_there(demo: Dutchman) -> None:
     """Each of these writes returned before the daemon was killed."""
-    for number in range(5):
+    for number in range(3):
         (demo.mount / "containers" / f"c{number}").mkdir()
         demo.write(f"containers/c{number}/config/env", f"N={number}")
         (demo.mount / "volumes" / f"v{number}").mkdir()
