@@ -241,6 +241,10 @@ class Records:
                     return None
                 self._changed.wait_for(lambda seen=generation: self._generation != seen or self._closing, rest)  # type: ignore[misc]
 
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
     def close(self) -> None:
         """Wake all who wait."""
         with self._changed:
