@@ -1,0 +1,130 @@
+"""One driver and one directory of containers, for the tests of runtime drivers."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.logs import ContainerLogs
+from engine.model import ContainerConfig
+from engine.runtimes.base import Exit, Mount, RunSpec, Runtime, make_spec
+from engine.runtimes.fake import FakeRuntime
+from engine.runtimes.oci import OciRuntime
+
+BUSYBOX = Path("/bin/busybox")
+APPLETS = ("sh", "sleep", "echo", "cat", "true", "false", "seq", "id", "head", "yes", "tty", "dd", "touch", "grep")
+COMMANDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "fake": {"true": ("true",), "exit 3": ("exit", "3"), "hello": ("echo", "hello"), "sleep": ("sleep", "inf")}
+    | {"deaf": ("trap", "inf"), "oom": ("oom",), "warn": ("warn", "careful"), "lines": ("lines", "2000")},
+    "oci": {
+        "true": ("true",),
+        "exit 3": ("sh", "-c", "exit 3"),
+        "hello": ("echo", "hello"),
+        "sleep": ("sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.02; done"),
+        "deaf": ("sh", "-c", "trap '' TERM INT; while :; do sleep 0.05; done"),
+        "oom": ("sh", "-c", "x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done"),
+        "warn": ("sh", "-c", "echo careful >&2"),
+        "lines": ("sh", "-c", "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done"),
+    },
+}
+
+
+def no_oci() -> str | None:
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        return "needs root on Linux"
+    if not BUSYBOX.exists():
+        return "needs busybox-static"
+    probe = OciRuntime(Path("/nonexistent")).probe()
+    return None if probe.ok else probe.reason
+
+
+def skip_or_fail(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class Bench:
+    """One driver, one directory of containers, everything deleted at the end."""
+
+    def __init__(self, kind: str, place: Path) -> None:
+        self.kind, self.place, self.ids = kind, place, list[str]()
+        self.ends: queue.Queue[tuple[str, Exit]] = queue.Queue()
+        self.runtime: Runtime = self.connect()
+
+    def connect(self) -> Runtime:
+        if self.kind == "fake":
+            return FakeRuntime()
+        return OciRuntime(self.place / "containers", state=self.place / "state")
+
+    def spec(
+        self, command: str | tuple[str, ...], id: str = "", mounts: tuple[Mount, ...] = (), **fields: Any
+    ) -> RunSpec:
+        id = id or uuid.uuid4().hex * 2
+        argv = COMMANDS[self.kind].get(command, (command,)) if isinstance(command, str) else command
+        directory = self.place / "containers" / id
+        directory.mkdir(parents=True, exist_ok=True)
+        if id not in self.ids:
+            self.ids.append(id)
+        config = ContainerConfig(command=argv, **fields)
+        return make_spec(id=id, name="n", directory=directory, rootfs=self.rootfs(), config=config, mounts=mounts)
+
+    def rootfs(self) -> Path:
+        root = self.place / "rootfs"
+        if not root.exists():
+            (root / "bin").mkdir(parents=True)
+            (root / "etc").mkdir()
+            (root / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n")
+            (root / "etc" / "group").write_text("root:x:0:\nweb:x:34:\nadm:x:4:web\n")
+            if self.kind == "oci":
+                (root / "bin" / "busybox").write_bytes(BUSYBOX.read_bytes())
+                (root / "bin" / "busybox").chmod(0o755)
+                for name in APPLETS:
+                    (root / "bin" / name).symlink_to("busybox")
+        return root
+
+    def watch(self, id: str) -> None:
+        self.runtime.watch(id, lambda id, end: self.ends.put((id, end)))
+
+    def end(self, seconds: float = 15) -> Exit:
+        return self.ends.get(timeout=seconds)[1]
+
+    def run(self, command: str | tuple[str, ...], **fields: Any) -> str:
+        run = self.spec(command, **fields)
+        self.runtime.create(run)
+        self.watch(run.id)
+        self.runtime.start(run.id)
+        return run.id
+
+    def output(self, id: str, view: str = "stdout") -> bytes:
+        logs = ContainerLogs(self.place / "containers" / id / "logs")
+        try:
+            assert logs.caught_up(view, 10)
+            return logs.read(view, 0, 1 << 30)
+        finally:
+            logs.close()
+
+    def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not come to that"
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        for id in self.ids:
+            self.runtime.delete(id)
+        self.runtime.close()
+
+
+def bench_of(kind: str, place: Path) -> Bench:
+    if kind == "oci" and (reason := no_oci()):
+        skip_or_fail(reason)
+    return Bench(kind, place)
