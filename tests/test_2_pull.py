@@ -273,7 +273,7 @@ def test_cancelling_a_job_ends_it_promptly_and_keeps_the_part(tmp_path: Path, re
 
 def test_two_pulls_at_once_fetch_a_layer_once(tmp_path: Path, registry: Registry) -> None:
     directory = tmp_path / "layout"
-    digest, size = _big(directory, 2)
+    digest, _size = _big(directory, 2)
     registry.push_layout(directory, "big:twice", "big")
     with ImageStore(tmp_path / "store") as store:
         tasks = [Task(), Task()]
