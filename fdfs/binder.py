@@ -58,6 +58,8 @@ class Binder:
         self._threads: list[threading.Thread] = []
         self._subscription: Any = None
         self._alive = False
+        self._deaths = 0
+        self._ended = threading.Event()
 
     # --- called by handlers: never blocks ---------------------------------------------------------------------------
 
@@ -106,18 +108,8 @@ class Binder:
         """Whether there is a data plane. Call from the main thread: the process dies with the calling thread."""
         if not possible():
             return False
-        store = Path(self._engine.store)
-        self._process = data.spawn(store, store / "run" / "data")
-        killer = threading.Timer(READY_SECONDS, self._process.kill)
-        killer.start()
-        ready = self._answer()
-        killer.cancel()
-        if ready is None or not ready.get("ready"):
-            log.warning("no data plane: browsing goes through the control mount")
-            self._process.kill()
-            self._process.wait()
+        if not self._launch():
             return False
-        self._alive = True
         self._subscription = self._engine.journal.subscribe()
         for name, target in (("binder", self._work), ("binder-events", self._listen)):
             thread = threading.Thread(target=target, name=name, daemon=True)
@@ -126,6 +118,46 @@ class Binder:
         for path in self._known():
             self._wish(path)
         return True
+
+    def _launch(self) -> bool:
+        """Start the data process and have its end noticed. In a thread that lasts: the process dies with it."""
+        store = Path(self._engine.store)
+        process = self._process = data.spawn(store, store / "run" / "data")
+        killer = threading.Timer(READY_SECONDS, process.kill)
+        killer.start()
+        ready = self._answer()
+        killer.cancel()
+        if ready is None or not ready.get("ready"):
+            log.warning("no data plane: browsing goes through the control mount")
+            process.kill()
+            process.wait()
+            return False
+        self._alive = True
+        threading.Thread(target=self._watch, args=(process,), name="binder-watch", daemon=True).start()
+        return True
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        if self._process is process:
+            self._alive = False
+            self._wish(b"/", "revive")
+
+    def _revive(self) -> None:
+        """The data process ended by itself: its binds are dead mounts. A new one takes them away and makes new ones."""
+        log.warning("the data process ended; starting another")
+        with self._lock:
+            dead = list(self._bound)
+            self._bound.clear()
+            self._asked.clear()
+        self._deaths += 1
+        if self._deaths > 1:
+            self._ended.wait(min(2.0**self._deaths, 60.0))
+        if self._ended.is_set() or not self._launch():
+            return
+        for path in dead:
+            self._order({"clear": os.fsdecode(os.fsencode(self._mount) + path)})
+        for path in dead:
+            self._wish(path)
 
     def _known(self) -> Iterable[bytes]:
         """What exists now, the most wanted last."""
@@ -143,6 +175,9 @@ class Binder:
         while (wish := self._queue.get()) is not None:
             verb, path, row, keys = wish
             try:
+                if verb == "revive":
+                    self._revive()
+                    continue
                 if verb == "unbind":
                     self._unbind_below(path)
                     continue
@@ -211,25 +246,16 @@ class Binder:
             process.stdin.write(json.dumps(order).encode() + b"\n")
             process.stdin.flush()
         except (OSError, ValueError):
-            self._lost()
-            return None
+            return None  # it ended; `_watch` sees to that
         return self._answer()
 
     def _answer(self) -> dict[str, Any] | None:
         assert self._process is not None and self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._lost()
             return None
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-    def _lost(self) -> None:
-        if self._alive:
-            log.warning("the data plane ended; browsing goes through the control mount")
-        self._alive = False
-        with self._lock:
-            self._bound.clear()
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -265,6 +291,7 @@ class Binder:
     def stop(self) -> None:
         """Unbind everything and end the process. Idempotent."""
         self._alive = False
+        self._ended.set()
         if self._subscription is not None:
             self._subscription.close()
         self._queue.put(None)

@@ -94,7 +94,7 @@ def _close(engine: Engine | None, control: Mount | None, binder: Binder | None) 
     if control is not None:
         control.stop()
     if engine is not None:
-        engine.close()
+        engine.close(unmount=True)  # what runs stays as it is
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,8 @@ DUTCHMAN_DATA=libfuse). Orders are JSON lines on stdin, answered by one JSON lin
 
     {"bind": TARGET, "chain": HEX, "origins": {diff_id: {...}}}    a tree, read-only, over TARGET
     {"bind": TARGET, "directory": SOURCE}                          a directory, as it is, over TARGET
-    {"unbind": TARGET}      {"drop": HEX}                          forget a tree that was removed
+    {"unbind": TARGET}      {"clear": TARGET}                      the latter: what a killed predecessor left there
+    {"drop": HEX}                                                  forget a tree that was removed
 
 Orders run in a thread of their own: mount(2) on TARGET makes the kernel ask the daemon, and on a tree it asks the loop
 of this process, which goes on meanwhile. A mounted target is kept as an O_PATH descriptor, so it can be unmounted by
@@ -98,6 +99,8 @@ class Binds:
                     return {"ok": True, "bound": self._bind(order)}
                 if "unbind" in order:
                     self._unbind(order["unbind"])
+                elif "clear" in order:
+                    host.unmount(Path(order["clear"]))
                 elif "drop" in order:
                     self._forest.drop(order["drop"].encode())
             return {"ok": True}

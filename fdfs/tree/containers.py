@@ -13,7 +13,7 @@ from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.errors import error_file
-from fdfs.tree.text import line, stamp
+from fdfs.tree.text import flat, line, stamp
 
 WAIT_SECONDS = 0.9  # a blocked handler makes its caller unkillable: short
 
@@ -77,6 +77,10 @@ def runtime(engine: Any, name: str) -> str:
     return line(engine.containers.get(name).runtime)
 
 
+def stats(engine: Any, name: str) -> str:
+    return flat(engine.containers.stats(name))
+
+
 # --- configuration ----------------------------------------------------------------------------------------------
 
 
@@ -101,8 +105,7 @@ def field_text(engine: Any, name: str, field: str) -> str:
 
 
 def set_field(engine: Any, name: str, field: str, text: str) -> None:
-    config = engine.containers.get(name).config
-    engine.containers.configure(name, fields.with_field(config, field, text))
+    engine.containers.set_field(name, field, text)
 
 
 def field_object(engine: Any, name: str, field: str) -> str:
@@ -314,6 +317,7 @@ CONTAINER = Dir(
         File(name="oom", doc="1 when its last run was ended for want of memory", show=oom),
         File(name="reason", doc="why it is in its state; empty when ordinary", show=reason),
         File(name="runtime", doc="the driver that runs it", show=runtime),
+        File(name="stats", doc="what it uses now, flat-keyed; empty when it does not run", show=stats),
         File(name="events", doc="its part of the journal: JSON Lines; grows", read=events, size=events_size),
         File(
             name="wait", doc="its exit code once it has stopped; empty after a second, read again to go on", wait=wait
