@@ -192,7 +192,8 @@ def test_a_stop(demo: Dutchman) -> None:
     demo.up()
     demo.await_state("web", "stopped")
     assert demo.read("containers/web/exit_code") == "9"
-    assert demo.read("containers/web/logs/stdout").splitlines() == ["ready", "asked", "bye"]
+    lines = demo.read("containers/web/logs/stdout").splitlines()  # the new daemon may ask a second time
+    assert lines[0] == "ready" and set(lines[1:-1]) == {"asked"} and lines[-1] == "bye"
     consistent(demo)
 
 
