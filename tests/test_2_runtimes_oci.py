@@ -235,6 +235,25 @@ def test_killed_in_the_middle_of_create_is_cleared(oci: Bench) -> None:
     assert not _alive(pid) and oci.runtime.status(run.id).state is State.ABSENT
 
 
+def test_the_exit_code_survives_a_full_disk(oci: Bench) -> None:
+    """The store's disk is full when the container ends: its code is known, what was logged can be read."""
+    run = oci.spec(("sh", "-c", "i=0; while [ $i -lt 30000 ]; do echo line $i; i=$((i+1)); done; exit 7"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", run.directory], check=True)
+    try:
+        oci.runtime.create(run)
+        oci.watch(run.id)
+        oci.runtime.start(run.id)
+        end = oci.end()
+        assert (end.exit_code, end.reason) == (7, "")
+        assert (oci.runtime.status(run.id).state, oci.runtime.status(run.id).exit_code) == (State.STOPPED, 7)
+        lines = oci.output(run.id).splitlines()
+        assert len(lines) > 1000 and lines[:100] == [b"line %d" % n for n in range(100)]
+        oci.runtime.delete(run.id)
+        assert oci.runtime.status(run.id).state is State.ABSENT
+    finally:
+        subprocess.run(["umount", run.directory], check=True)
+
+
 def test_facts_of_another_boot_are_not_believed(oci: Bench) -> None:
     id = oci.run("sleep")
     path = oci.place / "containers" / id / "run" / "facts.json"
@@ -247,6 +266,7 @@ def test_facts_of_another_boot_are_not_believed(oci: Bench) -> None:
     end = oci.end()
     assert end.exit_code == 255 and "restarted" in end.reason
     (oci.place / "containers" / id / "run" / "exits" / id).unlink()
+    (oci.place / "state" / "exits" / id / "exit").unlink()
     path.write_text(saved)
 
 
@@ -277,9 +297,9 @@ def test_a_runtime_that_hangs_or_fails_leaves_no_conmon(oci: Bench) -> None:
     monitor = shutil.which("conmon") or "/usr/bin/conmon"
     for path, error, words in ((slow, DeadlineExceeded, "0 s"), (bad, RuntimeFailure, '^no "luck"$')):
         path.chmod(0o755)
-        files = conmon.Files(oci.place / "containers" / path.name, path.name)
-        for place in (files.bundle, files.exit.parent, files.run / "persist", files.log.parent):
-            place.mkdir(parents=True)
+        files = conmon.Files(oci.place / "containers" / path.name, path.name, oci.place / "exits")
+        for place in (files.bundle, files.kept_exit.parent, files.spare, files.log.parent):
+            place.mkdir(parents=True, exist_ok=True)
         with pytest.raises(error, match=words):
             conmon.launch(monitor, str(path), [], files, terminal=False, deadline=0.4)
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]

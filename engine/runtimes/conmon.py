@@ -1,9 +1,9 @@
 """conmon's side of a container: how it is started, and the files it leaves. Verified against conmon 2.1.6.
 
 Floor 2. conmon (one per container, in its own session) holds the container's stdio, writes the log in the CRI format,
-waits for the process and writes the exit code to `<exit-dir>/<id>` (decimal, by rename) before it ends. It makes the
-fifo `ctl` in the bundle; the line `2 0 0` there makes it reopen its log by name. It writes `oom` into the persist
-directory. It reports the pid of `create`, or the runtime's error, as one JSON line on the pipe $_OCI_SYNCPIPE.
+waits for the process, writes the exit code (decimal) to `<persist-dir>/exit`, then to `<exit-dir>/<id>`, and ends. It
+makes the fifo `ctl` in the bundle; the line `2 0 0` there makes it reopen its log by name. It writes `oom` into the
+persist directory. It reports the pid of `create`, or the runtime's error, as one JSON line on the pipe $_OCI_SYNCPIPE.
 Timestamps are in its local zone, so TZ=UTC. On a full disk it drops what it could not write and goes on.
 
 `Files` is where everything is; the functions are stateless and thread-safe.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import select
@@ -29,6 +30,8 @@ from engine import host
 from engine.errors import DeadlineExceeded, NotFound, RuntimeFailure
 
 CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
+log = logging.getLogger(__name__)
+
 # --full-attach: its sockets do not depend on how long the store's path is. --no-sync-log: an fsync of every segment
 # would stop the container's output meanwhile, and guard only against a power cut. Left out where conmon is older.
 FLAGS = ("--full-attach", "--no-sync-log")
@@ -42,6 +45,7 @@ class Files:
 
     directory: Path
     id: str
+    exits: Path  # a directory that is not on the store's disk: the exit code gets there even when that is full
 
     @property
     def bundle(self) -> Path:
@@ -65,7 +69,19 @@ class Files:
 
     @property
     def exit(self) -> Path:
-        return self.run / "exits" / self.id
+        return self.spare / "exit"
+
+    @property
+    def spare(self) -> Path:
+        return self.exits / self.id  # conmon's persist directory; it writes there first
+
+    @property
+    def kept_exit(self) -> Path:
+        return self.run / "exits" / self.id  # the same; survives a restart of the host
+
+    @property
+    def oom(self) -> Path:
+        return self.spare / "oom"
 
     @property
     def facts(self) -> Path:
@@ -169,7 +185,7 @@ def launch(
     read_end, write_end = os.pipe()
     argv = [conmon, "--api-version", "1", "-c", files.id, "-u", files.id, "-n", files.id, "-r", runtime]
     argv += ["-b", str(files.bundle), "-p", str(files.pid), "-P", str(files.conmon_pid), *flags]
-    argv += ["--exit-dir", str(files.exit.parent), "--persist-dir", str(files.run / "persist")]
+    argv += ["--exit-dir", str(files.kept_exit.parent), "--persist-dir", str(files.spare)]
     relative = os.path.relpath(files.log, files.run)  # conmon splits this option at colons, and stays where it is
     argv += ["-l", f"k8s-file:{relative}", "--log-level", "warning"]
     argv += [word for arg in runtime_args for word in ("--runtime-arg", arg)]
@@ -181,14 +197,14 @@ def launch(
     until = time.monotonic() + deadline
     with os.fdopen(read_end, "rb", buffering=0) as sync:
         try:
-            with (files.run / "conmon.log").open("ab") as log:
+            with (files.run / "conmon.log").open("ab") as words:
                 process = subprocess.Popen(
                     argv,
                     cwd=files.run,  # conmon also writes `oom` where it stands
                     env=environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=words,
+                    stderr=words,
                     pass_fds=[write_end],
                     start_new_session=True,
                 )
@@ -294,12 +310,21 @@ def reopen_log(files: Files) -> None:
 
 
 def exit_code(files: Files) -> tuple[int, int] | None:
-    """(exit code, Unix time in ns) from the exit file; None while there is none."""
-    try:
-        with files.exit.open("rb") as file:
-            text = file.read(32)
-            return int(text), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RuntimeFailure(f"{files.exit} holds {text[:20]!r} instead of an exit code") from error
+    """(exit code, Unix time in ns) from the exit files; None while neither holds one."""
+    for path in (files.kept_exit, files.exit):
+        try:
+            with path.open("rb") as file:
+                return int(file.read(32)), os.fstat(file.fileno()).st_mtime_ns
+        except (FileNotFoundError, ValueError):  # absent, or empty for want of room
+            continue
+    return None
+
+
+def note_exit(files: Files, code: int, reason: str) -> None:
+    """Write what conmon could not: `code`, and why. A full disk is no reason to fail: the spare file is elsewhere."""
+    for path, text in ((files.exit, str(code)), (files.reason, reason), (files.kept_exit, str(code))):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            host.write_atomic(path, text.encode())
+        except OSError as error:
+            log.warning("%s: not written: %s", path, error)

@@ -45,9 +45,10 @@ class OciRuntime:
     name = "oci"
 
     def __init__(self, containers: Path, *, state: Path | None = None, runtimes: tuple[str, ...] = RUNTIMES) -> None:
-        """`containers` holds a directory per id; `state` is the runtime's own state, which must not survive a boot."""
+        """`containers` holds a directory per id; `state`, not on the same disk, is for what must not survive a boot."""
         self._containers = containers
-        self._state = state or host.runtime_dir() / "oci"
+        base = state or host.runtime_dir() / "oci"
+        self._state, self._exits = base / "runtime", base / "exits"
         self._runtimes = runtimes
         self._cgroups = spec.Cgroups.detect()
         self._lock = threading.Lock()  # guards the fields below; never held over a wait
@@ -140,7 +141,7 @@ class OciRuntime:
             self._directories[spec_.id] = spec_.directory
         files = self._files(spec_.id)
         config = spec.build(spec_, self._cgroups)
-        for directory in (files.bundle, files.exit.parent, files.run / "persist", files.log.parent):
+        for directory in (files.bundle, files.run, files.kept_exit.parent, files.spare, files.log.parent):
             directory.mkdir(parents=True, exist_ok=True)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         mend(files.log)
@@ -255,7 +256,7 @@ class OciRuntime:
                     os.close(pidfd)
         conmon.kill_conmon(files)
         cgroups.remove(self._cgroups, id)
-        for place in (files.run, files.bundle):
+        for place in (files.spare, files.run, files.bundle):
             host.remove_tree(place)
         with self._lock:
             self._directories.pop(id, None)
@@ -301,7 +302,12 @@ class OciRuntime:
                     self._forget(id)
             for id, callback in due:
                 try:
-                    callback(id, self._finish(id))
+                    end = self._finish(id)
+                except Exception as error:
+                    log.exception("how container %s ended was not found out", id)
+                    end = Exit(UNKNOWN, False, time.time_ns(), f"how it ended was not found out: {error}")
+                try:
+                    callback(id, end)
                 except Exception:
                     log.exception("reporting the end of container %s failed", id)
 
@@ -315,22 +321,27 @@ class OciRuntime:
         if conmon.exit_code(files) is None and facts is not None:
             if facts.boot != conmon.boot_id():
                 code, reason = UNKNOWN, "the host was restarted"
-            elif self._end(facts, id):
-                code, reason = 137, "conmon was killed; the container was killed with it"
             else:
-                code, reason = UNKNOWN, "conmon was killed before it could note the exit code"
+                try:
+                    killed = self._end(facts, id)
+                    code = 137 if killed else UNKNOWN
+                    reason = "conmon was killed; the container was killed with it"
+                    reason = reason if killed else "conmon was killed before it could note the exit code"
+                except DeadlineExceeded as error:
+                    code, reason = 137, f"conmon was killed; {error.reason}"
             if conmon.exit_code(files) is None:
-                files.exit.parent.mkdir(parents=True, exist_ok=True)
-                host.write_atomic(files.reason, reason.encode())
-                host.write_atomic(files.exit, str(code).encode())
+                conmon.note_exit(files, code, reason)
         try:
             reason = files.reason.read_text()[:500]
         except FileNotFoundError:
             pass
         oom = cgroups.oom_kills(self._cgroups, id) > 0 or self._oom(files)
         if oom:
-            (files.run / "persist").mkdir(exist_ok=True)
-            (files.run / "persist" / "oom").touch()
+            try:
+                files.oom.parent.mkdir(parents=True, exist_ok=True)
+                files.oom.touch()
+            except OSError as error:
+                log.warning("container %s: that it was out of memory is not noted: %s", id, error)
             reason = reason or "out of memory: the kernel killed a process of the container"
         code, when = conmon.exit_code(files) or (UNKNOWN, time.time_ns())
         return Exit(code, oom, when, reason)
@@ -339,7 +350,7 @@ class OciRuntime:
 
     def _files(self, id: str) -> Files:
         with self._lock:
-            return Files(self._directories.get(id) or self._containers / id, id)
+            return Files(self._directories.get(id) or self._containers / id, id, self._exits)
 
     def _facts(self, files: Files) -> Facts | None:
         """facts.json, or the same from the pid files when the daemon died before it wrote that."""
@@ -360,7 +371,7 @@ class OciRuntime:
         return Facts(runtime, pids[0], starts[0] or 0, pids[1], starts[1], conmon.boot_id())
 
     def _oom(self, files: Files) -> bool:
-        return (files.run / "persist" / "oom").exists()
+        return files.oom.exists()
 
     def _expect(self, id: str, *states: State) -> Facts:
         now = self.status(id).state
