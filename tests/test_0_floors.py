@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BINDINGS = ("fdfs/mount.py", "fdfs/data.py", "fdfs/binder.py")
+BINDINGS = ("fdfs/mount.py", "fdfs/data.py", "fdfs/treefuse.py", "fdfs/binder.py")
 CONFINED = {
     "subprocess": (
         "engine/host.py",
@@ -18,8 +18,15 @@ CONFINED = {
         "fdfs/binder.py",
         "fdfs/cli*",
     ),
-    "ctypes": ("engine/host.py", "engine/runtimes/*", "fdfs/mount.py", "fdfs/data.py", "fdfs/binder.py"),
-    "fuse": ("fdfs/mount.py", "fdfs/data.py", "fdfs/binder.py"),
+    "ctypes": (
+        "engine/host.py",
+        "engine/runtimes/*",
+        "fdfs/mount.py",
+        "fdfs/data.py",
+        "fdfs/treefuse.py",
+        "fdfs/binder.py",
+    ),
+    "fuse": ("fdfs/mount.py", "fdfs/data.py", "fdfs/treefuse.py", "fdfs/binder.py"),
     "click": ("fdfs/cli*", "fdfs/__main__.py"),
     "rich": ("fdfs/cli*",),
     "httpx": ("engine/images/*",),

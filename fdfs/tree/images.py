@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.errors import InvalidArgument, NotFound
+from engine.images.archive import import_rootfs
+from engine.images.archive import load as load_archive
+from engine.images.pull import pull as pull_image
 from engine.images.reference import parse as parse_reference
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import BindSource, Dir, File, Link, Row
@@ -158,8 +161,6 @@ def pull(engine: Any, call: Call) -> str:
     wanted = call.options.get("platform")
 
     def work(task: Any) -> str:
-        from engine.images.pull import pull as pull_image
-
         return str(pull_image(engine.images, reference, wanted, task).digest)
 
     return job_reply(engine.jobs.start(_line("pull", call), work))
@@ -180,9 +181,7 @@ def load(engine: Any, call: Call) -> str:
     path = _host_path(call.args[0])
 
     def work(task: Any) -> str:
-        from engine.images import archive
-
-        return " ".join(image.digest for image in archive.load(engine.images, path, task))
+        return " ".join(image.digest for image in load_archive(engine.images, path, task))
 
     return job_reply(engine.jobs.start(_line("load", call), work))
 
@@ -193,9 +192,7 @@ def import_(engine: Any, call: Call) -> str:
     parse_reference(reference)
 
     def work(task: Any) -> str:
-        from engine.images import archive
-
-        return str(archive.import_rootfs(engine.images, path, reference, task).digest)
+        return str(import_rootfs(engine.images, path, reference, task).digest)
 
     return job_reply(engine.jobs.start(_line("import", call), work))
 
