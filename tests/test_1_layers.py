@@ -129,6 +129,28 @@ def test_a_layer_in_a_tree_cannot_go_and_takes_its_own_tree_along(layers: Layers
     assert not trees.has(alone) and not trees.directory(alone).exists()
 
 
+def test_dedup_memory_is_bounded_and_still_right(layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.store.bodies.MAX_SEEN", 2)
+    files = {f"{number}-{copy}": b"%d" % number * 1000 for copy in range(2) for number in range(6)}
+    first = layers.ingest([archive(files)], TYPE)
+    assert contents(layers, first.diff_id) == files and first.data_size == (6 + 4) * 4096
+    second = layers.ingest([archive({**files, "more": b"more"})], TYPE)
+    assert contents(layers, second.diff_id) == {**files, "more": b"more"} and second.data_size == 4096
+
+
+def test_verify_finds_rot(layers: Layers) -> None:
+    info = layers.ingest([archive({"a": b"x" * 5000, "b": b"y" * 5000, "c": b"x" * 5000})], TYPE)
+    seen: list[int] = []
+    layers.verify(info.diff_id, seen.append)
+    assert seen == [5000, 10_000]
+    path = layers.data_path(info.diff_id)
+    good = path.read_bytes()
+    path.write_bytes(good[:8192] + b"Y" + good[8193:])
+    with pytest.raises(Damaged, match="content of b"):
+        layers.verify(info.diff_id)
+    path.write_bytes(good)
+
+
 def test_the_same_layer_twice_is_one(layers: Layers) -> None:
     plain = archive({"a": b"x" * 10_000})
     first = layers.ingest([plain], TYPE)

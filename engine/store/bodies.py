@@ -77,6 +77,7 @@ class DataWriter:
         self._batch_from = 0  # archive offset when the batch began
         self._unsynced = 0
         self._flusher: threading.Thread | None = None
+        self._sync_error: OSError | None = None
 
     @property
     def size(self) -> int:
@@ -205,14 +206,16 @@ class DataWriter:
     def _sync_quietly(self) -> None:
         try:
             os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
-        except OSError:
-            pass  # the fsync in finish() reports it: an error on a descriptor is reported once per descriptor user
+        except OSError as error:
+            self._sync_error = error  # the kernel reports it once per open file: finish() must not miss it
 
     def finish(self) -> None:
         """Everything written, padded to whole blocks, durable. NoSpace."""
         self._flush()
         self._join()
         try:
+            if self._sync_error is not None:
+                raise self._sync_error
             os.ftruncate(self._fd, self._end)
             os.fsync(self._fd)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Does the store hold what its rows say? A checker after every store test, at start-up and for `verify`.
+"""Does the store hold what its rows say? `check` after every store test and for `verify`, `repair` at every start.
 
 Only here: the whole-store view. What a crash can leave, and what repairs it:
 
@@ -8,7 +8,8 @@ Only here: the whole-store view. What a crash can leave, and what repairs it:
     between row deletion and file removal     the same                         repair removes it
     lost or damaged files                     row without (right) files        reported; pulling again restores it
 
-Not thread-safe against writers: run at start-up, before anything is stored, or with writers quiet.
+`repair` only lists directories; `check` reads every index, with `deep` every byte. Neither is safe against writers:
+run them at start-up, before anything is stored, or with writers quiet.
 """
 
 from __future__ import annotations

@@ -28,10 +28,11 @@ from engine.errors import Busy, Damaged, NotFound, TooLarge
 from engine.host import fsync_dir
 from engine.model import check_digest, hex_of
 from engine.store.blobs import BlobWriter, no_space
-from engine.store.bodies import DataWriter, KnownBodies
+from engine.store.bodies import MAX_SEEN, DataWriter, KnownBodies
 from engine.store.entries import entry_of
 from engine.store.index import Entry, IndexWriter, Kind, read_index
 from engine.store.inflate import inflate
+from engine.store.merge import show
 from engine.store.meta import Meta
 from engine.store.pipeline import Pipe, Stages
 from engine.store.tar import DEFAULT_LIMITS, Limits, TarReader
@@ -122,6 +123,33 @@ class Layers:
         """Other layers whose data this one refers to, sorted."""
         rows = self.meta.query("SELECT dep FROM layer_deps WHERE diff_id = ? ORDER BY dep", (check_digest(diff_id),))
         return [str(row["dep"]) for row in rows]
+
+    def verify(self, diff_id: str, progress: Callable[[int], None] | None = None) -> None:
+        """Read every body of the layer and compare it with its digest; `progress` gets the bytes read so far.
+
+        NotFound, Damaged naming the first file whose content rotted.
+        """
+        seen: set[bytes] = set()
+        done = 0
+        for entry in self.entries(diff_id):
+            if not entry.sha256 or entry.sha256 in seen:
+                continue
+            if len(seen) < MAX_SEEN:
+                seen.add(entry.sha256)
+            digester, left = hashlib.sha256(), entry.size
+            try:
+                with open(self.data_path(entry.data), "rb", buffering=0) as file:
+                    file.seek(entry.offset)
+                    while left and (piece := file.read(min(left, 1 << 20))):
+                        digester.update(piece)
+                        left -= len(piece)
+            except FileNotFoundError as error:
+                raise Damaged(f"the data of layer {entry.data} is gone", at=diff_id) from error
+            if digester.digest() != entry.sha256:
+                raise Damaged(f"the content of {show(entry.path)} does not match its digest", at=diff_id)
+            done += entry.size
+            if progress is not None:
+                progress(done)
 
     # --- ingest --------------------------------------------------------------------------------------------------
 
