@@ -80,17 +80,18 @@ def recover(mount: Path) -> bool:
     """Take down what a killed daemon left at `mount`; whether there was something. Failure if it is alive."""
     from engine import host
 
-    below = [Path(point) for point, _, _ in host.mounts() if point == str(mount) or point.startswith(f"{mount}/")]
-    if not below:
+    if not host.is_mounted(mount):
         return False
-    if str(mount) in map(str, below) and _alive(mount):
+    if _alive(mount):
         kind = next(kind for point, kind, _ in reversed(host.mounts()) if point == str(mount))
         raise Failure(
             f"something else is mounted at {mount} ({kind})",
             "hint: choose another place with --mount, or unmount it",
         )
-    for point in reversed(below):  # the last mounted first
-        host.unmount(point)
+    for _ in range(100):  # several may lie on one another; what is bound below goes with each
+        host.unmount(mount)
+        if not host.is_mounted(mount):
+            break
     return True
 
 

@@ -47,7 +47,6 @@ def no_mount_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Whatever a failed test left mounted below pytest's directory is taken down, or it would outlive the session."""
     yield
     if host.LINUX and host.is_root():
-        base = str(tmp_path_factory.getbasetemp())
-        for point, _, _ in reversed(host.mounts()):
-            if point.startswith(base):
-                host.unmount(Path(point))
+        base = f"{tmp_path_factory.getbasetemp()}/"
+        while points := [point for point, _, _ in host.mounts() if point.startswith(base)]:
+            host.unmount(Path(min(points, key=len)))  # what is mounted below goes with it

@@ -64,6 +64,12 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15.0, what: str = ""
         time.sleep(0.03)
 
 
+def unmount_below(place: Path) -> None:
+    """Detach everything mounted at or below a place, the highest first: what is below goes with it."""
+    while points := [point for point, _, _ in host.mounts() if f"{point}/".startswith(f"{place}/")]:
+        host.unmount(Path(min(points, key=len)))
+
+
 class Dutchman:
     def __init__(self, base: Path, *, runtime: str = "oci", store: Path | None = None) -> None:
         self.home = base / "home"
@@ -207,9 +213,8 @@ class Dutchman:
             if self.pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pid, signal.SIGKILL)
-            for point, _, _ in reversed(host.mounts()):
-                if point.startswith((f"{self.mount}", f"{self.store}")):
-                    host.unmount(Path(point))
+            unmount_below(self.mount)
+            unmount_below(self.store)
 
     def __enter__(self) -> Dutchman:
         return self
