@@ -102,7 +102,7 @@ def descriptor(data: Any, where: str, limit: int = MAX_BLOB) -> Descriptor:
         raise Damaged(f"{where}: a descriptor (an object) expected", at=where)
     media_type = _string(data.get("mediaType"), f"{where}.mediaType")
     digest = _string(data.get("digest"), f"{where}.digest")
-    if not DIGEST.match(digest):
+    if not DIGEST.fullmatch(digest):
         raise Damaged(f"{where}.digest: not a sha256 digest: {digest[:100]!r}", at=f"{where}.digest")
     size = data.get("size")
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
@@ -220,7 +220,7 @@ def parse_config(raw: bytes) -> ImageConfig:
         raise Damaged(f"image configuration: rootfs.type: 'layers' expected, not {config.rootfs.type[:40]!r}",
                       at="rootfs.type")  # fmt: skip
     for number, diff_id in enumerate(config.rootfs.diff_ids):
-        if not DIGEST.match(diff_id):
+        if not DIGEST.fullmatch(diff_id):
             raise Damaged(f"image configuration: rootfs.diff_ids[{number}]: not a sha256 digest",
                           at=f"rootfs.diff_ids[{number}]")  # fmt: skip
     return config
