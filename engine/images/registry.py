@@ -26,13 +26,14 @@ from engine.errors import AccessDenied, Damaged, DeadlineExceeded, Unreachable
 from engine.images import auth
 from engine.images.manifests import ACCEPT, MAX_MANIFEST, Descriptor
 from engine.images.reference import Reference
-from engine.images.transport import CHUNK, Backoff, Policy, Retry, Transport
+from engine.images.transport import Backoff, Policy, Retry, Transport
 from engine.jobs import Task
 
 if TYPE_CHECKING:
     import httpx
 
 MAX_TOKEN = 1 << 20  # bytes of a token service's answer
+PROGRESS = 1 << 16  # bytes after which an attempt was not in vain, and the count of attempts starts anew
 MIN_TOKEN_LIFE = 60  # seconds; what the specification assumes when a token does not say
 INSECURE = "DUTCHMAN_INSECURE_REGISTRIES"  # host[:port],… reached by plain http
 HUB_HOST = "registry-1.docker.io"
@@ -227,18 +228,22 @@ class Registry:
         what = f"blob {entry.digest} of {self.reference.name}"
         url = f"{self.base}/blobs/{entry.digest}"
         backoff = Backoff(self._transport.policy, self.task)
+        gained = 0  # since the last failure
         while offset < entry.size:
             try:
                 headers = {"Range": f"bytes={offset}-{entry.size - 1}"} if offset else {}
                 with self._open(url, headers, what, {200, 206} if offset else {200}) as response:
                     for chunk in self._body(response, entry, offset, what):
                         offset += len(chunk)
-                        backoff.progressed()
+                        gained += len(chunk)
+                        if gained >= PROGRESS:
+                            backoff.progressed()
                         yield chunk
                 if offset < entry.size:
                     raise Retry(Damaged(f"{what} ends after {offset} of {entry.size} bytes", at=entry.digest))
             except Retry as retry:
                 backoff.pause(retry)
+                gained = 0
 
     def _body(self, response: httpx.Response, entry: Descriptor, offset: int, what: str) -> Iterator[bytes]:
         """The wanted part of a response: what a server that ignores Range sends again is skipped."""
@@ -250,7 +255,7 @@ class Registry:
             skip = offset - start
         left = entry.size - offset
         policy, since, seen = self._transport.policy, time.monotonic(), 0
-        for chunk in response.iter_raw(CHUNK):
+        for chunk in response.iter_raw():
             self.task.check()
             seen += len(chunk)
             now = time.monotonic()

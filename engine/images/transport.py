@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     import httpx
 
 MAX_REDIRECTS = 5
-CHUNK = 1 << 18
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -213,7 +212,7 @@ class Transport:
             raise TooLarge(f"{what} is announced larger than {limit} bytes", at=response.url.host)
         out = bytearray()
         deadline = time.monotonic() + self.policy.answer
-        for chunk in response.iter_raw(CHUNK):
+        for chunk in response.iter_raw():
             out += chunk
             self.task.check()
             if len(out) > limit:
