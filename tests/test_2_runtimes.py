@@ -262,3 +262,16 @@ def test_choosing_a_driver(tmp_path: Path) -> None:
         assert open_runtime("auto", tmp_path).name == open_runtime("oci", tmp_path).name == "oci"
     for name, ok, detail, hint in host_report():
         assert name and detail and (ok or hint)
+
+
+def test_the_report_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not sys.platform.startswith("linux"):
+        assert [row[1] for row in host_report()] == [False]
+        return
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    monkeypatch.setattr("engine.runtimes.seccomp.PROFILES", ())
+    rows = {name: (ok, detail, hint) for name, ok, detail, hint in host_report()}
+    for name in ("runc", "crun", "conmon"):
+        assert rows[name] == (False, "not installed", f"apt-get install {name}")
+    assert not rows["runtime oci"][0] and "apt-get install" in rows["runtime oci"][2]
+    assert not rows["seccomp profile"][0] and "apt-get install" in rows["seccomp profile"][2]
