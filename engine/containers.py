@@ -375,8 +375,14 @@ class Containers:
     # --- for reconcile.py and engine.py -------------------------------------------------------------------------------
 
     def resume_stop(self, container: Container) -> None:
-        """Take up a stop that an earlier daemon did not finish."""
-        self._workers.bounded(container.object, "stop", 0.0, lambda: self._stop(container, None, True))
+        """Take up a stop that an earlier daemon did not finish. Nothing is asked twice to stop, if that was noted."""
+        until = self.records.stop_noted(container.id)
+        if until is None:
+            work = lambda: self._stop(container, None, True)  # noqa: E731
+        else:
+            left = min(MAX_GRACE, max(0.0, (until - time.time_ns()) / 1e9))
+            work = lambda: self.execution.await_end(container, left)  # noqa: E731
+        self._workers.bounded(container.object, "stop", 0.0, work)
 
     def close(self) -> None:
         """Let go of all containers; they go on running."""

@@ -325,6 +325,16 @@ class Execution:
             failed = error
             self.recorded(lambda: self._refused(id, failed))
             raise
+        try:
+            self._records.note_stop(id, time.time_ns() + int(grace * 1e9))
+        except NoSpace as full:
+            log.warning("that container %s was signalled is not noted: %s", id, full)
+        self.await_end(container, grace)
+
+    def await_end(self, container: Container, grace: float) -> None:
+        """The second half of a stop: the signal has been sent; SIGKILL after `grace` seconds."""
+        id = container.id
+        driver = self.driver_of(container)
         if self._ended_within(id, grace):
             return
         log.info("container %s did not stop within %g s: SIGKILL", id, grace)

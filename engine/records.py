@@ -194,6 +194,8 @@ class Records:
         if "exit_code" in columns and columns["exit_code"] is not None:
             data["exit_code"] = columns["exit_code"]
         self._journal.append("stateChanged", before.object, data)
+        if before.state is State.STOPPING:
+            db.execute("DELETE FROM meta WHERE key = ?", (f"stopping/{before.id}",))
         if to is State.REMOVED:
             db.execute("DELETE FROM containers WHERE id = ?", (before.id,))
             db.execute("DELETE FROM failures WHERE object = ?", (before.object,))
@@ -219,6 +221,16 @@ class Records:
             return {}
         data = json.loads(bytes(row["line"]))
         return {stream: int(data.get(f"{stream}_end", 0)) for stream in ("stdout", "stderr")}
+
+    def note_stop(self, id: str, until_ns: int) -> None:
+        """The stop signal has been sent; SIGKILL follows at `until_ns` (Unix time). Forgotten when it has stopped."""
+        with self._meta.tx() as db:
+            db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (f"stopping/{id}", str(until_ns)))
+
+    def stop_noted(self, id: str) -> int | None:
+        """When SIGKILL follows; None when the stop signal may not have been sent."""
+        row = self._meta.row("SELECT value FROM meta WHERE key = ?", (f"stopping/{id}",))
+        return int(row["value"]) if row else None
 
     # --- waiting ------------------------------------------------------------------------------------------------
 

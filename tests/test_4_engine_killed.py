@@ -224,6 +224,15 @@ def test_a_stop_cut_short_is_taken_up_again(point: str, crash: Crash, tmp_path: 
     check_journal(engine)
 
 
+def test_a_stop_that_was_asked_for_is_not_asked_for_again_and_keeps_its_deadline(crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    script = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.05; done"
+    engine = crash("oci", ["sh", "-c", script], "after records.note_stop", "start;running;sleep 0.3;arm;stop 2")
+    now = reach(engine, "c", State.STOPPED, seconds=6)  # not the ten seconds of its config
+    assert now.exit_code == 137 and stdout(engine) == b"ready\nasked\n"
+    check_journal(engine)
+
+
 @pytest.mark.parametrize("point", ["before driver.delete", "after mounts.forget"])
 def test_a_removal_cut_short_is_finished(runtime: str, point: str, crash: Crash) -> None:
     engine = crash(runtime, SLEEP[runtime], point, "start;running;kill;sleep 0.3;arm;remove")
