@@ -174,6 +174,9 @@ class Loopback:
     def _by_proc(self, path: bytes) -> Iterator[str]:
         """A path for calls that take no descriptor: it names what was resolved, even if that is swapped meanwhile."""
         with self._open(path, O_PATH) as fd:
+            if not host.LINUX:
+                yield os.fsdecode(os.path.join(os.fsencode(self._root), path))
+                return
             yield f"/proc/self/fd/{fd}"
 
     def listxattr(self, path: bytes) -> list[bytes]:

@@ -25,7 +25,7 @@ from typing import Any
 import fuse
 
 from engine import host
-from engine.errors import Busy, RuntimeFailure
+from engine.errors import Busy, RuntimeFailure, Unsupported
 from fdfs.entry import Attr
 from fdfs.ops import Operations
 
@@ -314,7 +314,7 @@ def detach(mount: Path) -> None:
     """Take a FUSE mount away at once, with everything bound below it."""
     try:
         host.unmount(mount)
-    except PermissionError:
+    except (PermissionError, Unsupported):
         fuse_unmount(os.fsencode(mount), None)  # not root: libfuse asks fusermount
 
 
@@ -336,6 +336,10 @@ class Mount:
             "atomic_o_trunc": True,
             "big_writes": True,
         }
+        if host.MACOS:  # macFUSE knows some of these by other names, or does them anyway
+            for name in ("subtype", "ac_attr_timeout", "atomic_o_trunc", "big_writes"):
+                del self._options[name]
+            self._options |= {"volname": "FlyingDutchman", "noappledouble": True}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._occupied = 0

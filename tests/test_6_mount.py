@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from engines import SMALL, add_busybox, add_image
 from mounting import Daemon, can_mount
+from ociimages import make_tar
 
 from engine import host
 from engine.engine import Engine
@@ -352,3 +353,32 @@ def test_removed_while_open_is_enodev(daemon: Daemon) -> None:
             os.pread(fd, 10, 0)
     finally:
         os.close(fd)
+
+
+# --- images that come and go ------------------------------------------------------------------------------------
+
+
+def test_an_image_is_imported_browsed_at_once_and_removed(daemon: Daemon, tmp_path: Path) -> None:
+    """Right after it appears the tree may be bound while it is walked: nobody may notice."""
+    for number in range(4):
+        files = {"d": None, "n": str(number).encode()} | {f"d/s{i}/f{j}": b"x" for i in range(20) for j in range(5)}
+        (tmp_path / "root.tar").write_bytes(make_tar(files))
+        reply = daemon.sh(f"exec 3<>images/ctl; echo 'import {tmp_path}/root.tar made/here:{number}' >&3; cat <&3")
+        job = reply.strip()
+        daemon.until(f"cat {job}/state", "done")
+        assert daemon.sh(f"cat {job}/error") == "" and "import" in daemon.sh(f"cat {job}/verb")
+        image = f"images/made/here:{number}"
+        done = daemon.run(f"find {image}/rootfs/ -ls | wc -l; du -s {image}/rootfs/; cat {image}/rootfs/n")
+        assert done.stderr == "" and done.stdout.splitlines()[0] == str(20 * 6 + 3), done
+        assert done.stdout.endswith(str(number))
+        daemon.sh(f"echo remove > {image}/ctl")
+        daemon.refused(f"ls {image}", "No such file")
+    daemon.refused("cat images/made", "No such file|Is a directory")
+
+
+def test_a_failing_job_says_why(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"not a tar" * 1000)
+    job = daemon.sh(f"exec 3<>images/ctl; echo 'load {tmp_path}/bad.tar' >&3; cat <&3").strip()
+    daemon.until(f"cat {job}/state", "failed")
+    assert daemon.sh(f"cat {job}/error").strip()
+    daemon.refused(f"echo cancel > {job}/ctl", "Device or resource busy")

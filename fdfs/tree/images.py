@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from engine.errors import InvalidArgument, NotFound
@@ -26,10 +27,12 @@ from fdfs.tree.text import line, lines, stamp
 
 def _familiar(engine: Any) -> dict[str, str]:
     """Short name -> digest of every tag."""
-    out = {}
-    for reference, digest in engine.images.tags().items():
-        out[parse_reference(reference).familiar()] = digest
-    return out
+    return {_short(reference): digest for reference, digest in engine.images.tags().items()}
+
+
+@lru_cache(1 << 14)
+def _short(reference: str) -> str:
+    return parse_reference(reference).familiar()
 
 
 def _tag_names(engine: Any, *parts: str) -> Iterable[str]:

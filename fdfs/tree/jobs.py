@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.errors import InvalidArgument, NotFound
+from engine.errors import Busy, InvalidArgument, NotFound
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import Dir, File, Row
 from fdfs.tree.text import line
@@ -39,10 +39,13 @@ def log(engine: Any, number: str) -> str:
 
 
 def error(engine: Any, number: str) -> str:
-    return _block(_job(engine, number).error) or str(engine.failures.text(object_of(engine, number)))
+    return _block(_job(engine, number).error) + str(engine.failures.text(object_of(engine, number)))
 
 
 def cancel(engine: Any, number: str, call: Call) -> None:
+    state = _job(engine, number).state
+    if state != "running":
+        raise Busy(f"the job is {state}, not running", at="cancel")
     engine.jobs.cancel(int(number))
 
 
