@@ -113,7 +113,8 @@ def run_command(
         with contextlib.suppress(OSError):  # it never ran: nothing is kept of it
             os.rmdir(where.path(*container))
         if not where.has("images", image) and "image" in failure.reason:
-            raise Failure(failure.reason, *failure.more, f"hint: dutchman pull {image}") from None
+            more = [line for line in failure.more if not line.startswith("hint: pull")]  # said in the CLI's own words
+            raise Failure(failure.reason, *more, f"hint: dutchman pull {image}") from None
         raise
     if detach:
         click.echo(chosen)
