@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import Damaged, EngineError, NotFound
+from engine.errors import Damaged, EngineError, NotFound, TooLarge
 from engine.store.check import check
 from engine.store.layers import Layers
 from engine.store.meta import Meta
@@ -225,6 +225,24 @@ def test_kinds_replace_each_other(store: Store) -> None:
 def test_what_containerd_refuses_is_damaged(store: Store, layer: bytes) -> None:
     with pytest.raises(Damaged):
         store.tree(layer)
+
+
+def test_a_merge_has_a_bounded_number_of_steps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opaque markers over a full directory, and symlinks through symlinks, would otherwise be quadratic."""
+    monkeypatch.setattr("engine.store.merge.MAX_STEPS", 5000)
+    files = tuple((f"d/{number}", "f", b"") for number in range(200))
+    with pytest.raises(TooLarge):
+        store.tree(archive(*files, *((("d/.wh..wh..opq", "f", b""),) * 50)))
+    links = tuple((f"l{number}", "l", f"l{number - 1}") for number in range(1, 200))
+    with pytest.raises(TooLarge):
+        store.tree(
+            archive(
+                ("l0", "d", None),
+                *links,
+                *((f"l199/{n}", "f", b"") if n % 2 else ("x", "l", str(n)) for n in range(200)),
+            )
+        )
+    assert len(listing(store.tree(archive(*files)))) == 201
 
 
 def test_chain_ids_follow_the_specification() -> None:

@@ -181,7 +181,7 @@ def archive(layer: list[tuple[str, str, str, int]]) -> bytes:
     return out.getvalue()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(stacks)
 def test_merged_trees_equal_the_model(stack: list[list[tuple[str, str, str, int]]]) -> None:
     model = Model()

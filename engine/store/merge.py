@@ -17,6 +17,7 @@ from engine.errors import Damaged, TooLarge
 from engine.store.index import Entry, Kind
 
 MAX_LINKS = 255  # symlinks followed for one path (continuity)
+MAX_STEPS = 100_000_000  # names looked at in one merge: a hostile layer must not make the merge quadratic
 MAX_TIME = (1 << 63) - 1  # nanoseconds; Docker stores later and negative times as 0 (boundTime)
 _FOREIGN_XATTRS = (b"trusted.overlay.", b"user.overlay.")  # would steer the overlay a container runs on
 
@@ -78,6 +79,7 @@ class Merger:
         self.layers: list[str] = []
         self.root = Node(stat.S_IFDIR | 0o755, 0, None)
         self._number = 0
+        self._steps = 0
         self._dirs: dict[bytes, Node] = {}  # resolved parents; emptied when a directory or symlink goes away
         self._linked: set[tuple[int, bytes]] = set()  # names this layer gave to inodes of lower layers
 
@@ -93,6 +95,7 @@ class Merger:
             if kind is Kind.OPAQUE:
                 directory = self._directory(entry.path)
                 self._touch(directory)
+                self._spend(len(directory.kids or ()))
                 for name in list(directory.kids or ()):
                     self._hide(directory, name)
                 continue
@@ -189,10 +192,16 @@ class Merger:
                 continue
             if node.touched == self._number or (id(directory), name) in self._linked:
                 if node.kids:
+                    self._spend(len(node.kids))
                     stack.extend((node, child) for child in list(node.kids))
             else:
                 del kids[name]
                 self._forget(node)
+
+    def _spend(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > MAX_STEPS:
+            raise TooLarge("the layers take too long to merge: too many names to resolve or to hide")
 
     def _forget(self, node: Node) -> None:
         if node.kids is not None or stat.S_ISLNK(node.mode):
@@ -224,6 +233,7 @@ class Merger:
 
     def _walk(self, path: bytes, *, create: bool) -> Node | None:
         parts = path.split(b"/") if path else []
+        self._spend(len(parts))
         links = at = 0
         node = self.root
         while at < len(parts):
@@ -249,6 +259,7 @@ class Merger:
                 parts = resolved + parts[at + 1 :]
                 if len(parts) > 4096:
                     raise TooLarge(f"{show(path)} resolves to more than 4096 names", at=show(path))
+                self._spend(len(parts))
                 node, at = self.root, 0
                 continue
             elif below.kids is None:
