@@ -38,11 +38,18 @@ class Daemon:
     """`python -m fdfs.daemon` on `place`/store and `place`/mnt. `env` is added to the environment."""
 
     def __init__(
-        self, place: Path, *, runtime: str = "fake", binds: bool = True, env: dict[str, str] | None = None
+        self,
+        place: Path,
+        *,
+        runtime: str = "fake",
+        binds: bool = True,
+        allow_other: bool = False,
+        env: dict[str, str] | None = None,
     ) -> None:
         self.store = place / "store"
         self.mount = place / "mnt"
         self._runtime = runtime
+        self._more = ["--allow-other"] if allow_other else []
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), "DUTCHMAN_NO_BIND": "0" if binds else "1", **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.expect_errors = False  # tests that provoke a bug's traceback set this
@@ -52,7 +59,7 @@ class Daemon:
         self.store.mkdir(parents=True, exist_ok=True)
         reading, writing = os.pipe()
         command = [sys.executable, "-m", "fdfs.daemon", "--store", str(self.store), "--mount", str(self.mount)]
-        command += ["--runtime", self._runtime, "--ready-fd", str(writing)]
+        command += ["--runtime", self._runtime, "--ready-fd", str(writing), *self._more]
         with open(self.store / "engine.log", "ab") as output:
             self.process = subprocess.Popen(
                 command,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -255,3 +257,25 @@ def test_ending_by_a_file(store: Path) -> None:
         daemon.sh("echo down > ctl")
         assert daemon.process.wait(10) == 0
         assert not host.is_mounted(daemon.mount)
+
+
+@pytest.mark.parametrize("binds", [True, False])
+def test_others_are_held_to_the_modes_of_files(binds: bool) -> None:
+    """With --allow-other: another user may use what modes allow, and what he makes is his."""
+    place = Path(tempfile.mkdtemp())
+    try:
+        os.chmod(place, 0o755)
+        with Daemon(place, binds=binds, allow_other=True) as daemon:
+            daemon.sh("mkdir volumes/v; cd volumes/v/data; echo s > secret; chmod 600 secret; mkdir -m 1777 open")
+            other = "setpriv --reuid 65534 --regid 65534 --clear-groups sh -c '{}'"
+            assert daemon.sh(other.format("cat version"))
+            daemon.refused(other.format("cat volumes/v/data/secret"), "Permission denied")
+            daemon.refused(other.format("echo x > volumes/v/data/new"), "Permission denied")
+            daemon.refused(other.format("rmdir volumes/v"), "Permission denied")
+            daemon.refused(other.format("echo create x > volumes/ctl"), "Permission denied")
+            daemon.sh(other.format("umask 027; cd volumes/v/data/open; echo y > f; mkdir d; ln -s f s"))
+            shown = daemon.sh("cd volumes/v/data/open; stat -c %u:%g:%a f d; stat -c %u s").split()
+            assert shown == ["65534:65534:640", "65534:65534:750", "65534"]
+            daemon.sh("rmdir volumes/v")
+    finally:
+        shutil.rmtree(place)
