@@ -140,8 +140,9 @@ class Images:
             row = self.meta.row("SELECT digest FROM images WHERE digest = ?", (named.digest,))
             if row is not None:
                 return self.get(row["digest"])
-        short = named.familiar() if named is not None else text
-        raise NotFound("no such image", at=text, hint=f"pull it: echo 'pull {short}' > images/ctl")
+        if named is None or not named.path:
+            raise NotFound("no such image", at=text, hint="ls images/by-digest shows what is here")
+        raise NotFound("no such image", at=text, hint=f"pull it: echo 'pull {named.familiar()}' > images/ctl")
 
     def _by_prefix(self, digits: str) -> list[str]:
         """Digests of images whose manifest's or configuration's digest starts with `digits`."""
