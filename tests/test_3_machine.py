@@ -52,6 +52,13 @@ def machine(base: Path) -> type[RuleBasedStateMachine]:
             self.model: dict[str, Model] = {}
             self.open()
             add_image(self.engine, IMAGE)
+            for name, command in (("a", "sleep inf"), ("b", "exit 3")):  # so that most verbs find something to do
+                self.create_one(name, command)
+
+        def create_one(self, name: str, command: str) -> None:
+            config = parse_config(json.dumps({"image": IMAGE, "command": command}))
+            self.engine.containers.create(name, config)
+            self.model[name] = Model(command)
 
         def open(self) -> None:
             self.engine = Engine(self.store, runtime="fake")
@@ -85,13 +92,11 @@ def machine(base: Path) -> type[RuleBasedStateMachine]:
 
         @rule(name=NAMES, command=COMMANDS)
         def create(self, name: str, command: str) -> None:
-            config = parse_config(json.dumps({"image": IMAGE, "command": command}))
             if name in self.model:
                 with pytest.raises(AlreadyExists):
-                    self.engine.containers.create(name, config)
+                    self.engine.containers.create(name)
             else:
-                self.engine.containers.create(name, config)
-                self.model[name] = Model(command)
+                self.create_one(name, command)
 
         @rule(name=NAMES, command=COMMANDS)
         def configure(self, name: str, command: str) -> None:
