@@ -114,7 +114,10 @@ def config_text(config: ContainerConfig) -> str:
     """config.yaml: every field in the order of the model, so that what can be set is seen."""
     data = config.model_dump(mode="json")
     data["volumes"] = [_mount(item) for item in config.volumes]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
+    if any(char in text for char in "\x85\u2028\u2029\ufeff"):  # YAML reads these as line breaks, or drops them
+        text = yaml.safe_dump(data, sort_keys=False, width=1000)
+    return text
 
 
 def _number(value: float) -> str:
