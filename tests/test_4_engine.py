@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import add_image, eventually, events, reach
+from engines import add_image, events, eventually, reach
 
 from engine import host
 from engine.engine import Engine
