@@ -1,7 +1,7 @@
 """The catalog: one SQLite file in WAL mode for everything that is state; bytes are files beside it.
 
 Only here: the schema and how transactions are taken. One writer at a time (`tx`, BEGIN IMMEDIATE under a lock,
-synchronous=FULL so an acknowledged change survives power loss); any number of readers, one connection per thread,
+synchronous=FULL so an acknowledged change survives power loss); any number of readers, idle connections kept for the next,
 each statement seeing the last commit. Handlers on the lookup/getattr/readdir/open path use `query` only, which
 never waits for a writer.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,13 +179,7 @@ def _converted(error: sqlite3.OperationalError) -> EngineError | sqlite3.Operati
     return error
 
 
-class _Reader:
-    """A thread's connection; closed when its thread ends or the catalog is closed, whichever is first."""
-
-    __slots__ = ("__weakref__", "connection")
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
+MAX_IDLE = 32  # reader connections kept open between queries
 
 
 class Meta:
@@ -195,12 +188,10 @@ class Meta:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
-        self._local = threading.local()
         self._depth = 0
         self._after: list[Callable[[], None]] = []
         self._closed = False
-        self._readers_lock = threading.Lock()  # not `_lock`: a reader never waits for a writer
-        self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
+        self._idle: list[sqlite3.Connection] = []  # append and pop are atomic: a reader waits for nobody
         self._writer = self._connect()
         self._writer.execute("PRAGMA journal_mode=WAL")
         self._writer.execute("PRAGMA synchronous=FULL")
@@ -263,13 +254,18 @@ class Meta:
 
     def query(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """Rows as of the last commit (inside `tx` of the same thread: use the yielded connection instead)."""
-        reader: _Reader | None = getattr(self._local, "reader", None)
-        if reader is None:
-            reader = self._local.reader = _Reader(self._connect())
-            reader.connection.execute("PRAGMA query_only=ON")
-            with self._readers_lock:
-                self._readers.add(reader)
-        return reader.connection.execute(sql, args).fetchall()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+            connection.execute("PRAGMA query_only=ON")
+        try:
+            return connection.execute(sql, args).fetchall()
+        finally:
+            if self._closed or len(self._idle) >= MAX_IDLE:
+                connection.close()
+            else:
+                self._idle.append(connection)
 
     def row(self, sql: str, args: Sequence[Any] = ()) -> sqlite3.Row | None:
         rows = self.query(sql, args)
@@ -279,7 +275,6 @@ class Meta:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                with self._readers_lock:
-                    for reader in list(self._readers):
-                        reader.connection.close()
+                while self._idle:
+                    self._idle.pop().close()
                 self._writer.close()
