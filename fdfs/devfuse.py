@@ -44,6 +44,7 @@ DESTROY, BATCH_FORGET, READDIRPLUS, INTERRUPT = 38, 42, 44, 36
 # init flags
 ASYNC_READ, BIG_WRITES, AUTO_INVAL, READDIRPLUS_OK, READDIRPLUS_AUTO = 1 << 0, 1 << 5, 1 << 12, 1 << 13, 1 << 14
 PARALLEL_DIROPS, NO_OPEN, MAX_PAGES_OK, CACHE_SYMLINKS, NO_OPENDIR = 1 << 18, 1 << 17, 1 << 22, 1 << 23, 1 << 24
+POSIX_ACL = 1 << 20  # the kernel keeps "has no ACL" per file, which `ls -l` asks of every one
 
 _IN = struct.Struct("<IIQQIIII")  # len opcode unique node uid gid pid padding
 _OUT = struct.Struct("<IiQ")  # len error unique
@@ -193,7 +194,7 @@ class Connection:
         if major != 7 or minor < 31:
             raise OSError(errno.EPROTO, f"FUSE protocol {major}.{minor}")
         wanted = ASYNC_READ | READDIRPLUS_OK | READDIRPLUS_AUTO | PARALLEL_DIROPS | NO_OPEN | MAX_PAGES_OK
-        wanted |= CACHE_SYMLINKS | NO_OPENDIR
+        wanted |= CACHE_SYMLINKS | NO_OPENDIR | POSIX_ACL
         return struct.pack(
             "<IIIIHHIIHHI28x", 7, 31, max(readahead, 1 << 20), offered & wanted, 64, 48, 1 << 20, 1, MAX_PAGES, 0, 0
         )

@@ -326,10 +326,12 @@ class Mount:
         self._options: dict[str, str | bool] = {
             "fsname": "dutchman",
             "subtype": SUBTYPE,
-            "default_permissions": True,
+            # alone, the owner may do what the daemon may: no attributes to fetch for every directory on a path
+            "default_permissions": allow_other,
             "allow_other": allow_other,
             "use_ino": True,
-            "entry_timeout": "0",
+            # a name may be believed a little, since what it names is always asked: attributes, links, opens are not kept
+            "entry_timeout": "1",
             "attr_timeout": "0",
             "ac_attr_timeout": "0",
             "negative_timeout": "0",
