@@ -32,7 +32,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 
 MNT_DETACH = 2
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
-_MOUNT_ATTR_RDONLY = 1
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _AT_FDCWD = -100
 # the numbers of these calls are the same on every architecture since Linux 5.2
@@ -195,7 +195,9 @@ def mount(source: str, target: Path, kind: str, flags: int = 0, data: str = "") 
     _check(result, target)
 
 
-def _fs_mount(kind: bytes, options: Sequence[tuple[str, bytes]], target: Path, *, read_only: bool) -> None:
+def _fs_mount(
+    kind: bytes, options: Sequence[tuple[str, bytes]], target: Path, *, read_only: bool, inert: bool = False
+) -> None:
     """fsopen, fsconfig…, fsmount, move_mount: no 4096-byte limit on options as mount(2) has."""
     context = _check(_syscall(_SYS_FSOPEN, ctypes.c_char_p(kind), _FSOPEN_CLOEXEC), target)
     try:
@@ -218,6 +220,8 @@ def _fs_mount(kind: bytes, options: Sequence[tuple[str, bytes]], target: Path, *
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}{_fs_messages(context)}", str(target)) from error
         attributes = _MOUNT_ATTR_RDONLY if read_only else 0
+        if inert:
+            attributes |= _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV
         made = _check(_syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes), target)
         try:
             moved = _syscall(
@@ -246,10 +250,12 @@ def _fs_messages(context: int) -> str:
     return f" ({'; '.join(out)})" if out else ""
 
 
-def mount_erofs(meta: Path, devices: Sequence[Path], target: Path) -> None:
+def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: bool = False) -> None:
     """Mount the EROFS image `meta`, read-only, over its data `devices` in device-table order.
 
-    Straight from the files from Linux 6.12 on (a /proc/self/fd path each: an option is at most 255 bytes),
+    `inert`: setuid bits and device nodes in it do nothing (for looking at it, not for running it).
+
+    Straight from the files from Linux 6.12 on (an option is at most 255 bytes: longer paths by /proc/self/fd),
     through read-only autoclear loop devices before.
     """
     if not LINUX:
@@ -259,15 +265,18 @@ def mount_erofs(meta: Path, devices: Sequence[Path], target: Path) -> None:
         for path in (meta, *devices):
             fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         if kernel_version() >= FILE_BACKED_EROFS:
-            names = [f"/proc/self/fd/{fd}".encode() for fd in fds]
+            names = [
+                name if len(name := os.fsencode(path)) < 256 else f"/proc/self/fd/{fd}".encode()
+                for path, fd in zip((meta, *devices), fds, strict=True)
+            ]
         else:
             names = []
             for path in (meta, *devices):
-                fd, name = _loop_attach(path)
+                fd, loop = _loop_attach(path)
                 fds.append(fd)
-                names.append(name.encode())
+                names.append(loop.encode())
         options = [("source", names[0]), *(("device", name) for name in names[1:])]
-        _fs_mount(b"erofs", options, target, read_only=True)
+        _fs_mount(b"erofs", options, target, read_only=True, inert=inert)
     finally:
         for fd in fds:
             os.close(fd)

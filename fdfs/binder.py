@@ -1,11 +1,12 @@
-"""Making grafts fast: the daemon's side of the data plane. Floor 6.
+"""Making grafts fast: what is mounted over them, and when. Floor 6.
 
-Only here: which grafts of the control mount get the real thing bound over them, and when. Immutable trees (rootfs/ of
-images, fs/ of layers) when they appear and when they are used, at most MAX_BINDS at a time, the least recently used
-going first; containers' rootfs/ and volumes' data/ as soon as there is something to bind. Everything works without:
-where the host cannot (not root, not Linux, DUTCHMAN_NO_BIND=1) or the data process is gone, the control mount serves.
+Only here: which grafts of the control mount get the real thing mounted over them. Immutable trees (rootfs/ of images,
+fs/ of layers; as EROFS images, so the kernel serves them) when they appear and when they are used, at most MAX_BINDS at
+a time, the least recently used going first; containers' rootfs/ and volumes' data/ as soon as there is something to
+bind. Everything works without: where the host cannot (not root, not Linux, DUTCHMAN_NO_BIND=1) or the process that
+mounts is gone, the control mount serves.
 
-Threading: a handler only ever puts a wish in a queue; one thread carries the wishes out through the data process. No
+Threading: a handler only ever puts a wish in a queue; one thread carries the wishes out through binds.py. No
 handler waits for a bind, with one exception: the readlink of a tag may wait for FOLLOW_SECONDS, so that what is about
 to be walked does not get covered half way. readlink holds no lock that a bind needs; lookups do, and must not wait.
 """
@@ -27,7 +28,7 @@ from typing import Any
 from engine import host
 from engine.errors import EngineError
 from engine.events import Event, Missed
-from fdfs import data
+from fdfs import binds
 from fdfs.entry import BindSource, Dir, Keys, walk
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Binder:
     # --- the thread that carries wishes out -------------------------------------------------------------------------
 
     def start(self) -> bool:
-        """Whether there is a data plane. Call from the main thread: the process dies with the calling thread."""
+        """Whether there is a process that mounts. Call from the main thread: it dies with the calling thread."""
         if not possible():
             return False
         if not self._launch():
@@ -120,15 +121,14 @@ class Binder:
         return True
 
     def _launch(self) -> bool:
-        """Start the data process and have its end noticed. In a thread that lasts: the process dies with it."""
-        store = Path(self._engine.store)
-        process = self._process = data.spawn(store, store / "run" / "data")
+        """Start the process that mounts and have its end noticed. In a thread that lasts: the process dies with it."""
+        process = self._process = binds.spawn()
         killer = threading.Timer(READY_SECONDS, process.kill)
         killer.start()
         ready = self._answer()
         killer.cancel()
         if ready is None or not ready.get("ready"):
-            log.warning("no data plane: browsing goes through the control mount")
+            log.warning("no process that mounts: browsing goes through the control mount")
             process.kill()
             process.wait()
             return False
@@ -143,8 +143,8 @@ class Binder:
             self._wish(b"/", "revive")
 
     def _revive(self) -> None:
-        """The data process ended by itself: its binds are dead mounts. A new one takes them away and makes new ones."""
-        log.warning("the data process ended; starting another")
+        """The process that mounts ended by itself. A new one takes away what it left and mounts again."""
+        log.warning("the process that mounts ended; starting another")
         with self._lock:
             dead = list(self._bound)
             self._bound.clear()
@@ -205,8 +205,9 @@ class Binder:
         if source.chain:
             if path in self._bound:
                 return
-            order["chain"] = source.chain.removeprefix("sha256:")
-            order["origins"] = self._origins(row, keys)
+            trees = self._engine.trees
+            order["image"] = str(trees.shown(source.chain, self._origins(row, keys)))
+            order["devices"] = [str(path) for path in trees.devices(source.chain)]
         elif source.directory:
             order["directory"] = source.directory
         else:
@@ -214,7 +215,7 @@ class Binder:
             return
         answer = self._order(order)
         if answer is None or not answer.get("ok"):
-            log.info("not bound: %s: %s", target, (answer or {}).get("reason", "no data plane"))
+            log.info("not bound: %s: %s", target, (answer or {}).get("reason", "no process that mounts"))
             return
         with self._done:
             self._bound[path] = source

@@ -1,8 +1,8 @@
-"""The daemon: one engine, its control mount, its data plane; from start to a clean end. Floor 7.
+"""The daemon: one engine, its control mount, what is mounted over it; from start to a clean end. Floor 7.
 
 `python -m fdfs.daemon --store DIR --mount DIR --runtime NAME [--ready-fd N]`. On the ready descriptor it writes
 `ready` once requests are served, or the reason (and a hint) why it could not. SIGTERM and SIGINT unmount and close;
-containers go on running. The main thread only waits: it must outlive the data process, which dies with it.
+containers go on running. The main thread only waits: it must outlive the process that mounts, which dies with it.
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ class Mount:
             "default_permissions": allow_other,
             "allow_other": allow_other,
             "use_ino": True,
-            # a name may be believed a little, since what it names is always asked: attributes, links, opens are not kept
+            # a name may be believed a little: attributes, links and opens are asked for every time
             "entry_timeout": "1",
             "attr_timeout": "0",
             "ac_attr_timeout": "0",

@@ -8,13 +8,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BINDINGS = ("fdfs/mount.py", "fdfs/data.py", "fdfs/treefuse.py", "fdfs/binder.py")
+BINDINGS = ("fdfs/mount.py", "fdfs/binds.py", "fdfs/binder.py")
 CONFINED = {
     "subprocess": (
         "engine/host.py",
         "engine/runtimes/*",
         "fdfs/mount.py",
-        "fdfs/data.py",
+        "fdfs/binds.py",
         "fdfs/binder.py",
         "fdfs/cli*",
     ),
@@ -22,11 +22,9 @@ CONFINED = {
         "engine/host.py",
         "engine/runtimes/*",
         "fdfs/mount.py",
-        "fdfs/data.py",
-        "fdfs/treefuse.py",
         "fdfs/binder.py",
     ),
-    "fuse": ("fdfs/mount.py", "fdfs/data.py", "fdfs/treefuse.py", "fdfs/binder.py"),
+    "fuse": ("fdfs/mount.py", "fdfs/binds.py", "fdfs/binder.py"),
     "click": ("fdfs/cli*", "fdfs/__main__.py"),
     "rich": ("fdfs/cli*",),
     "httpx": ("engine/images/*",),

@@ -7,7 +7,9 @@ is one chunk index into the device of the layer that holds its body. The same tr
     meta_blkaddr       inodes in breadth-first order, each followed by its xattrs and inline tail or chunk index
     after that         whole blocks of large directories, symlink targets that do not fit beside their inode
 
-Beside it `prov`: per inode (by i_ino) the layer it comes from and the sha256 of its body. Pure functions, one thread.
+A *shown* image is the same tree for people: its files carry provenance xattrs (per layer in the shared xattr area,
+one per file inline), which containers must not see. Beside an image `prov`: per inode (by i_ino) the layer it comes
+from and the sha256 of its body. Pure functions, one thread.
 
 Source: Linux fs/erofs/erofs_fs.h and Documentation/filesystems/erofs.rst.
 """
@@ -78,9 +80,22 @@ def crc32c(data: bytes, crc: int = 0xFFFFFFFF) -> int:
     return crc
 
 
-def pack_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
-    """The inline xattr area; names outside EROFS's namespaces are left out (as a filesystem answers ENOTSUP)."""
+def pack_xattrs(xattrs: dict[bytes, bytes], shared: Sequence[int] = ()) -> bytes:
+    """The inline xattr area; names outside EROFS's namespaces are left out (as a filesystem answers ENOTSUP).
+
+    `shared` are entries of the shared area, by their offset there in units of 4 bytes.
+    """
     out = bytearray(XATTR_HEADER)
+    out[4] = len(shared)
+    for number in shared:
+        out += number.to_bytes(4, "little")
+    out += _entries(xattrs)
+    return bytes(out) if len(out) > len(XATTR_HEADER) else b""
+
+
+def _entries(xattrs: dict[bytes, bytes]) -> bytes:
+    """xattr entries, each padded to 4 bytes, in the order of their names."""
+    out = bytearray()
     for name in sorted(xattrs):
         value = xattrs[name]
         if name in NAMELESS:
@@ -92,7 +107,37 @@ def pack_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
             index, rest = found[0][0], name[len(found[0][1]) :]
         out += XATTR.pack(len(rest), index, len(value)) + rest + value
         out += bytes(-len(out) % 4)
-    return bytes(out) if len(out) > len(XATTR_HEADER) else b""
+    return bytes(out)
+
+
+class Shown:
+    """What a shown image adds: `layers` are xattrs of every file of a layer (by its number), `digest` the name of the
+    xattr that holds a file's body digest. Symlinks and special files cannot have user xattrs (xattr(7))."""
+
+    def __init__(self, layers: Sequence[dict[bytes, bytes]], digest: bytes) -> None:
+        self._digest = digest
+        self.area = bytearray(bytes(4))  # offset 0 is never used, so that a zeroed field names nothing
+        self._shared: list[list[int]] = []
+        known: dict[bytes, int] = {}
+        for xattrs in layers:
+            numbers = []
+            for name, value in xattrs.items():
+                entry = _entries({name: value})
+                if entry and entry not in known:
+                    known[entry] = len(self.area) // 4
+                    self.area += entry
+                if entry:
+                    numbers.append(known[entry])
+            self._shared.append(numbers)
+
+    def pack(self, node: Node) -> bytes:
+        """The xattr area of one inode."""
+        own = node.xattrs or {}
+        if not (stat.S_ISREG(node.mode) or stat.S_ISDIR(node.mode)):
+            return pack_xattrs(own)
+        if node.sha256:
+            own = own | {self._digest: b"sha256:" + node.sha256.hex().encode()}
+        return pack_xattrs(own, self._shared[node.layer])
 
 
 def order(root: Node) -> list[Node]:
@@ -150,9 +195,15 @@ def _dir_block(node: Node, names: Sequence[bytes]) -> bytes:
 
 
 def write(
-    root: Node, out: BinaryIO, prov: BinaryIO, layers: Sequence[str], uuid: bytes, blocks_of: Callable[[str], int]
+    root: Node,
+    out: BinaryIO,
+    prov: BinaryIO | None,
+    layers: Sequence[str],
+    uuid: bytes,
+    blocks_of: Callable[[str], int],
+    shown: Shown | None = None,
 ) -> tuple[int, int]:
-    """Write the image and its `prov`; returns (inodes, bytes of the image).
+    """Write the image and, unless it is a `shown` one, its `prov`; returns (inodes, bytes of the image).
 
     `layers` are the diff_ids Node.layer counts; `blocks_of` gives the 4 KiB blocks of a diff_id's data. Damaged when
     a file lies outside its data, TooLarge beyond what the format holds.
@@ -168,7 +219,7 @@ def write(
     plans: list[tuple[bytes, int, int, int, list[bytes], list[tuple[int, int]]]] = []
     for node in nodes:
         kind = stat.S_IFMT(node.mode)
-        xattrs = pack_xattrs(node.xattrs) if node.xattrs else b""
+        xattrs = shown.pack(node) if shown else pack_xattrs(node.xattrs) if node.xattrs else b""
         need = 64 + len(xattrs)
         layout, plain, size = FLAT_PLAIN, 0, 0
         names: list[bytes] = []
@@ -202,7 +253,10 @@ def write(
         at += need + 31 & ~31
     meta_size = -(-at // BLOCK) * BLOCK
     first_plain = meta_block + meta_size // BLOCK
-    total_blocks = first_plain + tail_blocks
+    shared = bytes(shown.area) if shown else b""
+    shared += bytes(-len(shared) % BLOCK)
+    total_blocks = first_plain + tail_blocks + len(shared) // BLOCK
+    shared_block = first_plain + tail_blocks if shared else 0
     if total_blocks >= 1 << 32:
         raise TooLarge("the tree's metadata exceeds 16 TiB")
 
@@ -268,14 +322,29 @@ def write(
     SUPER.pack_into(
         head,
         SUPER_OFFSET,
-        *(MAGIC, 0, COMPAT_CHKSUM | COMPAT_MTIME, 12, 0, root.nid, len(nodes), 0, 0, total_blocks, meta_block, 0),
+        *(
+            MAGIC,
+            0,
+            COMPAT_CHKSUM | COMPAT_MTIME,
+            12,
+            0,
+            root.nid,
+            len(nodes),
+            0,
+            0,
+            total_blocks,
+            meta_block,
+            shared_block,
+        ),
         *(uuid[:16], b"", INCOMPAT_CHUNKED | INCOMPAT_DEVICES, 0, len(devices), FIRST_SLOT, 0, 0, 0, 0, 0),
     )
     for number, diff_id in enumerate(devices):
         DEVICE.pack_into(head, (FIRST_SLOT + number) * 128, diff_id[7:].encode(), blocks_in[number], 0)
     struct.pack_into("<I", head, SUPER_OFFSET + 4, crc32c(bytes(head[SUPER_OFFSET:BLOCK])))
-    for part in (head, meta, plain_area):
+    for part in (head, meta, plain_area, shared):
         out.write(part)
+    if prov is None:
+        return len(nodes), total_blocks * BLOCK
     prov.write(PROV_HEAD.pack(PROV_MAGIC, len(layers), len(nodes)))
     prov.write(b"".join(bytes.fromhex(diff_id[7:]) for diff_id in layers))
     prov.write(records)

@@ -1,9 +1,9 @@
 """The catalog: one SQLite file in WAL mode for everything that is state; bytes are files beside it.
 
 Only here: the schema and how transactions are taken. One writer at a time (`tx`, BEGIN IMMEDIATE under a lock,
-synchronous=FULL so an acknowledged change survives power loss); any number of readers, idle connections kept for the next,
-each statement seeing the last commit. Handlers on the lookup/getattr/readdir/open path use `query` only, which
-never waits for a writer.
+synchronous=FULL so an acknowledged change survives power loss); any number of readers (idle connections are kept for
+the next), each statement seeing the last commit. Handlers on the lookup/getattr/readdir/open path use `query` only,
+which never waits for a writer.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -32,6 +32,8 @@ from engine.store.tree import Handle, Provenance, Stat, Tree
 
 __all__ = ["Provenance", "Stat", "Tree", "Trees", "chain_id"]
 
+PROVENANCE = b"user.dutchman."
+MAX_PROVENANCE = 4096  # bytes of one provenance value: a RUN line may be longer
 OPEN_TREES = 64
 OPEN_DATA = 512  # descriptors of layer data held by cached trees
 
@@ -96,6 +98,42 @@ class Trees:
                     (chain, json.dumps(list(diff_ids)), inodes, size, time.time_ns()),
                 )
             return chain
+
+    def shown(self, chain: str, extra: Mapping[str, Mapping[str, str]]) -> Path:
+        """The tree as an EROFS image for people: with xattrs `user.dutchman.layer`, `.digest`, and `extra` by layer.
+
+        Made beside the tree when first asked for, which takes about as long as building it; a cache,
+        in no row of the catalog. NotFound, NoSpace, Damaged.
+        """
+        path = self.directory(chain) / "shown"
+        with self._building:
+            diff_ids = self.layers_of(chain)
+            if path.exists():
+                return path
+            merger = Merger()
+            for diff_id in diff_ids:
+                merger.apply(diff_id, self.layers.entries(diff_id))
+            layers = [
+                {PROVENANCE + key.encode(): value.encode()[:MAX_PROVENANCE] for key, value in values.items() if value}
+                for values in ({"layer": diff_id, **extra.get(diff_id, {})} for diff_id in merger.layers)
+            ]
+            what = erofs.Shown(layers, PROVENANCE + b"digest")
+            fd, aside = tempfile.mkstemp(dir=self._tmp, prefix="shown-")
+            try:
+                with open(fd, "wb") as out:
+                    uuid = bytes.fromhex(hex_of(chain))
+                    erofs.write(merger.root, out, None, merger.layers, uuid, self._data_blocks, what)
+                    os.fchmod(out.fileno(), 0o644)
+                    out.flush()
+                    os.fsync(out.fileno())  # a name must never lead to half an image after a power cut
+                os.rename(aside, path)
+            except OSError as error:
+                if full := no_space(error):
+                    raise full from error
+                raise
+            finally:
+                Path(aside).unlink(missing_ok=True)
+        return path
 
     def _write(self, work: Path, merger: Merger, chain: str) -> tuple[int, int]:
         with open(work / "erofs", "xb") as out, open(work / "prov", "xb") as prov:

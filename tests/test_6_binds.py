@@ -1,4 +1,4 @@
-"""The data plane, binds, and the ends of a daemon: clean, killed, and brought back."""
+"""The process that mounts, binds, and the ends of a daemon: clean, killed, and brought back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from engine.engine import Engine
 from engine.store.layers import Layers
 from engine.store.meta import Meta
 from engine.store.trees import Trees
-from fdfs import data
+from fdfs import binds
 
 REASON = can_mount() or (None if host.LINUX and host.is_root() else "binds need root on Linux")
 if REASON and os.environ.get("CI") == "true" and host.LINUX and host.is_root():
@@ -49,12 +49,12 @@ def eventually(check: Callable[[], Any], seconds: float = 8.0) -> None:
 
 
 class Process:
-    """A data process on a store with one tree."""
+    """A mounting process, and the order that mounts one tree."""
 
-    def __init__(self, store: Path, chain: str) -> None:
-        self.root = store / "run" / "data"
+    def __init__(self, image: Path, devices: list[Path], chain: str) -> None:
         self.chain = chain
-        self.process = data.spawn(store, self.root)
+        self.tree = {"image": str(image), "devices": [str(path) for path in devices]}
+        self.process = binds.spawn()
         assert self.answer()["ready"]
 
     def answer(self) -> dict[str, Any]:
@@ -71,36 +71,30 @@ class Process:
     def end(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(5)
-        if host.is_mounted(self.root):
-            host.unmount(self.root)
+        assert self.process.wait(5) == 0
 
 
-@pytest.fixture(scope="module", params=["devfuse", "libfuse"])
-def plane(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     store = tmp_path_factory.mktemp("plane") / "store"
     (store / "run").mkdir(parents=True)
     meta = Meta(store / "db.sqlite")
     layers = Layers(store, meta)
     info = layers.ingest([make_tar(FILES)], "application/vnd.oci.image.layer.v1.tar")
-    chain = Trees(store, meta, layers).build([info.diff_id])
+    trees = Trees(store, meta, layers)
+    chain = trees.build([info.diff_id])
+    shown = trees.shown(chain, {chain: {"created_by": "RUN it", "media_type": "a/b"}})
+    plane = Process(shown, trees.devices(chain), chain)
     meta.close()
-    os.environ["DUTCHMAN_DATA"] = request.param
-    try:
-        plane = Process(store, chain)
-    finally:
-        del os.environ["DUTCHMAN_DATA"]
     yield plane
     plane.end()
-    assert not host.is_mounted(plane.root)
 
 
 @pytest.fixture
 def tree(plane: Process, tmp_path: Path) -> Iterator[Path]:
     target = tmp_path / "tree"
     target.mkdir()
-    origins = {plane.chain: {"created_by": "RUN it", "media_type": "a/b"}}
-    assert plane.order(bind=str(target), chain=plane.chain[7:], origins=origins)["ok"]
+    assert plane.order(bind=str(target), **plane.tree)["ok"]
     yield target
     assert plane.order(unbind=str(target))["ok"]
     assert not host.is_mounted(target) and not list(target.iterdir())
@@ -164,9 +158,9 @@ def test_a_directory_is_bound_anew_when_it_is_another(plane: Process, tmp_path: 
 
 def test_a_bad_order_is_answered(plane: Process, tmp_path: Path) -> None:
     for order in (
-        {"bind": str(tmp_path / "none"), "chain": plane.chain[7:]},
-        {"bind": str(tmp_path), "chain": "0" * 64},
-        {"bind": str(tmp_path), "chain": "../../../etc"},
+        {"bind": str(tmp_path / "none"), **plane.tree},
+        {"bind": str(tmp_path), "image": str(tmp_path / "none"), "devices": plane.tree["devices"]},
+        {"bind": str(tmp_path), "image": plane.tree["devices"][0], "devices": []},
         {"bind": str(tmp_path), "directory": str(tmp_path / "none")},
     ):
         assert plane.order(**order)["ok"] is False
@@ -207,9 +201,8 @@ def test_without_its_data_process_the_mount_goes_on(store: Path) -> None:
     with Daemon(store) as daemon:
         digest = os.readlink(daemon.mount / "images/small:1")
         eventually(lambda: daemon.bound(f"images/{digest}/rootfs"))
-        found = subprocess.run(
-            ["pgrep", "-f", f"fdfs.data {daemon.store}"], capture_output=True, text=True
-        ).stdout.split()
+        pid = daemon.sh("grep ^pid status").split()[1]
+        found = subprocess.run(["pgrep", "-P", pid, "-f", "fdfs.binds"], capture_output=True, text=True).stdout.split()
         assert len(found) == 1
         os.kill(int(found[0]), signal.SIGKILL)
         eventually(lambda: daemon.run("cat images/small:1/rootfs/etc/motd").stdout == "ahoy\n")
@@ -225,7 +218,7 @@ def test_a_killed_daemon_leaves_a_mount_that_the_next_one_recovers(store: Path) 
         daemon.kill()
         with pytest.raises(OSError, match=r"."):
             os.listdir(daemon.mount)
-        eventually(lambda: not [p for p, _, _ in host.mounts() if p.startswith(f"{daemon.store}/run/data")])
+        eventually(lambda: not [p for p, _, _ in host.mounts() if p.startswith(f"{daemon.mount}/images")])
         daemon.start()
         assert "kept" in daemon.sh("ls containers")
         assert daemon.sh("cat images/small:1/rootfs/etc/motd") == "ahoy\n"
