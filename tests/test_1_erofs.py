@@ -325,3 +325,58 @@ def test_an_overlay_on_top_is_writable(stores: tuple[Layers, Trees], tmp_path: P
             assert (lower / "dir" / "suid").read_text() == "#!/bin/true\n"
         finally:
             host.unmount(tmp_path / "merged")
+
+
+def test_older_kernels_mount_through_loop_devices(
+    stores: tuple[Layers, Trees], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not os.access("/dev/loop-control", os.W_OK):
+        pytest.skip("no loop devices")
+    layers, trees = stores
+    info = layers.ingest([one_of_each()], "application/vnd.oci.image.layer.v1.tar")
+    chain = trees.build([info.diff_id])
+    monkeypatch.setattr(host, "kernel_version", lambda: (6, 11))
+    with mounted(trees, chain, tmp_path / "mnt") as root:
+        source = next(source for point, _, source in host.mounts() if point == str(root))
+        assert source.startswith("/dev/loop")
+        tree = trees.open(chain)
+        for path, nid in tree.walk():
+            st = tree.stat(nid)
+            assert os.lstat(root / os.fsdecode(path)).st_mode == st.mode
+            if stat.S_ISREG(st.mode):
+                assert (root / os.fsdecode(path)).read_bytes() == tree.pread(nid, st.size, 0)
+
+
+def test_a_shown_image_adds_provenance_and_nothing_else(stores: tuple[Layers, Trees], tmp_path: Path) -> None:
+    if not (host.LINUX and host.is_root()):
+        pytest.skip("mounting needs Linux and root")
+    layers, trees = stores
+    info = layers.ingest([one_of_each()], "application/vnd.oci.image.layer.v1.tar")
+    chain = trees.build([info.diff_id])
+    target = tmp_path / "shown"
+    target.mkdir()
+    image = trees.shown(chain, {info.diff_id: {"created_by": "RUN " + "x" * 9000}})
+    assert trees.shown(chain, {}) == image
+    host.mount_erofs(image, trees.devices(chain), target, inert=True)
+    try:
+        tree = trees.open(chain)
+        for path, nid in tree.walk():
+            here = target / os.fsdecode(path)
+            st, seen = tree.stat(nid), os.lstat(here)
+            assert (seen.st_mode, seen.st_uid, seen.st_gid, seen.st_nlink) == (st.mode, st.uid, st.gid, st.nlink)
+            assert seen.st_mtime_ns == st.mtime_ns
+            found = {
+                name.encode(): os.getxattr(here, name, follow_symlinks=False)
+                for name in os.listxattr(here, follow_symlinks=False)
+            }
+            own = {name: value for name, value in found.items() if not name.startswith(b"user.dutchman.")}
+            assert own == tree.xattrs(nid)
+            if stat.S_ISREG(st.mode):
+                assert here.read_bytes() == tree.pread(nid, st.size, 0)
+                assert found[b"user.dutchman.layer"].decode() == info.diff_id
+                assert found[b"user.dutchman.created_by"] == b"RUN " + b"x" * 4092
+                if st.size:
+                    digest = "sha256:" + hashlib.sha256(here.read_bytes()).hexdigest()
+                    assert found[b"user.dutchman.digest"].decode() == digest == tree.provenance(nid).digest
+    finally:
+        host.unmount(target)
