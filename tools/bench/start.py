@@ -1,8 +1,10 @@
-"""From start to the first log line: our driver against `runc run` of the same bundle.
+"""From start to the first log line: through the mount and by our driver, against `runc run` of the same bundle.
 
 Prints JSON lines: {"bench": "start", "who", "median_ms", "p90_ms", "rounds"}. Rows: `runc run` of the very config.json,
 until its first line has come through a pipe; `create+start` by the oci driver, until that line is in the stdout view;
-`start` the same for a container created before. Alternating, so that all see the same machine.
+`start` the same for a container created before; `mount`: from the write of `start` to containers/<n>/ctl of a live
+mount until the line is read from logs/stdout there, on a root of image and overlay. Alternating, so that all see the
+same machine.
 Needs root on Linux, runc, conmon and busybox-static. Usage: python tools/bench/start.py [--rounds N]
 """
 
@@ -21,8 +23,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from logs import rootfs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+from engines import add_busybox
+from logs import rootfs
+from mounting import Daemon
+
+from engine.engine import Engine
 from engine.logs import ContainerLogs
 from engine.model import ContainerConfig
 from engine.runtimes import spec
@@ -66,6 +73,22 @@ def ours(runtime: OciRuntime, place: Path, root: Path, name: str) -> tuple[float
     return end - begin, end - created
 
 
+def through_mount(daemon: Daemon, name: str) -> float:
+    """Seconds from `echo start > ctl` to the first byte of the log, both through the mount."""
+    container = daemon.mount / "containers" / name
+    container.mkdir()
+    (container / "config.yaml").write_text("image: busybox\ncommand: [echo, hello]\n")
+    begin = time.perf_counter()
+    (container / "ctl").write_text("start\n")
+    while (container / "logs/stdout").read_bytes() != b"hello\n":
+        time.sleep(0.0002)
+    seconds = time.perf_counter() - begin
+    while (container / "state").read_text() != "stopped\n":
+        time.sleep(0.005)
+    container.rmdir()
+    return seconds
+
+
 def row(who: str, seconds: list[float]) -> None:
     ordered = sorted(seconds)
     p90 = ordered[int(len(ordered) * 0.9)]
@@ -84,19 +107,26 @@ def main() -> None:
     given = options.parse_args()
     place = Path(tempfile.mkdtemp(prefix="dutchman-bench-"))
     runtime = OciRuntime(place / "containers", state=place / "state")
+    with Engine(place / "mounted" / "store", runtime="oci") as engine:
+        add_busybox(engine)
+    daemon = Daemon(place / "mounted", runtime="oci")
     try:
         root = rootfs(place)
         print(json.dumps({"bench": "start", "probe": runtime.probe().reason, "version": runtime.probe().version}))
-        plain, both, only = [], [], []
+        daemon.start()
+        plain, both, only, mounted = [], [], [], []
         for number in range(given.rounds):
             plain.append(bare(place, root, f"bare{number}"))
             whole, start = ours(runtime, place, root, f"ours{number}")
             both.append(whole)
             only.append(start)
+            mounted.append(through_mount(daemon, f"mount{number}"))
         row("runc run", plain)
         row("create+start", both)
         row("start", only)
+        row("mount", mounted)
     finally:
+        daemon.stop()
         runtime.close()
         shutil.rmtree(place, ignore_errors=True)
 
