@@ -1,9 +1,11 @@
 """Log lines per second: a container writing as fast as it can, under conmon alone and under our driver with a follower.
 
 Prints JSON lines: {"bench": "logs", "what", "who", "lines", "…_lines_per_second"}. `alone` is conmon and runc as
-podman calls them, nobody reading; `ours` is the oci driver, with rotation at 16 MiB and a follower that reads every
-byte of the stdout view while it is written, as `tail -f` does. `written` counts until the container has ended, `read`
-until the follower has every line. `cold` rows read a finished log that nobody has indexed.
+podman calls them, nobody reading, and `alone, tail -f` with GNU tail on conmon's own file; `ours` is the oci driver,
+with rotation at 16 MiB and a follower that reads every byte of the stdout view while it is written, and `ours, unread`
+with only what the daemon does once a second. Two cores that write have none to spare for who reads: compare like with
+like. `written` counts until the container has ended, `read` until the follower has every line. `cold` rows read a
+finished log that nobody has indexed.
 Needs root on Linux, runc, conmon and busybox-static. Usage: python tools/bench/logs.py [--lines N] [--rounds N]
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -37,7 +40,7 @@ def rootfs(place: Path) -> Path:
     return root
 
 
-def burst(place: Path, root: Path, name: str, lines: int, follow: bool) -> tuple[float, float, int]:
+def burst(place: Path, root: Path, name: str, lines: int, who: str) -> tuple[float, float, int]:
     """(seconds from start to the exit, seconds until the follower had all, lines that arrived)."""
     runtime = OciRuntime(place / "containers", state=place / "state")
     directory = place / "containers" / name
@@ -50,7 +53,20 @@ def burst(place: Path, root: Path, name: str, lines: int, follow: bool) -> tuple
     begin = time.perf_counter()
     runtime.start(name)
     seen = 0
-    if follow:
+    tail = None
+    if who == "alone, tail -f":
+        log = directory / "logs" / "ctr.log"
+        tail = subprocess.Popen(["tail", "-n", "+1", "-f", str(log)], stdout=subprocess.DEVNULL)
+    if who == "ours, unread":
+        logs = ContainerLogs(directory / "logs")
+        while not ended.wait(1.0):
+            logs.size("stdout")
+            logs.maybe_rotate(16 << 20, None, lambda: runtime.reopen_log(name))
+        seconds = time.perf_counter() - begin
+        logs.caught_up("stdout", 60)
+        seen = logs.size("stdout") // (len(LINE) + 1)
+        logs.close()
+    elif who == "ours":
         logs, offset, next_look = ContainerLogs(directory / "logs"), 0, 0.0
         while True:
             over = ended.is_set()
@@ -70,6 +86,9 @@ def burst(place: Path, root: Path, name: str, lines: int, follow: bool) -> tuple
     else:
         ended.wait()
         seconds = time.perf_counter() - begin
+        if tail is not None:
+            tail.kill()
+            tail.wait()
         with (directory / "logs" / "ctr.log").open("rb") as file:
             while data := file.read(1 << 20):
                 seen += data.count(b"\n")
@@ -101,12 +120,12 @@ def main() -> None:
     try:
         root = rootfs(place)
         for number in range(given.rounds):
-            for who, follow in (("alone", False), ("ours", True)):
-                exited, seconds, seen = burst(place, root, f"{who}{number}", given.lines, follow)
+            for place_in_row, who in enumerate(("alone", "ours, unread", "alone, tail -f", "ours")):
+                exited, seconds, seen = burst(place, root, f"c{place_in_row}-{number}", given.lines, who)
                 row = {"bench": "logs", "what": "burst", "who": who, "round": number, "lines": seen}
                 row |= {"written_lines_per_second": round(seen / exited)}
-                print(json.dumps(row | {"read_lines_per_second": round(seen / seconds)} if follow else row))
-        directory = place / "containers" / "alone0" / "logs"
+                print(json.dumps(row | {"read_lines_per_second": round(seen / seconds)} if who == "ours" else row))
+        directory = place / "containers" / "c0-0" / "logs"
         for view in ("stdout", "all.jsonl"):
             indexed, read, size = cold(directory, view)
             row = {"bench": "logs", "what": "cold", "who": "ours", "view": view, "lines": given.lines, "bytes": size}
