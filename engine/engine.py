@@ -23,6 +23,7 @@ from engine.errors import EngineError, NoSpace
 from engine.events import Journal, acting
 from engine.failures import Failures
 from engine.images.catalog import Images
+from engine.images.diff import Diffs
 from engine.jobs import Job, Jobs
 from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
@@ -86,6 +87,8 @@ class Engine:
         self.layers = Layers(self.store, self.meta)
         self.trees = Trees(self.store, self.meta, self.layers)
         self.images = Images(self.meta, self.blobs, self.layers, self.trees, self.journal)
+        self.diffs = Diffs(self.trees)
+        undo.callback(self.diffs.close)
         self.volumes = Volumes(self.store, self.meta, self.journal)
         self.mounts = RootfsMounts(self.store, self.trees)
         self.jobs = Jobs(self.meta, self.journal, on_failure=self._job_failed)

@@ -382,6 +382,23 @@ class Tree:
             at = value + value_len + 3 & ~3
         return out
 
+    def identity(self, nid: int) -> tuple[int, int, int, int, int, bytes, bool]:
+        """What makes an entry what it is: (mode, uid, gid, size, rdev as stored, sha256 of its body or b"", whether it
+        has xattrs). No times; no size of a directory; of a symlink the length of its target."""
+        form, icount, mode, _, size, union, ordinal, uid, gid, *_ = self._inode(nid)
+        kind = mode & _IFMT
+        if form not in (1, 5, 9) or not 0 < ordinal <= self._inodes:
+            raise Damaged(f"inode {nid} is damaged", at=self._at)
+        digest, rdev = b"", 0
+        if kind == _IFREG and size:
+            at = self._prov_at + (ordinal - 1) * erofs.PROV.size
+            digest = erofs.PROV.unpack_from(self._prov, at)[1]
+        elif kind == _IFDIR:
+            size = 0
+        elif mode & 0o130000 == 0o020000:
+            rdev = union
+        return mode, uid, gid, size, rdev, digest, icount != 0
+
     def provenance(self, nid: int) -> Provenance:
         """The layer an inode comes from and the digest of its body."""
         ordinal = self._inode(nid)[6]

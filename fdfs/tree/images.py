@@ -7,8 +7,8 @@ called by their short name, as people type them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 from engine.errors import InvalidArgument, NotFound
@@ -19,38 +19,28 @@ from engine.images.reference import parse as parse_reference
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import BindSource, Dir, File, Link, Row
 from fdfs.rootfs import TreeGraft
+from fdfs.tree.diffs import DIFFS
+from fdfs.tree.diffs import origins as origins  # the binder asks for them here
 from fdfs.tree.errors import error_file
+from fdfs.tree.tags import names
 from fdfs.tree.text import line, lines, stamp
 
 # --- tags -------------------------------------------------------------------------------------------------------
 
 
-def _familiar(engine: Any) -> dict[str, str]:
-    """Short name -> digest of every tag."""
-    return {_short(reference): digest for reference, digest in engine.images.tags().items()}
-
-
-@lru_cache(1 << 14)
-def _short(reference: str) -> str:
-    return parse_reference(reference).familiar()
-
-
 def _tag_names(engine: Any, *parts: str) -> Iterable[str]:
-    prefix = "".join(f"{part}/" for part in parts)
-    names = _familiar(engine)
-    return {name[len(prefix) :].split("/")[0] for name in names if name.startswith(prefix)}
+    return names(engine).below.get("/".join(parts), ())
 
 
 def _tag_row(engine: Any, *parts: str) -> Row | None:
-    path = "/".join(parts)
-    names = _familiar(engine)
-    if any(name.startswith(f"{path}/") for name in names):
+    path, known = "/".join(parts), names(engine)
+    if path in known.below:
         return TAG_DIR
-    return TAG if path in names else None
+    return TAG if path in known.digests else None
 
 
 def tag_target(engine: Any, *parts: str) -> str:
-    digest = _familiar(engine).get("/".join(parts))
+    digest = names(engine).digests.get("/".join(parts))
     if digest is None:
         raise NotFound("no such tag", at="/".join(parts))
     return "../" * (len(parts) - 1) + f"by-digest/{digest}"
@@ -108,6 +98,22 @@ def shared_bytes(engine: Any, digest: str) -> str:
 
 
 def history(engine: Any, digest: str) -> str:
+    """A line per step, oldest first: bytes of its layer's files (`-` without a layer), when, and the instruction."""
+    steps = engine.images.history(digest)
+    width = max((len(str(step.size)) for step in steps), default=1)
+    out = []
+    for step in steps:
+        size = step.size if step.diff_id else "-"
+        out.append(f"{size:>{width}}  {_second(step.created):<20}  {' '.join(step.text.split())}".rstrip() + "\n")
+    return "".join(out)
+
+
+def _second(created: str | None) -> str:
+    """A time to the second as RFC 3339; `-` for none."""
+    return re.sub(r"\.\d+", "", created or "") or "-"
+
+
+def history_json(engine: Any, digest: str) -> str:
     """JSON Lines, oldest first, as the image config has them, with the layer each made."""
     out = []
     diffs = iter(engine.images.layers(digest))
@@ -121,14 +127,6 @@ def history(engine: Any, digest: str) -> str:
 
 def used_by(engine: Any, digest: str) -> str:
     return lines(engine.images.users(digest))
-
-
-def origins(engine: Any, digest: str) -> dict[str, dict[str, str]]:
-    """What provenance adds for each layer of an image: what created it and its media type."""
-    return {
-        layer.diff_id: {"created_by": layer.created_by, "media_type": layer.media_type}
-        for layer in engine.images.layers(digest)
-    }
 
 
 def rootfs(engine: Any, digest: str) -> TreeGraft:
@@ -261,10 +259,12 @@ IMAGE = Dir(
         File(name="size_bytes", doc="sum of the files of its layers", show=size_bytes),
         File(name="unique_bytes", doc="of these, in layers no other image has", show=unique_bytes),
         File(name="shared_bytes", doc="of these, in layers other images have too", show=shared_bytes),
-        File(name="history", doc="how it was built: JSON Lines, oldest first", show=history),
+        File(name="history", doc="how it was built, oldest first: bytes of files, time, instruction", show=history),
+        File(name="history.jsonl", doc="the same as its configuration has it, with layers", show=history_json),
         File(name="used_by", doc="containers made from it, one per line", show=used_by),
         Dir(name="rootfs", doc="the merged tree, read-only", graft=rootfs, bind=rootfs_source),
         Dir(name="layers", doc="its layers in order", names=_layer_names, find=_layer_link, kinds=(LAYER,)),
+        DIFFS,
     ),
 )
 
