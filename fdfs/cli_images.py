@@ -1,4 +1,4 @@
-"""`dutchman pull load import images rmi`: images through their files, and jobs followed to their end.
+"""`dutchman pull load import images rmi tag push save export commit`: images through their files, and jobs followed to their end.
 
 Floor 7. Only here: how a job is waited for and shown. One thread.
 """
@@ -177,3 +177,81 @@ def rmi_command(mount: str | None, references: tuple[str, ...]) -> None:
         line = f"untag {shlex.quote(reference)}" if len(names) > 1 else "remove"
         where.command(image, line, what=f"rmi {reference}")
         click.echo(reference)
+
+
+def _image(mount: Mount, text: str) -> tuple[str, ...]:
+    """The directory of the image people mean by a name, a digest or its first digits."""
+    named = _names(mount)
+    digests = mount.names("images", "by-digest")
+    digest = named.get(text) or named.get(f"{text}:latest")
+    if digest is None:
+        found = [one for one in digests if text and (one == text or one[7:].startswith(text))]
+        if len(found) != 1:
+            raise Failure(f"there is no image {text!r}", "hint: dutchman images lists them")
+        digest = found[0]
+    return ("images", "by-digest", digest)
+
+
+@click.command("tag")
+@mount_option
+@click.argument("image")
+@click.argument("reference")
+def tag_command(mount: str | None, image: str, reference: str) -> None:
+    """Give an image one more name."""
+    where = Mount.find(mount)
+    where.command(_image(where, image), f"tag {shlex.quote(reference)}", what=f"tag {image}")
+
+
+@click.command("push")
+@mount_option
+@click.argument("image")
+@click.argument("reference", required=False)
+def push_command(mount: str | None, image: str, reference: str | None) -> None:
+    """Send an image to a registry: to the one its name says, or as REFERENCE."""
+    where = Mount.find(mount)
+    name = reference or image
+    line = f"push {shlex.quote(name)}"
+    follow(where, where.command(_image(where, image), line, what=f"push {name}"), f"push {name}")
+    click.echo(name)
+
+
+@click.command("save")
+@mount_option
+@click.option("--format", "form", type=click.Choice(["oci", "docker"]), default="oci", show_default=True)
+@click.option("-o", "--output", "path", required=True, metavar="PATH", help="A new directory (oci) or .tar.")
+@click.argument("image")
+def save_command(mount: str | None, form: str, path: str, image: str) -> None:
+    """Write an image to files: an OCI layout, or an archive as docker save writes."""
+    where = Mount.find(mount)
+    line = f"save {shlex.quote(str(absolute(path)))} format={form}"
+    follow(where, where.command(_image(where, image), line, what=f"save {image}"), f"save {image}")
+
+
+@click.command("export")
+@mount_option
+@click.option("-o", "--output", "path", required=True, metavar="PATH", help="A new file.")
+@click.argument("image")
+def export_command(mount: str | None, path: str, image: str) -> None:
+    """Write the root filesystem of an image to a tar."""
+    where = Mount.find(mount)
+    line = f"export {shlex.quote(str(absolute(path)))}"
+    follow(where, where.command(_image(where, image), line, what=f"export {image}"), f"export {image}")
+
+
+@click.command("commit")
+@mount_option
+@click.option("-a", "--author", default="", metavar="NAME", help="Who made it.")
+@click.option("-m", "--message", default="", metavar="TEXT", help="What was done.")
+@click.option("-c", "--change", multiple=True, metavar="INSTRUCTION", help="A Dockerfile line; may be given again.")
+@click.argument("container")
+@click.argument("reference")
+def commit_command(
+    mount: str | None, author: str, message: str, change: tuple[str, ...], container: str, reference: str
+) -> None:
+    """Make an image of a container and what it changed."""
+    where = Mount.find(mount)
+    words = [reference, *(f"{key}={value}" for key, value in (("author", author), ("message", message)) if value)]
+    line = shlex.join(("commit", *words, *(f"change={item}" for item in change))).replace("\n", " ")
+    done = follow(where, where.command(("containers", container), line, what=f"commit {container}"),
+                  f"commit {container}")  # fmt: skip
+    click.echo(done)

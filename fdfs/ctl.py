@@ -38,7 +38,8 @@ class Verb:
     """One verb. `args` is its usage and its arity: `REF [platform=…]`, `[SECONDS]`, `IMAGE [name=…] [-- ARGV…]`.
 
     UPPER is one word, `[UPPER]` an optional one, `UPPER…` one or more, `[key=…]` an option, `[KEY=VALUE…]` any
-    options, `[-- ARGV…]` words passed on as they are. `run(engine, *keys, call)` returns the reply or None.
+    options, `[key=…]*` one that may be given again (values joined by newlines), `[-- ARGV…]` words passed on as they
+    are. `run(engine, *keys, call)` returns the reply or None.
     """
 
     name: str
@@ -62,25 +63,29 @@ class _Shape:
     options: frozenset[str]
     free_options: bool
     rest: bool
+    again: frozenset[str]  # options that may be repeated
 
 
 def _shape(verb: Verb) -> _Shape:
     """Arity from a verb's usage."""
     least, most, options, free, rest = 0, 0, set(), False, False
     endless = False
-    for token in re.findall(r"\[[^\]]*\]|\S+", verb.args):
-        inner = token.strip("[]")
+    again = set()
+    for token in re.findall(r"\[[^\]]*\]\*?|\S+", verb.args):
+        inner = token.strip("[]*")
         if inner.startswith("--"):
             rest = True
         elif "=" in inner:
             key = inner.partition("=")[0]
             free = free or key == "KEY"
             options.add(key)
+            if token.endswith("*"):
+                again.add(key)
         else:
             least += 0 if token.startswith("[") else 1
             most += 1
             endless = endless or inner.endswith("…")
-    return _Shape(least, None if endless else most, frozenset(options), free, rest)
+    return _Shape(least, None if endless else most, frozenset(options), free, rest, frozenset(again))
 
 
 def parse(verb: Verb, words: list[str], who: str = "") -> Call:
@@ -96,7 +101,9 @@ def parse(verb: Verb, words: list[str], who: str = "") -> Call:
             rest = tuple(words[index + 1 :])
             break
         if equals and (key in shape.options or shape.free_options) and key:
-            if key in options:
+            if key in options and key in shape.again:
+                value = f"{options[key]}\n{value}"
+            elif key in options:
                 raise InvalidArgument(f"{verb.name}: {key}= given twice", at=word, hint=hint)
             options[key] = value
         elif equals and shape.options and re.fullmatch(r"[a-z_]+", key):

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from engine import fields
-from engine.errors import InvalidArgument, NotFound
+from engine.commit import COMMITTABLE
+from engine.commit import commit as commit_container
+from engine.errors import Busy, InvalidArgument, NotFound
+from engine.images.newimage import check as check_change
+from engine.images.reference import parse as parse_reference
 from engine.model import parse_config
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
@@ -190,7 +194,12 @@ def mount_target(engine: Any, name: str, number: str) -> str:
 
 
 def valid(engine: Any, name: str) -> list[str]:
-    return [str(verb) for verb in engine.containers.verbs(name)]
+    """`commit` is no verb of the lifecycle: it leaves the state as it is."""
+    verbs = [str(verb) for verb in engine.containers.verbs(name)]
+    container = engine.containers.get(name)
+    if container.state in COMMITTABLE and (container.image or container.config.image):
+        verbs.append("commit")
+    return verbs
 
 
 def _seconds(call: Call) -> float | None:
@@ -237,6 +246,33 @@ def remove(engine: Any, name: str, call: Call | None = None) -> None:
 def run(engine: Any, call: Call) -> str:
     container = engine.containers.run(call.args[0], call.options.get("name"), list(call.rest) if call.rest else None)
     return str(container.name)
+
+
+def commit(engine: Any, name: str, call: Call) -> str:
+    reference, options = call.args[0], call.options
+    parse_reference(reference)
+    changes = tuple(filter(None, options.get("change", "").split("\n")))
+    for change in changes:
+        check_change(change)
+    container = engine.containers.get(name)
+    if container.state not in COMMITTABLE:
+        raise Busy(f"the container is {container.state}", at="commit")
+
+    def work(task: Any) -> str:
+        image = commit_container(
+            engine.containers,
+            engine.images,
+            engine.trees,
+            name,
+            reference,
+            task,
+            author=options.get("author", ""),
+            message=options.get("message", ""),
+            changes=changes,
+        )
+        return str(image.digest)
+
+    return f"jobs/{engine.jobs.start(f'commit {name} {reference}', work)}"
 
 
 def create(engine: Any, name: str) -> None:
@@ -293,6 +329,12 @@ CONTAINER = Dir(
                 Verb(name="kill", args="[SIGNAL]", doc="a signal to its first process; KILL if not given", run=kill),
                 Verb(name="pause", doc="freeze its processes", run=pause),
                 Verb(name="resume", doc="thaw them", run=resume),
+                Verb(
+                    name="commit",
+                    args="REF [author=…] [message=…] [change=…]*",
+                    doc="make an image of it, paused meanwhile; change is a Dockerfile line: CMD, ENV… (a job)",
+                    run=commit,
+                ),
                 Verb(name="remove", doc="delete it and its changes, as rmdir does", run=remove),
             ),
         ),

@@ -7,15 +7,19 @@ called by their short name, as people type them.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from engine.errors import InvalidArgument, NotFound
+from engine.errors import AlreadyExists, InvalidArgument, NotFound
 from engine.images.archive import import_rootfs
 from engine.images.archive import load as load_archive
+from engine.images.export import export as export_tree
 from engine.images.pull import pull as pull_image
 from engine.images.reference import parse as parse_reference
+from engine.images.save import FORMATS
+from engine.images.save import save as save_image
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import BindSource, Dir, File, Link, Row
 from fdfs.rootfs import TreeGraft
@@ -222,6 +226,31 @@ def verify(engine: Any, digest: str, call: Call) -> str:
     return job_reply(engine.jobs.start(f"verify {digest}", work))
 
 
+def _vacant(text: str) -> str:
+    """A file of the host that is to be made: refused now rather than in the job when it is there."""
+    if os.path.lexists(_host_path(text)) and not (os.path.isdir(text) and not os.listdir(text)):
+        raise AlreadyExists("the file exists", at=text, hint="give another name, or remove it first")
+    return text
+
+
+def save(engine: Any, digest: str, call: Call) -> str:
+    path, form = _vacant(call.args[0]), call.options.get("format", "oci")
+    if form not in FORMATS:
+        raise InvalidArgument(f"format: one of {', '.join(FORMATS)} expected", at=form)
+    return job_reply(
+        engine.jobs.start(
+            f"save {digest} {path} format={form}", lambda task: save_image(engine.images, digest, path, form, task)
+        )
+    )
+
+
+def export(engine: Any, digest: str, call: Call) -> str:
+    path = _vacant(call.args[0])
+    return job_reply(
+        engine.jobs.start(f"export {digest} {path}", lambda task: export_tree(engine.images, digest, path, task))
+    )
+
+
 def remove(engine: Any, digest: str, call: Call | None = None) -> None:
     engine.images.remove(digest)
 
@@ -245,6 +274,13 @@ IMAGE = Dir(
             verbs=table(
                 Verb(name="tag", args="REF", doc="give it one more name", run=tag),
                 Verb(name="untag", args="REF", doc="take a name away", run=untag),
+                Verb(
+                    name="save",
+                    args="PATH [format=…]",
+                    doc="write it to a new file of this host: oci (a directory, or .tar) or docker (a job)",
+                    run=save,
+                ),
+                Verb(name="export", args="PATH", doc="write its rootfs to a new tar of this host (a job)", run=export),
                 Verb(name="verify", doc="read all of it again and check every digest (a job)", run=verify),
                 Verb(name="remove", doc="delete it, its tags, and layers nothing else needs", run=remove),
             ),
