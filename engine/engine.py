@@ -24,14 +24,20 @@ from engine.events import Journal, acting
 from engine.failures import Failures
 from engine.images.catalog import Images
 from engine.images.diff import Diffs
+from engine.images.gc import Collector
+from engine.images.remote import Remotes
 from engine.jobs import Job, Jobs
 from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
 from engine.reconcile import reconcile
+from engine.store import check
 from engine.store.blobs import Blobs
+from engine.store.contents import Contents
 from engine.store.layers import Layers
 from engine.store.meta import Meta
+from engine.store.policy import PolicyFile
 from engine.store.trees import Trees
+from engine.store.usage import Usage
 from engine.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -89,10 +95,16 @@ class Engine:
         self.images = Images(self.meta, self.blobs, self.layers, self.trees, self.journal)
         self.diffs = Diffs(self.trees)
         undo.callback(self.diffs.close)
+        self.remotes = Remotes(self.store)
+        undo.callback(self.remotes.close)
         self.volumes = Volumes(self.store, self.meta, self.journal)
         self.mounts = RootfsMounts(self.store, self.trees)
         self.jobs = Jobs(self.meta, self.journal, on_failure=self._job_failed)
         undo.callback(self.jobs.close)
+        self.policy, self.usage = PolicyFile(self.store), Usage(self.store)
+        self.contents = Contents(self.meta, self.layers, self.trees)
+        self.gc = Collector(self.images, self.policy, self.usage, self.jobs)
+        self.images.after_store = self.gc.after_store
         self.containers = Containers(
             self.store,
             self.meta,
@@ -120,7 +132,9 @@ class Engine:
     def _job_failed(self, job: Job, error: EngineError) -> None:
         """Whoever wrote the verb has long returned: the reason stands where it was written, and at the job."""
         self.failures.record(f"job/{job.id}", job.verb, error)
-        self.failures.record("images", job.verb, error)
+        self.failures.record(
+            "store" if job.verb == "verify" or job.verb.startswith("gc") else "images", job.verb, error
+        )
 
     def _log_to_file(self) -> Callable[[], None]:
         """engine.log gets what the engine's and the mount's loggers say; returns how to end that."""
@@ -160,6 +174,8 @@ class Engine:
 
     def _check_files(self) -> None:
         """A quick check that what the catalog lists is there; a miss is a warning, found again where it is used."""
+        for name in check.remove_strays(self.store, self.meta):
+            log.info("removed %s, which a crash left behind", name)
         for layer in self.layers.all():
             if not self.layers.data_path(layer.diff_id).exists():
                 log.warning("layer %s has lost its data file: pull its images again", layer.diff_id)

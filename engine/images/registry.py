@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
-from engine.errors import AccessDenied, Damaged, DeadlineExceeded, Unreachable
+from engine.errors import AccessDenied, Damaged, DeadlineExceeded, Unreachable, Unsupported
 from engine.images import auth
 from engine.images.manifests import ACCEPT, MAX_MANIFEST, Descriptor
 from engine.images.reference import Reference
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import httpx
 
 MAX_TOKEN = 1 << 20  # bytes of a token service's answer
+MAX_SKIPPED = 1 << 20  # bytes of a blob passed over when a registry does not send the part asked for
 PROGRESS = 1 << 16  # bytes after which an attempt was not in vain, and the count of attempts starts anew
 MIN_TOKEN_LIFE = 60  # seconds; what the specification assumes when a token does not say
 INSECURE = "DUTCHMAN_INSECURE_REGISTRIES"  # host[:port],… reached by plain http
@@ -211,6 +212,38 @@ class Registry:
         if expected.startswith("sha256:") and expected != digest:
             raise Damaged(f"the manifest's digest is {digest}, not {expected[:80]}", at=what)
         return raw, media_type, digest
+
+    def document(self, path: str, what: str, limit: int) -> tuple[bytes, str]:
+        """(body, Link header) of `path` (from /v2/ on) of this registry, with the repository's authorisation."""
+        backoff = Backoff(self._transport.policy, self.task)
+        while True:
+            try:
+                with self._open(self.base.partition("/v2/")[0] + path, {}, what, {200}) as response:
+                    return self._transport.body(response, what, limit), response.headers.get("link", "")
+            except Retry as retry:
+                backoff.pause(retry)
+
+    def part(self, entry: Descriptor, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes `start` to `stop` of a blob, not verified. Unsupported when the registry knows no ranges."""
+        what = f"bytes {start}-{stop - 1} of blob {entry.digest}"
+        backoff = Backoff(self._transport.policy, self.task)
+        while start < stop:
+            try:
+                headers = {"Range": f"bytes={start}-{stop - 1}"}
+                with self._open(f"{self.base}/blobs/{entry.digest}", headers, what, {200, 206}) as response:
+                    if response.status_code == 200 and start > MAX_SKIPPED:
+                        raise Unsupported("the registry sends whole blobs only, not parts", at=self.reference.domain)
+                    for chunk in self._body(response, entry, start, what):
+                        piece = chunk[: stop - start]
+                        start += len(piece)
+                        if piece:
+                            backoff.progressed()
+                            yield piece
+                        if start >= stop:
+                            return
+                raise Retry(Damaged(f"{what} end early", at=entry.digest))
+            except Retry as retry:
+                backoff.pause(retry)
 
     def small_blob(self, entry: Descriptor) -> bytes:
         """A whole blob of a size already bounded (a configuration), verified."""

@@ -16,6 +16,7 @@ from fdfs.tree.errors import error_file
 from fdfs.tree.images import IMAGES
 from fdfs.tree.jobs import JOBS
 from fdfs.tree.layers import LAYERS
+from fdfs.tree.registry import REGISTRY
 from fdfs.tree.store import STORE
 from fdfs.tree.text import flat, line
 from fdfs.tree.volumes import VOLUMES
@@ -163,6 +164,7 @@ ROOT = Dir(
         ),
         IMAGES,
         LAYERS,
+        REGISTRY,
         CONTAINERS,
         LOGS,
         VOLUMES,
