@@ -202,6 +202,7 @@ class Execution:
         id = container.id
         image = self.image_of(container)
         known["image"] = image.digest
+        self._meta.used(image.digest)
         driver = self._drivers.get(container.config.runtime)
         known["runtime"] = driver.name
         if container.runtime and container.runtime != driver.name:

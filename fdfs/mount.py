@@ -197,6 +197,13 @@ class Binding:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         st = fuse.c_stat()
         address = ctypes.addressof(st)
+        paged = self._ops.readdir_from(path, offset)
+        if paged is not None:  # entries with offsets: the kernel asks again for what did not fit
+            for name, number, mode, following in paged:
+                st.st_ino, st.st_mode = number, mode
+                if fill(buffer, name, address, following):
+                    return
+            return
         for name, number, mode in list(self._ops.readdir(path)):
             st.st_ino, st.st_mode = number, mode
             if fill(buffer, name, address, 0):

@@ -147,6 +147,18 @@ class Operations:
         else:
             yield from where[0].readdir(where[1])
 
+    def readdir_from(self, path: bytes, offset: int) -> Iterable[tuple[bytes, int, int, int]] | None:
+        """A part of a listing that is too long to be held: (name, inode, mode, offset of the next); None for others."""
+        where = self.route(path)
+        paged = None if isinstance(where, Found) else getattr(where[0], "readdir_from", None)
+        if isinstance(where, Found) or paged is None:
+            return None
+        return itertools.chain(
+            [(b".", 0, stat.S_IFDIR, 1)] if offset < 1 else [],
+            [(b"..", 0, stat.S_IFDIR, 2)] if offset < 2 else [],
+            paged(where[1], offset if offset > 2 else 0),
+        )
+
     def readlink(self, path: bytes) -> bytes:
         where = self.route(path)
         if not isinstance(where, Found):

@@ -7,11 +7,14 @@ from types import TracebackType
 
 from engine.events import Journal
 from engine.images.catalog import Images
+from engine.images.gc import Collector
 from engine.store.blobs import Blobs
 from engine.store.check import check
 from engine.store.layers import Layers
 from engine.store.meta import Meta
+from engine.store.policy import PolicyFile
 from engine.store.trees import Trees
+from engine.store.usage import Usage
 
 
 class ImageStore:
@@ -26,6 +29,8 @@ class ImageStore:
         self.trees = Trees(root, self.meta, self.layers)
         self.journal = Journal(self.meta)
         self.images = Images(self.meta, self.blobs, self.layers, self.trees, self.journal)
+        self.policy = PolicyFile(root)
+        self.gc = Collector(self.images, self.policy, Usage(root))
 
     def read(self, digest: str, path: str) -> bytes:
         """A file of the image's merged tree."""

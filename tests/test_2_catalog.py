@@ -136,7 +136,7 @@ def test_an_image_in_use_stays(store: ImageStore, two: tuple[str, str], by: str)
     assert store.images.references(one) == ["docker.io/library/app:1"]
     if by == "image":
         store.images.untag("app:1")
-        assert store.images.prune() == []
+        assert store.gc.prune() == []
     with store.meta.tx() as tx:
         tx.execute("DELETE FROM containers")
     store.images.remove(one)
@@ -148,8 +148,8 @@ def test_prune_takes_what_has_neither_name_nor_user(tmp_path: Path, store: Image
     make_layout(layout, [{"new": b"1"}], reference="app:1")
     load(store.images, layout)  # takes the name of `one`
     assert store.images.references(one) == []
-    assert store.images.prune() == [one]
-    assert store.images.prune() == []
+    assert store.gc.prune() == [one]
+    assert store.gc.prune() == []
     assert other in [image.digest for image in store.images.all()]
 
 

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -90,6 +90,7 @@ class Images:
         self._gate = threading.Lock()  # leases and collection
         self._leases = 0
         self._uncollected = False
+        self.after_store: Callable[[], None] | None = None  # called when nothing is being stored any more
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -204,10 +205,14 @@ class Images:
 
     def users(self, digest: str) -> list[str]:
         """Names of containers made from it, or configured to be (by whatever name), sorted."""
+        return self.used().get(digest, [])
+
+    def used(self) -> dict[str, list[str]]:
+        """Every image that has users, and their names."""
         rows = self.meta.query("SELECT name, image, json_extract(config, '$.image') AS wanted FROM containers")
         meant: dict[str, str] = {}
-        out = []
-        for row in rows:
+        out: dict[str, list[str]] = {}
+        for row in sorted(rows, key=lambda row: str(row["name"])):
             image, wanted = row["image"], row["wanted"] or ""
             if not image and wanted:
                 if wanted not in meant:
@@ -216,9 +221,9 @@ class Images:
                     except EngineError:
                         meant[wanted] = ""  # a container may name an image that is not here
                 image = meant[wanted]
-            if image == digest:
-                out.append(row["name"])
-        return sorted(out)
+            if image:
+                out.setdefault(image, []).append(row["name"])
+        return out
 
     def _parsed(self, digest: str) -> _Parsed:
         image = self.get(digest)
@@ -251,9 +256,13 @@ class Images:
             parsed = _parse(manifest, media_type, self.blobs.read(document.config.digest, manifests.MAX_CONFIG))
             diff_ids = [layer.diff_id for layer in parsed.layers]
             infos = [self.store_layers.info(diff_id) for diff_id in diff_ids]
-            chain = self.trees.build(diff_ids)
-            for diff_id in dict.fromkeys(diff_ids):
-                self.trees.build([diff_id])
+            try:
+                chain = self.trees.build(diff_ids)
+                for diff_id in dict.fromkeys(diff_ids):
+                    self.trees.build([diff_id])
+            except EngineError:
+                self._uncollected = True  # layers that cannot be merged are of no use to anyone
+                raise
             config = parsed.config
             platform = manifests.normalise(
                 manifests.Platform(config.os or "linux", config.architecture or "unknown", config.variant)
@@ -262,6 +271,7 @@ class Images:
                       sum(info.size for info in infos), _moment(config.created), time.time_ns())  # fmt: skip
             rows = [(digest, n, layer.diff_id, layer.blob) for n, layer in enumerate(parsed.layers)]
             with self.meta.tx() as tx:
+                collect.account(self.meta, tx, digest, [layer.diff_id for layer in parsed.layers], event)
                 tx.execute(
                     "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
                     " ON CONFLICT (digest) DO UPDATE SET pulled_ns = excluded.pulled_ns",
@@ -335,22 +345,19 @@ class Images:
         for name in names:
             self.journal.append("imageUntagged", f"image/{digest}", {"reference": name})
         tx.execute("DELETE FROM tags WHERE digest = ?", (digest,))
+        tx.execute("DELETE FROM pulled WHERE image = ?", (digest,))
         tx.execute("DELETE FROM image_layers WHERE image = ?", (digest,))
         tx.execute("DELETE FROM images WHERE digest = ?", (digest,))
         self.journal.append("imageRemoved", f"image/{digest}", {})
 
-    def prune(self) -> list[str]:
-        """Remove images that have neither a name nor a user, then what nothing refers to; returns their digests."""
-        removed = []
-        for row in self.meta.query("SELECT digest FROM images WHERE digest NOT IN (SELECT digest FROM tags)"):
-            with self.meta.tx() as tx:
-                digest = row["digest"]
-                if self.references(digest) or self.users(digest):
-                    continue
-                self._delete(tx, digest, [])
-                removed.append(digest)
-        self.collect()
-        return removed
+    def forget(self, digests: Sequence[str]) -> None:
+        """Take many images and their names out of the catalog, all or none; their bytes are the caller's (gc.py)."""
+        with self.meta.tx() as tx:
+            users = self.used()
+            for digest in digests:
+                if digest in users:
+                    raise Busy(f"container {users[digest][0]} uses the image", at=digest)
+                self._delete(tx, digest, self.references(digest))
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
@@ -365,8 +372,19 @@ class Images:
             with self._gate:
                 self._leases -= 1
                 due = self._leases == 0 and self._uncollected
+                idle = self._leases == 0
             if due:
                 self.collect()
+            if idle and self.after_store is not None:
+                self.after_store()
+
+    @contextmanager
+    def gate(self) -> Iterator[None]:
+        """While held nothing can be stored. Busy while something is."""
+        with self._gate:
+            if self._leases:
+                raise Busy("something is being stored: a pull, a load or a build", hint="wait: cat jobs/*/verb")
+            yield
 
     def collect(self) -> int:
         """Delete trees, layers and blobs no image needs; returns the bytes freed. Put off while a lease is held."""

@@ -1,64 +1,138 @@
 """What nothing refers to, and whether what is here is whole. Floor 2.
 
-Only here: the order in which unreferenced things go (merged trees, then layers from the top of the sharing order down,
-then blobs), and the check of an image's bytes. The caller (catalog.py) sees to it that no pull is under way.
+Only here: what needs what, the order in which unreferenced things go (merged trees, then layers, then blobs), and the
+check of an image's bytes. The caller (catalog.py, gc.py) sees to it that no pull is under way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from engine.errors import Busy, Damaged, NotFound
+from engine.errors import Damaged, NotFound
 from engine.images.manifests import Manifest
 from engine.jobs import Task
 from engine.store.blobs import Blobs
 from engine.store.layers import Layers
 from engine.store.meta import Meta
 from engine.store.trees import Trees
+from engine.store.usage import allocated
 
 CHUNK = 1 << 20
+BATCH = 1000  # objects deleted in one transaction
+
+
+def account(meta: Meta, tx: Any, image: str, diff_ids: Sequence[str], event: str) -> None:
+    """Note, before an image enters the catalog, which layers others had brought, and that it can be had again."""
+    if event == "imagePulled":
+        tx.execute("INSERT OR IGNORE INTO pulled VALUES (?)", (image,))
+    if tx.execute("SELECT 1 FROM images WHERE digest = ?", (image,)).fetchone() is None:
+        for diff_id in dict.fromkeys(diff_ids):
+            there = tx.execute("SELECT 1 FROM image_layers WHERE diff_id = ?", (diff_id,)).fetchone()
+            meta.count("layers_hits" if there else "layers_misses")
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What the store holds and what needs what, as of one moment; `drop` says what would be left without an image."""
+
+    images: dict[str, tuple[str, str]]  # digest -> (config, chain id)
+    layers_of: dict[str, list[tuple[str, str]]]  # image -> (diff_id, blob), lowest first
+    deps: dict[str, list[str]]  # layer -> layers whose bodies it shares
+    layers: list[str]  # newest first
+    trees: list[str]
+    blobs: list[str]  # oldest first
+
+    @classmethod
+    def read(cls, meta: Meta) -> Holdings:
+        images = {row[0]: (row[1], row[2]) for row in meta.query("SELECT digest, config, chain_id FROM images")}
+        layers_of: dict[str, list[tuple[str, str]]] = {}
+        for row in meta.query("SELECT image, diff_id, blob FROM image_layers ORDER BY image, position"):
+            layers_of.setdefault(row[0], []).append((row[1], row[2]))
+        deps: dict[str, list[str]] = {}
+        for row in meta.query("SELECT diff_id, dep FROM layer_deps"):
+            deps.setdefault(row[0], []).append(row[1])
+        return cls(
+            images,
+            layers_of,
+            deps,
+            [row[0] for row in meta.query("SELECT diff_id FROM layers ORDER BY id DESC")],
+            [row[0] for row in meta.query("SELECT chain_id FROM trees ORDER BY chain_id")],
+            [row[0] for row in meta.query("SELECT digest FROM blobs ORDER BY created_ns, digest")],
+        )
+
+    def needed(self, without: Container[str] = ()) -> tuple[set[str], set[str], set[str]]:
+        """(layers, trees, blobs) that the images need, were those in `without` not there."""
+        layers: set[str] = set()
+        trees: set[str] = set()
+        blobs: set[str] = set()
+        for digest, (config, chain) in self.images.items():
+            if digest in without:
+                continue
+            blobs |= {digest, config}
+            trees.add(chain)
+            for diff_id, blob in self.layers_of.get(digest, ()):
+                layers.add(diff_id)
+                blobs.add(blob)
+        todo = list(layers)
+        while todo:  # a layer keeps those whose bodies it shares
+            for dep in self.deps.get(todo.pop(), ()):
+                if dep not in layers:
+                    layers.add(dep)
+                    todo.append(dep)
+        return layers, trees | layers, blobs
+
+    def unneeded(self, without: Container[str] = ()) -> tuple[list[str], list[str], list[str]]:
+        """(layers, trees, blobs) in the store that nothing needs, were the images in `without` not there."""
+        layers, trees, blobs = self.needed(without)
+        return (
+            [digest for digest in self.layers if digest not in layers],
+            [digest for digest in self.trees if digest not in trees],
+            [digest for digest in self.blobs if digest not in blobs],
+        )
+
+
+def delete(
+    blobs: Blobs, layers: Layers, trees: Trees, doomed: tuple[list[str], list[str], list[str]], task: Task | None = None
+) -> None:
+    """Delete (layers, trees, blobs), many at a time; what has found a user meanwhile stays. Cancelled between steps."""
+    done, total = 0, sum(map(len, doomed))
+    steps: tuple[tuple[list[str], Callable[[list[str]], None]], ...] = (
+        (doomed[1], trees.remove_many),
+        (doomed[0], layers.remove_many),
+        (doomed[2], blobs.remove_many),
+    )
+    for digests, remove in steps:
+        # layers go at once: what may go depends on what else goes
+        step = max(1, len(digests)) if remove == layers.remove_many else BATCH
+        for start in range(0, len(digests), step):
+            if task is not None:
+                task.check()
+                task.progress(f"{done} of {total} objects deleted")
+            part = digests[start : start + step]
+            remove(part)
+            done += len(part)
+
+
+def paths_of(blobs: Blobs, layers: Layers, trees: Trees, kind: str, digest: str) -> Path:
+    """The file or directory of an object."""
+    if kind == "layer":
+        return layers.directory(digest)
+    return trees.directory(digest) if kind == "tree" else blobs.path(digest)
 
 
 def unreferenced(meta: Meta, blobs: Blobs, layers: Layers, trees: Trees) -> int:
-    """Delete what no image needs; returns the bytes freed. What is still held by someone stays for the next time."""
-    freed = 0
-    kept = {row["diff_id"] for row in meta.query("SELECT diff_id FROM image_layers")}
-    deps: dict[str, list[str]] = {}
-    for row in meta.query("SELECT diff_id, dep FROM layer_deps"):
-        deps.setdefault(row["diff_id"], []).append(row["dep"])
-    todo = list(kept)
-    while todo:  # a layer keeps those whose bodies it shares
-        for dep in deps.get(todo.pop(), ()):
-            if dep not in kept:
-                kept.add(dep)
-                todo.append(dep)
-    chains = {row["chain_id"] for row in meta.query("SELECT chain_id FROM images")}
-    for row in meta.query("SELECT chain_id FROM trees"):
-        if row["chain_id"] not in chains and row["chain_id"] not in kept:
-            freed += _try(trees.remove, row["chain_id"])
-    doomed = [info.diff_id for info in layers.all() if info.diff_id not in kept]
-    while doomed:
-        users = {dep for diff_id in doomed for dep in deps.get(diff_id, ())}
-        free = [diff_id for diff_id in doomed if diff_id not in users] or doomed
-        for diff_id in free:
-            freed += _try(layers.remove, diff_id)
-        doomed = [] if free is doomed else [diff_id for diff_id in doomed if diff_id not in free]
-    rows = meta.query(
-        "SELECT digest FROM blobs WHERE digest NOT IN (SELECT digest FROM images)"
-        " AND digest NOT IN (SELECT config FROM images) AND digest NOT IN (SELECT blob FROM image_layers)"
-    )
-    for row in rows:
-        freed += _try(blobs.remove, row["digest"])
-    return freed
-
-
-def _try(remove: Callable[[str], int], digest: str) -> int:
-    try:
-        return remove(digest)
-    except (Busy, NotFound):
-        return 0  # in use at this moment, or gone already
+    """Delete what no image needs; returns the bytes of disk freed. What is held by someone stays for the next time."""
+    doomed = Holdings.read(meta).unneeded()
+    kinds = ("layer", "tree", "blob")
+    where = [paths_of(blobs, layers, trees, kind, one) for kind, all in zip(kinds, doomed, strict=True) for one in all]
+    before = allocated(where)
+    delete(blobs, layers, trees, doomed)
+    return before - allocated(where)
 
 
 def verify(

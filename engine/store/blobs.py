@@ -15,7 +15,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -114,6 +114,7 @@ class Blobs:
         """Store small `data`; returns its digest. Idempotent."""
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
         if self.has(digest):
+            self.meta.count("blobs_hits")
             return digest
         with self.writer(media_type, digest, len(data)) as writer:
             writer.restart()
@@ -125,6 +126,13 @@ class Blobs:
         if expected is not None:
             check_digest(expected)
         return BlobWriter(self, media_type, expected, size)
+
+    def remove_many(self, digests: Sequence[str]) -> None:
+        """`remove` of many in one transaction; those that are gone already do not matter."""
+        with self.meta.tx() as tx:
+            tx.executemany("DELETE FROM blobs WHERE digest = ?", [(digest,) for digest in digests])
+        for digest in digests:
+            self.path(digest).unlink(missing_ok=True)
 
     def remove(self, digest: str) -> int:
         """Row, then file; returns the bytes freed. NotFound. Whoever calls knows that nothing refers to it."""
@@ -236,6 +244,7 @@ class BlobWriter:
                 "INSERT OR REPLACE INTO blobs (digest, size, media_type, created_ns) VALUES (?, ?, ?, ?)",
                 (digest, self.offset, self._media_type, time.time_ns()),
             )
+        blobs.meta.count("blobs_misses")
         self._close()
         return digest
 

@@ -71,6 +71,7 @@ class DataWriter:
         self._seen: dict[bytes, int] = {}
         self._foreign: dict[bytes, tuple[str, int]] = {}
         self._end = 0  # next free offset, aligned
+        self.hits = self.misses = 0  # bodies that were known, bodies stored
         self._batch: list[bytes | memoryview] = []
         self._batch_at = 0  # file offset of the batch
         self._batch_size = 0
@@ -107,6 +108,12 @@ class DataWriter:
         entry.sha256 = digest
         if self._duplicate(entry, digest):
             return
+        if all(map(_zero, pieces)):
+            self._flush()
+            entry.offset = self._end
+            self._remember(digest, self._end)
+            self._end += stored + -stored % ALIGN
+            return
         batch = self._batch
         if not batch:
             self._batch_at, self._batch_from = self._end, reader.offset
@@ -125,6 +132,7 @@ class DataWriter:
         at = self._seen.get(digest)
         if at is not None:
             entry.offset = at
+            self.hits += 1
             return True
         if self._known.any:
             where = self._foreign.get(digest) or self._known.find(digest)
@@ -132,7 +140,9 @@ class DataWriter:
                 if len(self._foreign) < MAX_SEEN:
                     self._foreign[digest] = where
                 entry.data, entry.offset = where
+                self.hits += 1
                 return True
+        self.misses += 1
         return False
 
     def _remember(self, digest: bytes, offset: int) -> None:
@@ -141,8 +151,8 @@ class DataWriter:
 
     def _stream(self, entry: Entry, reader: TarReader, stored: int, sparse: list[tuple[int, int]] | None) -> None:
         self._flush()
-        self._expect_room(stored)
         start = self._end
+        expected = False
         digester = hashlib.sha256()
         position = 0  # within the file
         pieces = reader.pieces()
@@ -156,7 +166,11 @@ class DataWriter:
                 piece = rest[:length]
                 rest = rest[len(piece) :]
                 digester.update(piece)
-                self._write([piece], start + position)
+                if not _zero(piece):  # else a hole: a body of zeros costs no disk
+                    if not expected:
+                        self._expect_room(stored)
+                        expected = True
+                    self._write([piece], start + position)
                 position += len(piece)
                 length -= len(piece)
         _hash_zeros(digester, entry.size - position)
@@ -233,6 +247,11 @@ class DataWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._join()
         os.close(self._fd)
+
+
+def _zero(piece: memoryview) -> bool:
+    """Whether there is nothing but zeros. Its ends tell most that are not, so little is compared."""
+    return len(piece) >= ALIGN and not piece[0] and not piece[-1] and bytes(piece) == _HOLE[: len(piece)]
 
 
 def _hash_zeros(digester: hashlib._Hash, count: int) -> None:

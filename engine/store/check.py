@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import EngineError
@@ -29,13 +29,17 @@ from engine.store.tree import Handle, Tree
 PART_AGE = 7 * 86400  # seconds an abandoned part file of a download is kept
 
 
-def check(root: Path, meta: Meta, *, deep: bool = False) -> list[str]:
+Progress = Callable[[str, int], None]  # what is being read, bytes read since the last call; may raise
+
+
+def check(root: Path, meta: Meta, *, deep: bool = False, progress: Progress | None = None) -> list[str]:
     """Problems found, one line each; [] when all is well. `deep` also reads indexes, trees and bodies through."""
+    say = progress or (lambda what, size: None)
     return [
-        *_blobs(root, meta, deep),
+        *_blobs(root, meta, deep, say),
         *_layers(root, meta),
         *_trees(root, meta, deep),
-        *(_bodies(root, meta) if deep else ()),
+        *(_bodies(root, meta, say) if deep else ()),
     ]
 
 
@@ -43,7 +47,7 @@ def _hex(digest: str) -> str:
     return digest.removeprefix("sha256:")
 
 
-def _blobs(root: Path, meta: Meta, deep: bool) -> Iterator[str]:
+def _blobs(root: Path, meta: Meta, deep: bool, say: Progress) -> Iterator[str]:
     folder = root / "blobs" / "sha256"
     rows = {_hex(row["digest"]): row["size"] for row in meta.query("SELECT digest, size FROM blobs")}
     for name, size in rows.items():
@@ -53,6 +57,7 @@ def _blobs(root: Path, meta: Meta, deep: bool) -> Iterator[str]:
         elif path.stat().st_size != size:
             yield f"blob {name}: {path.stat().st_size} bytes where {size} were stored"
         elif deep:
+            say("blobs", size)
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != name:
                     yield f"blob {name}: the content does not match the digest"
@@ -133,24 +138,25 @@ def _trees(root: Path, meta: Meta, deep: bool) -> Iterator[str]:
             yield f"tree {path.name}: files without a row"
 
 
-def _bodies(root: Path, meta: Meta) -> Iterator[str]:
-    """Every stored body hashes to its row."""
-    for row in meta.query(
-        "SELECT b.sha256, b.offset, b.size, l.diff_id FROM bodies b JOIN layers l ON l.id = b.layer"
-        " ORDER BY b.layer, b.offset"
-    ):
-        digester, left = hashlib.sha256(), row["size"]
+def _bodies(root: Path, meta: Meta, say: Progress) -> Iterator[str]:
+    """Every stored body hashes to its row; layer by layer, so that memory is bounded."""
+    for layer in meta.query("SELECT id, diff_id FROM layers ORDER BY id"):
+        data = root / "layers" / "sha256" / _hex(layer["diff_id"]) / "data"
+        rows = meta.query("SELECT sha256, offset, size FROM bodies WHERE layer = ? ORDER BY offset", (layer["id"],))
         try:
-            with open(root / "layers" / "sha256" / _hex(row["diff_id"]) / "data", "rb") as file:
-                file.seek(row["offset"])
-                while left and (piece := file.read(min(left, 1 << 20))):
-                    digester.update(piece)
-                    left -= len(piece)
+            with open(data, "rb") as file:
+                for row in rows:
+                    digester, left = hashlib.sha256(), row["size"]
+                    file.seek(row["offset"])
+                    while left and (piece := file.read(min(left, 1 << 20))):
+                        digester.update(piece)
+                        left -= len(piece)
+                    say("files", row["size"])
+                    if digester.digest() != row["sha256"]:
+                        yield f"layer {layer['diff_id']}: the body at {row['offset']} does not match its digest"
         except OSError as error:
-            yield f"layer {row['diff_id']}: {error.strerror}"
-            continue
-        if digester.digest() != row["sha256"]:
-            yield f"layer {row['diff_id']}: the body at {row['offset']} does not match its digest"
+            if rows:
+                yield f"layer {layer['diff_id']}: {error.strerror}"
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -159,7 +165,12 @@ def _listed(folder: Path) -> list[Path]:
 
 def repair(root: Path, meta: Meta) -> list[str]:
     """Remove what a crash left behind: tmp litter and files without a row. Returns what was removed. Run at start."""
-    removed = empty_tmp(root)
+    return empty_tmp(root) + remove_strays(root, meta)
+
+
+def remove_strays(root: Path, meta: Meta) -> list[str]:
+    """Remove files without a row: a crash between the two. Returns what was removed."""
+    removed = []
     for kind, column, table in (
         ("blobs", "digest", "blobs"),
         ("layers", "diff_id", "layers"),

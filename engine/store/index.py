@@ -182,6 +182,42 @@ def read_index(path: Path, diff_id: str) -> Iterator[Entry]:
             offset += _HEAD.size + length
 
 
+class _AnyLayer(list[str]):
+    """Stands for the data layers where only some frames are read."""
+
+    def __getitem__(self, _: object) -> str:  # type: ignore[override]
+        return ""
+
+
+def find_body(path: Path, diff_id: str, sha256: bytes) -> Iterator[Entry]:
+    """The entries of an index whose body has this digest, `data` left empty; only frames that can have one are parsed.
+
+    Damaged, NotFound. (Names that are hard links to such an entry are entries of their own and not found.)
+    """
+    try:
+        file = open(path, "rb", buffering=1 << 20)  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise NotFound("no such layer", at=diff_id) from error
+    with file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise Damaged("not a layer index", at=str(path))
+        while True:
+            head = file.read(_HEAD.size)
+            if len(head) < _HEAD.size:
+                raise Damaged("the layer index is cut off", at=str(path))
+            length, check = _HEAD.unpack(head)
+            if not length:
+                return
+            payload = file.read(length) if length <= MAX_FRAME else b""
+            if len(payload) != length or crc32(payload) != check:
+                raise Damaged("checksum mismatch in the layer index", at=str(path))
+            if sha256 in payload:
+                try:
+                    yield from (entry for entry in _records(payload, _AnyLayer()) if entry.sha256 == sha256)
+                except (struct.error, IndexError, ValueError) as error:
+                    raise Damaged(f"bad record in the layer index: {error}", at=str(path)) from error
+
+
 _KINDS = {int(kind): kind for kind in Kind}
 
 

@@ -192,6 +192,8 @@ class Layers:
                     data.finish()
                     os.fsync(index.finish())
                     made.data_size = data.size
+                    self.meta.count("bodies_hits", data.hits)
+                    self.meta.count("bodies_misses", data.misses)
                     deps = index.deps()
             finally:
                 known.close()
@@ -277,6 +279,11 @@ class Layers:
                         "INSERT OR IGNORE INTO bodies (sha256, layer, offset, size) VALUES (?, ?, ?, ?)",
                         ((entry.sha256, layer, entry.offset, entry.size) for entry in self._own(target, diff_id)),
                     )
+                    tx.execute(
+                        "UPDATE layers SET body_size = (SELECT coalesce(sum(size), 0) FROM bodies WHERE layer = ?1)"
+                        " WHERE id = ?1",
+                        (layer,),
+                    )
                     tx.executemany("INSERT INTO layer_deps VALUES (?, ?)", ((diff_id, dep) for dep in deps))
                     tx.execute(_BLOB, (feed.digest, diff_id, media_type, feed.total))
             except BaseException:
@@ -321,6 +328,32 @@ class Layers:
             )
         ]
         return out
+
+    def remove_many(self, diff_ids: Iterable[str]) -> None:
+        """`remove` of many in one transaction, in any order; what something else uses stays, what is gone is fine."""
+        with self._publish, self._lock:
+            doomed = {check_digest(diff_id) for diff_id in diff_ids if not self._pins[diff_id]}
+            with self.meta.tx() as tx:
+                used = {str(row[0]) for row in tx.execute("SELECT diff_id FROM image_layers")}
+                for row in tx.execute("SELECT part.value FROM trees, json_each(trees.layers) AS part"
+                                      " WHERE part.value <> chain_id"):  # fmt: skip
+                    used.add(str(row[0]))
+                deps: dict[str, set[str]] = {}
+                for row in tx.execute("SELECT diff_id, dep FROM layer_deps"):
+                    deps.setdefault(str(row["diff_id"]), set()).add(str(row["dep"]))
+                todo = [*used, *(diff_id for diff_id in deps if diff_id not in doomed), *self._pins]
+                while todo:  # what stays keeps what it shares bodies with
+                    used.add(last := todo.pop())
+                    todo += [dep for dep in deps.get(last, ()) if dep not in used]
+                gone = sorted(doomed - used)
+                keys = [(diff_id,) for diff_id in gone]
+                tx.executemany("DELETE FROM bodies WHERE layer = (SELECT id FROM layers WHERE diff_id = ?)", keys)
+                tx.executemany("DELETE FROM layer_deps WHERE diff_id = ?", keys)
+                tx.executemany("DELETE FROM trees WHERE chain_id = ?", keys)
+                tx.executemany("DELETE FROM layers WHERE diff_id = ?", keys)
+            for diff_id in gone:
+                shutil.rmtree(self.root / "trees" / "sha256" / hex_of(diff_id), ignore_errors=True)
+                shutil.rmtree(self.directory(diff_id), ignore_errors=True)
 
     def remove(self, diff_id: str) -> int:
         """Rows, then files, with the layer's own single-layer tree; returns the bytes freed. NotFound, Busy."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, NoSpace
+from engine.errors import EngineError, NoSpace, Unsupported
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 -- schema version and other single values
@@ -39,7 +41,8 @@ CREATE TABLE IF NOT EXISTS layers (
     data_size   INTEGER NOT NULL,        -- bytes of `data` (bodies stored here, 4 KiB aligned)
     tar_size    INTEGER NOT NULL,        -- bytes of the uncompressed tar
     entries     INTEGER NOT NULL,
-    created_ns  INTEGER NOT NULL
+    created_ns  INTEGER NOT NULL,
+    body_size   INTEGER NOT NULL DEFAULT 0   -- bytes of the distinct bodies in its `data`, without alignment
 );
 
 -- compressed form(s) of a layer: which blob inflates to which diff_id; known even after the blob is evicted
@@ -165,7 +168,27 @@ CREATE TABLE IF NOT EXISTS failures (
     text        TEXT NOT NULL            -- rendered: time, command, caret, reason, hint
 );
 CREATE INDEX IF NOT EXISTS failures_object ON failures (object, id);
+
+-- when something was last used, at most once an hour: images.digest, trees.chain_id, blobs.digest
+CREATE TABLE IF NOT EXISTS last_use (digest TEXT PRIMARY KEY, used_ns INTEGER NOT NULL) WITHOUT ROWID;
+
+-- images that came from a registry, so that what was downloaded for them can be downloaded again
+CREATE TABLE IF NOT EXISTS pulled (image TEXT PRIMARY KEY) WITHOUT ROWID;
+
+-- hits and misses of each class of objects since the store was made: <class>_hits, <class>_misses
+CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
+
+# what takes a store of version N-1 to N, once, in one transaction; new tables are made by SCHEMA itself
+MIGRATIONS = {
+    2: (
+        "ALTER TABLE layers ADD COLUMN body_size INTEGER NOT NULL DEFAULT 0",
+        "UPDATE layers SET body_size = (SELECT coalesce(sum(size), 0) FROM bodies WHERE layer = layers.id)",
+        "INSERT OR IGNORE INTO pulled SELECT DISTINCT substr(object, 7) FROM events WHERE type = 'imagePulled'",
+    ),
+}
+USE_SECONDS = 3600.0  # how exactly last use is known
+MAX_USES = 10_000  # remembered to keep it that cheap
 
 
 # sqlite.org/rescode.html: SQLITE_FULL, and what a full disk makes of the WAL's own files
@@ -195,8 +218,33 @@ class Meta:
         self._writer = self._connect()
         self._writer.execute("PRAGMA journal_mode=WAL")
         self._writer.execute("PRAGMA synchronous=FULL")
-        self._writer.executescript(SCHEMA)
-        self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
+        self._counts: Counter[str] = Counter()  # not yet in `counters`
+        self._uses: dict[str, int] = {}  # not yet in `last_use`
+        self._used: dict[str, float] = {}  # when a use was last noted, monotonic
+        try:
+            self._migrate()
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def _migrate(self) -> None:
+        """Bring the file to SCHEMA_VERSION. Unsupported when a newer program has written it."""
+        db = self._writer
+        known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is not None
+        row = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() if known else None
+        version = int(row["value"]) if row else SCHEMA_VERSION
+        if version > SCHEMA_VERSION:
+            raise Unsupported(
+                f"the store has schema {version}; this program knows up to {SCHEMA_VERSION}",
+                at=str(self.path),
+                hint="use the newer program, or another --store",
+            )
+        db.executescript(SCHEMA)
+        with self.tx():
+            for step in range(version + 1, SCHEMA_VERSION + 1):
+                for statement in MIGRATIONS[step]:
+                    db.execute(statement)
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
@@ -227,6 +275,7 @@ class Meta:
             self._depth -= 1
             if outer:
                 try:
+                    self._note()
                     self._writer.execute("COMMIT")
                 except BaseException as error:
                     if self._writer.in_transaction:
@@ -267,6 +316,41 @@ class Meta:
             else:
                 self._idle.append(connection)
 
+    # --- what is noted by the way, without a transaction of its own -------------------------------------------------
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add to a counter; kept in memory until the next transaction or `close`. Any thread, waits for nobody."""
+        if number:
+            self._counts[name] += number  # a race loses a count at worst, never an update of the catalog
+
+    def used(self, digest: str) -> None:
+        """Note that something was used now; as `count`, and no more than once an hour for the same thing."""
+        now = time.monotonic()
+        before = self._used.get(digest)
+        if before is not None and now - before < USE_SECONDS:
+            return
+        if len(self._used) >= MAX_USES:
+            self._used.clear()
+        self._used[digest] = now
+        self._uses[digest] = time.time_ns()
+
+    def note(self) -> None:
+        """Write down what `count` and `used` have kept in memory."""
+        if self._counts or self._uses:
+            with self.tx():
+                pass
+
+    def _note(self) -> None:
+        counts, self._counts = self._counts, Counter()
+        uses, self._uses = self._uses, {}
+        if counts:
+            self._writer.executemany(
+                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                list(counts.items()),
+            )
+        if uses:
+            self._writer.executemany("INSERT OR REPLACE INTO last_use VALUES (?, ?)", list(uses.items()))
+
     def row(self, sql: str, args: Sequence[Any] = ()) -> sqlite3.Row | None:
         rows = self.query(sql, args)
         return rows[0] if rows else None
@@ -274,6 +358,8 @@ class Meta:
     def close(self) -> None:
         with self._lock:
             if not self._closed:
+                with suppress(EngineError, sqlite3.Error):  # only counts and times of use: not worth a failure
+                    self.note()
                 self._closed = True
                 while self._idle:
                     self._idle.pop().close()

@@ -172,7 +172,9 @@ class Trees:
         """The tree, from the cache where possible. NotFound, Damaged. It stays usable while referenced."""
         with self._lock:
             tree = self._open.get(chain)
+            self.meta.used(chain)
             if tree is not None:
+                self.meta.count("trees_hits")
                 self._open.move_to_end(chain)
                 return tree
         if not self.has(chain):
@@ -182,6 +184,7 @@ class Trees:
         except FileNotFoundError as error:
             raise NotFound("the tree's files are gone", at=chain) from error
         with self._lock:
+            self.meta.count("trees_misses")
             tree = self._open.setdefault(chain, tree)
             while len(self._open) > 1 and (len(self._open) > OPEN_TREES or len(self._handles) > OPEN_DATA):
                 self._open.popitem(last=False)
@@ -194,9 +197,25 @@ class Trees:
                 handle = self._handles[diff_id] = Handle(self.layers.data_path(diff_id))
             return handle
 
+    def handle(self, diff_id: str) -> Handle:
+        """A layer's `data`, open while somebody refers to the handle. FileNotFoundError."""
+        return self._handle(diff_id)
+
     def devices(self, chain: str) -> list[Path]:
         """The layers' data files in the order of the image's device table, as mount_erofs wants them."""
         return [self.layers.data_path(diff_id) for diff_id in self.open(chain).devices]
+
+    def remove_many(self, chains: Sequence[str]) -> None:
+        """Rows in one transaction, then files; trees of images stay, those that are gone already do not matter."""
+        with self._building:
+            with self.meta.tx() as tx:
+                used = {row["chain_id"] for row in tx.execute("SELECT chain_id FROM images")}
+                doomed = [chain for chain in chains if chain not in used]
+                tx.executemany("DELETE FROM trees WHERE chain_id = ?", [(chain,) for chain in doomed])
+            for chain in doomed:
+                with self._lock:
+                    self._open.pop(chain, None)
+                shutil.rmtree(self.directory(chain), ignore_errors=True)
 
     def remove(self, chain: str) -> int:
         """Row, then files; returns the bytes freed. NotFound; Busy while an image uses it."""

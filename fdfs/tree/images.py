@@ -16,16 +16,19 @@ from engine.errors import AlreadyExists, InvalidArgument, NotFound
 from engine.images.archive import import_rootfs
 from engine.images.archive import load as load_archive
 from engine.images.export import export as export_tree
+from engine.images.gc import Scope
 from engine.images.pull import pull as pull_image
 from engine.images.reference import parse as parse_reference
 from engine.images.save import FORMATS
 from engine.images.save import save as save_image
+from fdfs import svg
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import BindSource, Dir, File, Link, Row
 from fdfs.rootfs import TreeGraft
 from fdfs.tree.diffs import DIFFS
 from fdfs.tree.diffs import origins as origins  # the binder asks for them here
 from fdfs.tree.errors import error_file
+from fdfs.tree.store import run_plan
 from fdfs.tree.tags import names
 from fdfs.tree.text import line, lines, stamp
 
@@ -202,9 +205,28 @@ def import_(engine: Any, call: Call) -> str:
     return job_reply(engine.jobs.start(_line("import", call), work))
 
 
-def prune(engine: Any, call: Call) -> str | None:
-    removed = engine.images.prune()
-    return "\n".join(str(item) for item in removed) if isinstance(removed, list) else None
+def plan(engine: Any) -> str:
+    return str(engine.gc.text(Scope.PRUNE))
+
+
+def prune(engine: Any, call: Call) -> str:
+    return run_plan(engine, Scope.PRUNE, call)
+
+
+def layers_svg(engine: Any, digest: str) -> str:
+    rows = engine.meta.query(
+        "SELECT l.diff_id, l.size, count(DISTINCT o.image) - 1 AS others FROM image_layers i"
+        " JOIN layers l ON l.diff_id = i.diff_id JOIN image_layers o ON o.diff_id = i.diff_id"
+        " WHERE i.image = ? GROUP BY l.diff_id",
+        (digest,),
+    )
+    known = {row["diff_id"]: (row["size"], row["others"]) for row in rows}
+    stack = [
+        svg.Layer(layer.diff_id, *known.get(layer.diff_id, (0, 0)), layer.created_by)
+        for layer in engine.images.layers(digest)
+    ]
+    names = [parse_reference(name).familiar() for name in engine.images.references(digest)]
+    return svg.layers(", ".join(names) or digest[:19], stack)
 
 
 def tag(engine: Any, digest: str, call: Call) -> None:
@@ -298,6 +320,7 @@ IMAGE = Dir(
         File(name="history", doc="how it was built, oldest first: bytes of files, time, instruction", show=history),
         File(name="history.jsonl", doc="the same as its configuration has it, with layers", show=history_json),
         File(name="used_by", doc="containers made from it, one per line", show=used_by),
+        File(name="layers.svg", doc="a picture of its layers: how large, and which others share them", show=layers_svg),
         Dir(name="rootfs", doc="the merged tree, read-only", graft=rootfs, bind=rootfs_source),
         Dir(name="layers", doc="its layers in order", names=_layer_names, find=_layer_link, kinds=(LAYER,)),
         DIFFS,
@@ -329,10 +352,15 @@ IMAGES = Dir(
                 Verb(name="pull", args="REF [platform=…]", doc="fetch from a registry (a job)", run=pull),
                 Verb(name="load", args="PATH", doc="an OCI layout or docker-archive of this host (a job)", run=load),
                 Verb(name="import", args="PATH REF", doc="a tar of a root file system (a job)", run=import_),
-                Verb(name="prune", doc="remove images without a tag that no container uses", run=prune),
+                Verb(name="prune", args="[HASH]", doc="delete what the plan with this hash lists (a job)", run=prune),
             ),
         ),
         error_file(images_object),
+        File(
+            name="plan",
+            doc="what prune would delete: images without a tag that no container uses; ends with what runs it",
+            show=plan,
+        ),
         Dir(name="by-digest", doc="the images themselves", names=_digests, find=_image, kinds=(IMAGE,)),
     ),
 )
