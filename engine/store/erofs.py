@@ -19,7 +19,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Callable, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from engine.errors import Damaged, TooLarge
 from engine.store.merge import Node, show
@@ -141,18 +141,17 @@ class Shown:
 
 
 def order(root: Node) -> list[Node]:
-    """Every inode once, breadth first, names ascending; sets `ordinal` (from 1) and `nlink`."""
+    """Every inode once, breadth first, names ascending; sets `nlink`."""
     nodes = [root]
-    root.ordinal, root.nlink = 1, 2
+    root.nlink = 2
     for node in nodes:  # grows while it is read
         kids = node.kids
         if kids is None:
             continue
         for name in sorted(kids):
             kid = kids[name]
-            if kid.ordinal < 0:
+            if not kid.nlink:
                 nodes.append(kid)
-                kid.ordinal = len(nodes)
                 if kid.kids is not None:
                     kid.nlink = 2
                     node.nlink += 1
@@ -194,6 +193,80 @@ def _dir_block(node: Node, names: Sequence[bytes]) -> bytes:
     return struct.pack("<" + "QHBB" * len(names), *fields) + b"".join(names)
 
 
+class _Plan(NamedTuple):
+    """How one inode is stored: its xattr area, layout, whole blocks behind the inodes, size, a directory's names and
+    their blocks, and the bytes the inode itself takes."""
+
+    xattrs: bytes
+    layout: int
+    plain: int
+    size: int
+    names: list[bytes]
+    blocks: list[tuple[int, int]]
+    need: int
+
+
+def _plan(node: Node, shown: Shown | None) -> _Plan:
+    """Made twice, once to place the inodes and once to write them: a million plans would take more memory than time."""
+    kind = stat.S_IFMT(node.mode)
+    xattrs = shown.pack(node) if shown else pack_xattrs(node.xattrs) if node.xattrs else b""
+    need = 64 + len(xattrs)
+    layout, plain, size = FLAT_PLAIN, 0, 0
+    names: list[bytes] = []
+    blocks: list[tuple[int, int]] = []
+    tail = 0
+    if kind == stat.S_IFREG:
+        size = node.size
+        if size:
+            layout = CHUNK_BASED
+            need = (need + 7 & ~7) + 8
+    elif kind == stat.S_IFDIR:
+        assert node.kids is not None
+        names = sorted((*node.kids, b".", b".."))
+        blocks, tail = _split(names)
+        size = (len(blocks) - 1) * BLOCK + tail
+        plain = len(blocks) - 1
+    elif kind == stat.S_IFLNK:
+        size = tail = len(node.link)
+    if tail:
+        if need + tail <= BLOCK:
+            layout = FLAT_INLINE
+            need += tail
+        else:
+            plain += 1
+    return _Plan(xattrs, layout, plain, size, names, blocks, need)
+
+
+class _Area:
+    """A part of the image that is written front to back, with zeros where nothing is put, beside others."""
+
+    def __init__(self, out: BinaryIO, start: int, size: int) -> None:
+        self._out, self._start, self._size = out, start, size
+        self._buffer = bytearray()
+
+    def put(self, at: int, data: bytes | bytearray) -> None:
+        """`at` counts from the start of the area and never goes back."""
+        self._buffer += bytes(at - self._done())
+        self._buffer += data
+        if len(self._buffer) >= 1 << 20:
+            self._flush()
+
+    def _done(self) -> int:
+        return self._flushed + len(self._buffer)
+
+    _flushed = 0
+
+    def _flush(self) -> None:
+        self._out.seek(self._start + self._flushed)
+        self._out.write(self._buffer)
+        self._flushed += len(self._buffer)
+        self._buffer.clear()
+
+    def close(self) -> None:
+        self._buffer += bytes(self._size - self._done())
+        self._flush()
+
+
 def write(
     root: Node,
     out: BinaryIO,
@@ -216,41 +289,14 @@ def write(
     # first pass: where everything goes
     at = FIRST_NID * 32
     tail_blocks = 0  # whole blocks behind the inodes
-    plans: list[tuple[bytes, int, int, int, list[bytes], list[tuple[int, int]]]] = []
     for node in nodes:
-        kind = stat.S_IFMT(node.mode)
-        xattrs = shown.pack(node) if shown else pack_xattrs(node.xattrs) if node.xattrs else b""
-        need = 64 + len(xattrs)
-        layout, plain, size = FLAT_PLAIN, 0, 0
-        names: list[bytes] = []
-        blocks: list[tuple[int, int]] = []
-        tail = 0
-        if kind == stat.S_IFREG:
-            size = node.size
-            if size:
-                layout = CHUNK_BASED
-                need = (need + 7 & ~7) + 8
-        elif kind == stat.S_IFDIR:
-            assert node.kids is not None
-            names = sorted((*node.kids, b".", b".."))
-            blocks, tail = _split(names)
-            size = (len(blocks) - 1) * BLOCK + tail
-            plain = len(blocks) - 1
-        elif kind == stat.S_IFLNK:
-            size = tail = len(node.link)
-        if tail:
-            if need + tail <= BLOCK:
-                layout = FLAT_INLINE
-                need += tail
-            else:
-                plain += 1
+        plan = _plan(node, shown)
         room = BLOCK - at % BLOCK
-        if room < (need if layout == FLAT_INLINE else 64):
+        if room < (plan.need if plan.layout == FLAT_INLINE else 64):
             at += room
         node.nid = at // 32
-        plans.append((xattrs, layout, tail_blocks if plain else 0, size, names, blocks))
-        tail_blocks += plain
-        at += need + 31 & ~31
+        tail_blocks += plan.plain
+        at += plan.need + 31 & ~31
     meta_size = -(-at // BLOCK) * BLOCK
     first_plain = meta_block + meta_size // BLOCK
     shared = bytes(shown.area) if shown else b""
@@ -260,17 +306,21 @@ def write(
     if total_blocks >= 1 << 32:
         raise TooLarge("the tree's metadata exceeds 16 TiB")
 
-    # second pass: the bytes
-    meta = bytearray(meta_size)
-    plain_area = bytearray(tail_blocks * BLOCK)
+    # second pass: the bytes, of inodes and of whole blocks, each in ascending order
+    meta = _Area(out, meta_block * BLOCK, meta_size)
+    plain_area = _Area(out, first_plain * BLOCK, tail_blocks * BLOCK)
     blocks_in = [blocks_of(diff_id) for diff_id in devices]
-    records = bytearray()
-    pack_inode, pack_prov = INODE.pack_into, PROV.pack
-    for node, (xattrs, layout, plain_at, size, names, blocks) in zip(nodes, plans, strict=True):
-        at = node.nid * 32
+    if prov is not None:
+        prov.write(PROV_HEAD.pack(PROV_MAGIC, len(layers), len(nodes)))
+        prov.write(b"".join(bytes.fromhex(diff_id[7:]) for diff_id in layers))
+    pack_prov = PROV.pack
+    plain_at = 0
+    for ordinal, node in enumerate(nodes, 1):
+        xattrs, layout, plain, size, names, blocks, need = _plan(node, shown)
+        inode = bytearray(need)
         mode = node.mode
         kind = stat.S_IFMT(mode)
-        body = at + 64 + len(xattrs)
+        body = 64 + len(xattrs)
         union = 0
         if layout == CHUNK_BASED:
             count = -(-size // BLOCK)
@@ -279,44 +329,48 @@ def write(
             first = node.offset // BLOCK
             if node.offset % BLOCK or first + count > blocks_in[device - 1]:
                 raise Damaged(f"a file of {size} bytes lies outside its layer's data", at=node.data)
-            CHUNK.pack_into(meta, body + 7 & ~7, 0, device, first)
+            CHUNK.pack_into(inode, body + 7 & ~7, 0, device, first)
         elif names:
             union = first_plain + plain_at if len(blocks) > 1 or layout == FLAT_PLAIN else 0
             for number, (first, end) in enumerate(blocks):
                 block = _dir_block(node, names[first:end])
                 if number == len(blocks) - 1 and layout == FLAT_INLINE:
-                    meta[body : body + len(block)] = block
+                    inode[body : body + len(block)] = block
                 else:
-                    where = (plain_at + number) * BLOCK
-                    plain_area[where : where + len(block)] = block
+                    plain_area.put((plain_at + number) * BLOCK, block)
         elif kind == stat.S_IFLNK:
             if layout == FLAT_INLINE:
-                meta[body : body + size] = node.link
+                inode[body : body + size] = node.link
             else:
                 union = first_plain + plain_at
-                plain_area[plain_at * BLOCK : plain_at * BLOCK + size] = node.link
+                plain_area.put(plain_at * BLOCK, node.link)
         else:
             union = node.rdev
         if xattrs:
-            meta[at + 64 : body] = xattrs
+            inode[64:body] = xattrs
         seconds, nanoseconds = divmod(node.mtime_ns, 1_000_000_000)
-        pack_inode(
-            meta,
-            at,
+        INODE.pack_into(
+            inode,
+            0,
             1 | layout << 1,
             (len(xattrs) - 12) // 4 + 1 if xattrs else 0,
             mode,
             0,
             size,
             union,
-            node.ordinal,
+            ordinal,
             node.uid,
             node.gid,
             seconds,
             nanoseconds,
             node.nlink,
         )
-        records += pack_prov(node.layer, node.sha256)
+        meta.put(node.nid * 32, inode)
+        plain_at += plain
+        if prov is not None:
+            prov.write(pack_prov(node.layer, node.sha256))
+    meta.close()
+    plain_area.close()
 
     head = bytearray(meta_block * BLOCK)
     SUPER.pack_into(
@@ -341,13 +395,10 @@ def write(
     for number, diff_id in enumerate(devices):
         DEVICE.pack_into(head, (FIRST_SLOT + number) * 128, diff_id[7:].encode(), blocks_in[number], 0)
     struct.pack_into("<I", head, SUPER_OFFSET + 4, crc32c(bytes(head[SUPER_OFFSET:BLOCK])))
-    for part in (head, meta, plain_area, shared):
-        out.write(part)
-    if prov is None:
-        return len(nodes), total_blocks * BLOCK
-    prov.write(PROV_HEAD.pack(PROV_MAGIC, len(layers), len(nodes)))
-    prov.write(b"".join(bytes.fromhex(diff_id[7:]) for diff_id in layers))
-    prov.write(records)
+    out.seek(total_blocks * BLOCK - len(shared))
+    out.write(shared)
+    out.seek(0)
+    out.write(head)
     return len(nodes), total_blocks * BLOCK
 
 

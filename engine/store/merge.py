@@ -18,6 +18,8 @@ from engine.store.index import Entry, Kind
 
 MAX_LINKS = 255  # symlinks followed for one path (continuity)
 MAX_STEPS = 100_000_000  # names looked at in one merge: a hostile layer must not make the merge quadratic
+MAX_MEMORY = 352 << 20  # bytes a merged tree may take, as `_cost` counts them: about a million entries
+_NODE, _KIDS, _BODY, _XATTR = 330, 240, 130, 400  # bytes of an entry, and more for a directory, a body, xattrs
 MAX_TIME = (1 << 63) - 1  # nanoseconds; Docker stores later and negative times as 0 (boundTime)
 _FOREIGN_XATTRS = (b"trusted.overlay.", b"user.overlay.")  # would steer the overlay a container runs on
 
@@ -45,7 +47,6 @@ class Node:
         "nid",
         "nlink",
         "offset",
-        "ordinal",
         "parent",
         "rdev",
         "sha256",
@@ -67,8 +68,7 @@ class Node:
         self.data = ""
         self.offset = 0
         self.xattrs: dict[bytes, bytes] | None = None
-        self.nlink = 0  # the last three belong to the EROFS writer
-        self.ordinal = -1
+        self.nlink = 0  # this and the next belong to the EROFS writer
         self.nid = 0
 
 
@@ -80,6 +80,8 @@ class Merger:
         self.root = Node(stat.S_IFDIR | 0o755, 0, None)
         self._number = 0
         self._steps = 0
+        self._room = MAX_MEMORY
+        self._numbers: dict[int, int] = {}  # modes and times repeat: one object for each value
         self._dirs: dict[bytes, Node] = {}  # resolved parents; emptied when a directory or symlink goes away
         self._linked: set[tuple[int, bytes]] = set()  # names this layer gave to inodes of lower layers
 
@@ -127,20 +129,29 @@ class Merger:
             self._forget(old)
         node = kids[name] = Node(_TYPES[kind], self._number, parent)
         self._metadata(node, entry)
+        self._take(_NODE + len(name) + (_KIDS if node.kids is not None else 0))
         if kind is Kind.FILE:
             node.size, node.sha256, node.data, node.offset = entry.size, entry.sha256, entry.data, entry.offset
+            if node.size:
+                self._take(_BODY)
         elif kind is Kind.SYMLINK:
             node.link = entry.linkname
             node.size = len(node.link)
+            self._take(len(node.link))
         else:
             node.rdev = entry.rdev
         if parent.touched != self._number:
             self._touch(parent)
 
     def _metadata(self, node: Node, entry: Entry) -> None:
-        node.mode = stat.S_IFMT(node.mode) | entry.mode
+        numbers = self._numbers
+        if len(numbers) > 4096:
+            numbers.clear()
+        mode = stat.S_IFMT(node.mode) | entry.mode
+        node.mode = numbers.setdefault(mode, mode)
         node.uid, node.gid = entry.uid, entry.gid
-        node.mtime_ns = entry.mtime_ns if 0 <= entry.mtime_ns <= MAX_TIME else 0
+        mtime_ns = entry.mtime_ns if 0 <= entry.mtime_ns <= MAX_TIME else 0
+        node.mtime_ns = numbers.setdefault(mtime_ns, mtime_ns)
         node.xattrs = None
         node.layer = self._number
         if entry.xattrs:
@@ -155,6 +166,7 @@ class Merger:
             if not key.startswith(_FOREIGN_XATTRS) and (plain or not key.startswith(b"user."))
         }
         if kept:
+            self._take(_XATTR + sum(len(key) + len(value) for key, value in kept.items()))
             node.xattrs = {**(node.xattrs or {}), **kept}
 
     def _hardlink(self, parent: Node, name: bytes, entry: Entry) -> None:
@@ -169,6 +181,7 @@ class Merger:
             what = "is missing" if target is None else "is a directory"
             raise Damaged(f"hardlink {show(entry.path)}: its target {show(entry.linkname)} {what}", at=show(entry.path))
         parent.kids[name] = target
+        self._take(len(name) + 100)
         if not stat.S_ISLNK(target.mode):
             target.mode = stat.S_IFMT(target.mode) | entry.mode
         target.uid, target.gid = entry.uid, entry.gid
@@ -202,6 +215,21 @@ class Merger:
         self._steps += steps
         if self._steps > MAX_STEPS:
             raise TooLarge("the layers take too long to merge: too many names to resolve or to hide")
+
+    def _take(self, count: int) -> None:
+        """Memory for what is added. What was replaced or hidden meanwhile is only counted off when there is no more."""
+        self._room -= count
+        if self._room < 0:
+            used = 0
+            stack = [self.root]
+            while stack:
+                for name, kid in (stack.pop().kids or {}).items():
+                    used += len(name) + _cost(kid)
+                    if kid.kids is not None:
+                        stack.append(kid)
+            self._room = MAX_MEMORY - used
+            if self._room < MAX_MEMORY >> 3:
+                raise TooLarge(f"the merged tree of the layers takes more than {MAX_MEMORY >> 20} MiB of memory")
 
     def _forget(self, node: Node) -> None:
         if node.kids is not None or stat.S_ISLNK(node.mode):
@@ -244,6 +272,7 @@ class Merger:
                 if not create:
                     return None
                 below = node.kids[name] = Node(stat.S_IFDIR | 0o755, self._number, node)
+                self._take(_NODE + _KIDS + len(name))
                 self._touch(node)
             elif stat.S_ISLNK(below.mode):
                 links += 1
@@ -267,6 +296,14 @@ class Merger:
             node = below
             at += 1
         return node
+
+
+def _cost(node: Node) -> int:
+    """About how many bytes of memory an entry takes, without its name."""
+    cost = _NODE + len(node.link) + (_KIDS if node.kids is not None else 0) + (_BODY if node.sha256 else 0)
+    if node.xattrs:
+        cost += _XATTR + sum(len(key) + len(value) for key, value in node.xattrs.items())
+    return cost
 
 
 def show(path: bytes) -> str:

@@ -42,6 +42,7 @@ class Limits:
     path: int = 4096  # bytes of a path (Linux PATH_MAX)
     xattr: int = 65535  # bytes of one xattr's value
     xattrs: int = 128 << 10  # bytes of all xattrs of one entry, names included
+    all_xattrs: int = 128 << 20  # bytes of the xattrs of all entries
     file_size: int = 1 << 43  # bytes of one file (one EROFS chunk: 2^31 blocks of 4 KiB)
     holes: int = 64 << 30  # bytes of all holes of sparse files
 
@@ -199,7 +200,7 @@ class TarReader:
         sparse_records: list[int] = []
         long_name = long_link = b""
         start = -1  # offset of the first of the headers that make up this member
-        count = special = 0
+        count = special = xattrs = 0
         while True:
             if self._left or self._pad:
                 self._skip(self._left, "a file's content")
@@ -285,6 +286,10 @@ class TarReader:
                 member.name = long_name
             if long_link:
                 member.linkname = long_link
+            if member.xattrs:
+                xattrs += sum(len(key) + len(value) for key, value in member.xattrs.items())
+                if xattrs > limits.all_xattrs:
+                    raise TooLarge(f"more than {limits.all_xattrs} bytes of xattrs in the archive")
             self._settle(member, kind, block, here, records, sparse_records)
             start, records, long_name, long_link, special = -1, None, b"", b"", 0
             yield member
