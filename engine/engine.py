@@ -25,6 +25,7 @@ from engine.failures import Failures
 from engine.images.catalog import Images
 from engine.images.diff import Diffs
 from engine.images.gc import Collector
+from engine.images.pull import resumed
 from engine.images.remote import Remotes
 from engine.jobs import Job, Jobs
 from engine.lifecycle import ALIVE, State
@@ -127,6 +128,8 @@ class Engine:
         )
         reconcile(self.containers)
         self.containers.monitor.start()
+        if again := self.jobs.resume(lambda line: resumed(self.images, line)):
+            log.info("jobs %s of the last daemon go on", ", ".join(map(str, again)))
         log.info("store %s open; runtime %s", self.store, self._runtime)
 
     def _job_failed(self, job: Job, error: EngineError) -> None:

@@ -3,7 +3,7 @@
 Only here: the life of a job (running -> done, failed or cancelled). At most `workers` run at a time, others wait their
 turn in state running with the progress `waiting`. Progress is flat text people can read, one line per thing in the
 making and a `total` line; it is kept in memory while the job runs and written to the row when it ends. A job the
-daemon did not live to finish is found on the next start and becomes failed.
+daemon did not live to finish is found on the next start and becomes failed, or goes on (`resume`) under its number.
 
 Threading: every method from any thread; readers (`all`, `get`) never wait for a job's work. Floor 2.
 """
@@ -31,6 +31,10 @@ LOG_LINES = 1000  # kept of a job's log
 LOG_LINE = 2000  # characters of one line
 KEPT = 1000  # finished jobs whose rows are kept
 KEPT_LOGS = 100  # finished jobs whose logs are kept
+LASTING = frozenset({"pull"})  # verbs whose jobs go on in the next daemon
+MAX_RESUMES = 3  # times a job goes on: it may be what ends the daemon
+MAX_RESUMED = 16  # jobs that go on at one start
+RESUMED = "resumed "  # stands in the row's progress while such a job runs, before how often
 DEAD = "the daemon ended before the job did; start it again (finished parts are kept)"
 
 
@@ -161,13 +165,21 @@ class Jobs:
         self._running: dict[int, Task] = {}
         self._threads: dict[int, threading.Thread] = {}
         self._logs: dict[int, str] = {}
+        self._left: set[int] = set()  # lasting jobs interrupted by `close`
+        self._dead: list[tuple[int, str, int]] = []  # number, verb, how often it went on, of what `resume` may take up
         self._closed = False
         self._bury()
 
     def _bury(self) -> None:
         """Jobs of a daemon that died are failed; old ones are forgotten."""
         with self._meta.tx() as tx:
-            dead = [int(row["id"]) for row in tx.execute("SELECT id FROM jobs WHERE state = 'running'")]
+            rows = tx.execute("SELECT id, verb, progress FROM jobs WHERE state = 'running' ORDER BY id").fetchall()
+            dead = [int(row["id"]) for row in rows]
+            self._dead = [
+                (int(row["id"]), row["verb"], int(times) if times.isdigit() else 0)
+                for row in rows
+                for times in [row["progress"].removeprefix(RESUMED)]
+            ]
             tx.execute(
                 "UPDATE jobs SET state = 'failed', error = ?, finished_ns = ? WHERE state = 'running'",
                 (DEAD, time.time_ns()),
@@ -176,9 +188,29 @@ class Jobs:
                 self._event(number, State.FAILED, DEAD)
             tx.execute("DELETE FROM jobs WHERE id <= (SELECT max(id) FROM jobs) - ?", (KEPT,))
 
-    def _event(self, number: int, state: State, reason: str = "") -> None:
+    def resume(self, find: Callable[[str], Callable[[Task], str | None] | None]) -> list[int]:
+        """Let jobs go on that the last daemon did not finish: those for whose verb `find` gives work. Their numbers."""
+        dead, self._dead = self._dead, []
+        out: list[int] = []
+        for number, verb, times in dead:
+            work = find(verb) if times < MAX_RESUMES and len(out) < MAX_RESUMED else None
+            if work is None:
+                continue
+            with self._changed:
+                with self._meta.tx() as tx:
+                    tx.execute(
+                        "UPDATE jobs SET state = 'running', error = '', finished_ns = NULL, progress = ? WHERE id = ?",
+                        (f"{RESUMED}{times + 1}", number),
+                    )
+                    self._event(number, State.RUNNING, before="failed")
+                thread = self._launch(number, verb, work)
+            thread.start()
+            out.append(number)
+        return out
+
+    def _event(self, number: int, state: State, reason: str = "", before: str = "") -> None:
         if self._journal is not None:
-            data = {"from": "", "to": "running"} if state is State.RUNNING else {"from": "running", "to": str(state)}
+            data = {"from": before if state is State.RUNNING else "running", "to": str(state)}
             if reason:
                 data["reason"] = reason
             self._journal.append("stateChanged", f"job/{number}", data)
@@ -199,17 +231,22 @@ class Jobs:
                                  (verb, time.time_ns()))  # fmt: skip
                 number = int(row.lastrowid or 0)
                 self._event(number, State.RUNNING)
-            task = self._running[number] = Task()
-            task.progress("waiting")
-            context = contextvars.copy_context()  # who started it goes on into its events
-            thread = threading.Thread(
-                target=context.run, args=(self._work, number, task, work), name=f"job-{number}", daemon=True
-            )
-            self._threads[number] = thread
+            thread = self._launch(number, verb, work)
         thread.start()
         return number
 
-    def _work(self, number: int, task: Task, work: Callable[[Task], str | None]) -> None:
+    def _launch(self, number: int, verb: str, work: Callable[[Task], str | None]) -> threading.Thread:
+        """The thread of a job, not started yet; the lock is held."""
+        task = self._running[number] = Task()
+        task.progress("waiting")
+        context = contextvars.copy_context()  # who started it goes on into its events
+        thread = threading.Thread(
+            target=context.run, args=(self._work, number, verb, task, work), name=f"job-{number}", daemon=True
+        )
+        self._threads[number] = thread
+        return thread
+
+    def _work(self, number: int, verb: str, task: Task, work: Callable[[Task], str | None]) -> None:
         state, reason, failure = State.DONE, "", None
         try:
             while not self._turns.acquire(timeout=0.2):
@@ -231,12 +268,15 @@ class Jobs:
             log.exception("job %d failed by a bug or the system", number)
             state, failure = State.FAILED, EngineError(f"{type(error).__name__}: {error}")
             reason = failure.reason
-        self._finish(number, task, state, reason, failure)
+        lasting = state is State.CANCELLED and number in self._left and verb.split(" ")[0] in LASTING
+        self._finish(number, task, State.RUNNING if lasting else state, reason, failure)
 
     def _finish(self, number: int, task: Task, state: State, reason: str, failure: EngineError | None) -> None:
         if reason:
             task.log(reason)
         try:
+            if state is State.RUNNING:
+                return  # the row stays as it is: the next daemon finds it
             with self._meta.tx() as tx:
                 tx.execute(
                     "UPDATE jobs SET state = ?, progress = ?, error = ?, finished_ns = ? WHERE id = ?",
@@ -297,10 +337,14 @@ class Jobs:
         return self.get(number)
 
     def close(self, timeout: float = 1.0) -> None:
-        """Cancel what runs and wait a moment for it; what does not end in time is failed on the next start."""
+        """End what runs and wait a moment for it: pulls are interrupted, the rest cancelled.
+
+        What does not end in time is failed on the next start.
+        """
         with self._changed:
             self._closed = True
             tasks = list(self._running.values())
+            self._left = {number for number, task in self._running.items() if not task.cancelled.is_set()}
         for task in tasks:
             task.cancel()
         with self._changed:

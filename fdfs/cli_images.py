@@ -17,7 +17,7 @@ import click
 from fdfs.cli_mount import Failure, Mount, absolute, explain
 from fdfs.cli_options import columns, human, mount_option
 
-POLL = 0.1  # seconds between two looks at a job
+FIRST, POLL = 0.01, 0.1  # seconds between two looks at a job, growing
 AMOUNT = re.compile(r"^(?!total )(\S+) (\d+)/(\d+|\?)")  # LABEL DONE/TOTAL, in bytes
 DONE = ("done", "failed", "cancelled")
 
@@ -65,13 +65,14 @@ def follow(mount: Mount, reply: list[str], what: str) -> str:
     if number is None:
         return "\n".join(reply)
     job = ("jobs", number.strip())
-    bars = _Bars()
+    bars, pause = _Bars(), FIRST
     try:
         while (state := mount.field(*job, "state")) not in DONE:
             if not state:
                 raise Failure(f"{what}: the job went away", "hint: dutchman status says whether the daemon runs")
             bars.show(mount.field(*job, "progress"))
-            time.sleep(POLL)
+            time.sleep(pause)
+            pause = min(POLL, pause * 1.3)
     except KeyboardInterrupt:
         mount.command(job, "cancel", what="cancel")
         raise

@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import Busy, Damaged, InvalidArgument, NotFound
 from engine.events import Journal, acting
-from engine.jobs import MAX_WAITING, Job, Jobs, State, Task
+from engine.jobs import MAX_RESUMES, MAX_WAITING, Job, Jobs, State, Task
 from engine.store.meta import Meta
 
 
@@ -163,3 +163,31 @@ def test_the_log_is_bounded(jobs: Jobs) -> None:
 
     job = jobs.wait(jobs.start("pull x", work), 20)
     assert len(job.log.splitlines()) == 1000 and len(job.log) < 2_100_000
+
+
+def test_a_pull_goes_on_in_the_next_daemon_under_its_number(meta: Meta) -> None:
+    jobs = Jobs(meta)
+    pull = jobs.start("pull x", lambda task: task.cancelled.wait(20) and task.check())
+    load = jobs.start("load /x", lambda task: task.cancelled.wait(20) and task.check())
+    gone = jobs.start("pull y", lambda task: task.cancelled.wait(20) and task.check())
+    jobs.cancel(gone)
+    assert jobs.wait(gone, 10).state is State.CANCELLED
+    jobs.close(10)
+    jobs = Jobs(meta, Journal(meta))
+    assert jobs.get(load).state is State.CANCELLED
+    assert jobs.resume(lambda verb: lambda task: f"again {verb}") == [pull]
+    job = jobs.wait(pull, 10)
+    assert (job.state, job.progress, job.error) == (State.DONE, "again pull x\n", "")
+    assert jobs.resume(lambda verb: lambda task: None) == []
+    jobs.close()
+
+
+def test_a_job_that_ends_every_daemon_does_not_go_on_for_ever(meta: Meta) -> None:
+    with meta.tx() as tx:
+        tx.execute("INSERT INTO jobs (verb, state, created_ns) VALUES ('pull x', 'running', 1)")
+    times = 0
+    while Jobs(meta).resume(lambda verb: lambda task: task.cancelled.wait(60) and None):  # never closed: killed
+        times += 1
+    assert times == MAX_RESUMES
+    (job,) = Jobs(meta).all()
+    assert job.state is State.FAILED and "daemon ended" in job.error

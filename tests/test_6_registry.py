@@ -155,3 +155,28 @@ def test_a_silent_registry_holds_nobody_up(daemon: Daemon) -> None:
             thread.join()
             for connection in taken:
                 connection.close()
+
+
+def test_a_pull_goes_on_after_the_daemon_was_killed_and_after_it_was_stopped(tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    make_layout(layout, [{"etc": None, "etc/motd": b"still here\n"}])
+    registry = Registry(tmp_path).start()
+    daemon = Daemon(tmp_path / "daemon")
+    try:
+        registry.push_layout(layout, "app:1")
+        registry.stop()
+        daemon.start()
+        daemon.sh(f"echo 'pull {registry.host}/app:1' > images/ctl")  # tries again and again
+        assert daemon.sh("cat jobs/1/state") == "running\n"
+        daemon.kill()
+        daemon.start()
+        assert daemon.sh("cat jobs/1/state") == "running\n"
+        daemon.stop()
+        registry.start()
+        daemon.start()
+        daemon.until("cat jobs/1/state", "done", seconds=20)
+        assert daemon.sh(f"cat images/{registry.host}/app:1/rootfs/etc/motd") == "still here\n"
+        assert "Traceback" not in daemon.log()
+    finally:
+        daemon.stop()
+        registry.stop()

@@ -26,7 +26,8 @@ from engine.images.transport import Policy
 from engine.jobs import Cancelled, Task
 from engine.model import ImageConfig
 
-WORKERS = 3  # layers under way at a time, as Docker
+WORKERS = 3  # layers of one pull under way at a time, as Docker
+MAX_UNDER_WAY = 6  # layers of all pulls
 MAX_DEPTH = 3  # indexes within indexes
 
 
@@ -59,6 +60,32 @@ class _Keyed:
 
 
 _under_way = _Keyed()
+_turns = threading.BoundedSemaphore(MAX_UNDER_WAY)
+
+
+@contextmanager
+def _turn(task: Task, stop: threading.Event) -> Iterator[None]:
+    while not _turns.acquire(timeout=0.2):
+        task.check()
+        if stop.is_set():
+            raise Cancelled
+    try:
+        yield
+    finally:
+        _turns.release()
+
+
+def resumed(images: Images, line: str) -> Callable[[Task], str] | None:
+    """The work of a job `pull REF [platform=…]` that another daemon began; None for any other line."""
+    words = line.split()
+    options = dict(word.partition("=")[::2] for word in words[2:])
+    if len(words) < 2 or words[0] != "pull" or set(options) - {"platform"}:
+        return None
+    try:
+        reference = parse(words[1])
+    except InvalidArgument:
+        return None
+    return lambda task: pull(images, reference, options.get("platform"), task).digest
 
 
 def pull(
@@ -180,26 +207,41 @@ def _layer(
         if images.store_layers.has(diff_id):
             task.advance(label, entry.size, entry.size, "present")
             return
-        if images.blobs.has(entry.digest):
-            try:
-                task.advance(label, entry.size, entry.size, "unpacking")
-                images.store_layers.ingest(
-                    going(images.blobs.chunks(entry.digest)),
-                    entry.media_type,
-                    diff_id=diff_id,
-                    digest=entry.digest,
-                    size=entry.size,
-                )
-                task.advance(label, entry.size, entry.size, "done")
-                return
-            except Damaged as error:
-                task.log(f"{entry.digest} in the store: {error.reason}; it is fetched again")
-                images.blobs.remove(entry.digest)
-        resumed = _fetch(images, registry, entry, diff_id, task, going, again=True)
-        if resumed:  # the part that was here may be what is wrong: once more, from the start
-            _fetch(images, registry, entry, diff_id, task, going, again=False)
+        with _turn(task, stop):
+            _store(images, registry, entry, diff_id, task, going)
+        images.trees.build([diff_id])  # wanted anyway, and cheap while others download
         task.advance(label, entry.size, entry.size, "done")
-        task.log(f"{entry.digest} is layer {diff_id}")
+
+
+def _store(
+    images: Images,
+    registry: Registry,
+    entry: Descriptor,
+    diff_id: str,
+    task: Task,
+    going: Callable[[Iterable[bytes]], Iterator[bytes]],
+) -> None:
+    """One layer into the store: from its blob where that is here already, else downloaded."""
+    label = entry.digest[:19]
+    if images.blobs.has(entry.digest):
+        try:
+            task.advance(label, entry.size, entry.size, "unpacking")
+            images.store_layers.ingest(
+                going(images.blobs.chunks(entry.digest)),
+                entry.media_type,
+                diff_id=diff_id,
+                digest=entry.digest,
+                size=entry.size,
+            )
+            return
+        except Damaged as error:
+            task.log(f"{entry.digest} in the store: {error.reason}; it is fetched again")
+            images.blobs.remove(entry.digest)
+    if _fetch(
+        images, registry, entry, diff_id, task, going, again=True
+    ):  # the part that was here may be what is wrong: once more, from the start
+        _fetch(images, registry, entry, diff_id, task, going, again=False)
+    task.log(f"{entry.digest} is layer {diff_id}")
 
 
 def _fetch(
