@@ -255,28 +255,34 @@ def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: boo
 
     `inert`: setuid bits and device nodes in it do nothing (for looking at it, not for running it).
 
-    Straight from the files from Linux 6.12 on (an option is at most 255 bytes: longer paths by /proc/self/fd),
-    through read-only autoclear loop devices before.
+    Straight from the files from Linux 6.12 on (an option is at most 255 bytes: longer paths by /proc/self/fd), through
+    read-only autoclear loop devices before, and on a file system EROFS cannot read files of, as tmpfs (ENOTBLK).
     """
     if not LINUX:
         raise Unsupported("EROFS mounts need a Linux host")
     fds: list[int] = []
-    try:
-        for path in (meta, *devices):
-            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        if kernel_version() >= FILE_BACKED_EROFS:
-            names = [
-                name if len(name := os.fsencode(path)) < 256 else f"/proc/self/fd/{fd}".encode()
-                for path, fd in zip((meta, *devices), fds, strict=True)
-            ]
-        else:
-            names = []
-            for path in (meta, *devices):
-                fd, loop = _loop_attach(path)
-                fds.append(fd)
-                names.append(loop.encode())
+
+    def mount(names: Sequence[bytes]) -> None:
         options = [("source", names[0]), *(("device", name) for name in names[1:])]
         _fs_mount(b"erofs", options, target, read_only=True, inert=inert)
+
+    try:
+        names: list[bytes] = []
+        for path in (meta, *devices):
+            fds.append(fd := os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            names.append(name if len(name := os.fsencode(path)) < 256 else f"/proc/self/fd/{fd}".encode())
+        if kernel_version() >= FILE_BACKED_EROFS:
+            try:
+                return mount(names)
+            except OSError as error:
+                if error.errno != errno.ENOTBLK:
+                    raise
+        names = []
+        for path in (meta, *devices):
+            fd, loop = _loop_attach(path)
+            fds.append(fd)
+            names.append(loop.encode())
+        mount(names)
     finally:
         for fd in fds:
             os.close(fd)
