@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,8 +51,15 @@ def provenance(tree: Any, nid: int, extra: Mapping[str, Mapping[str, str]]) -> d
 
 
 def xattrs(tree: Any, nid: int, extra: Mapping[str, Mapping[str, str]]) -> dict[bytes, bytes]:
-    """The file's own xattrs and its provenance. (`trusted.overlay.*` of whiteout handling never shows.)"""
+    """The file's own xattrs and its provenance. (`trusted.overlay.*` of whiteout handling never shows.)
+
+    Only files and directories have provenance: the kernel answers ENODATA for `user.*` of anything else (xattr(7)), so
+    what is listed there could not be read, and `rsync -X` fails over it.
+    """
     own = {key: value for key, value in tree.xattrs(nid).items() if not key.startswith(b"trusted.overlay.")}
+    mode = tree.stat(nid).mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return {key: value for key, value in own.items() if not key.startswith(b"user.")}
     return own | provenance(tree, nid, extra)
 
 

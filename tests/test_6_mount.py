@@ -89,6 +89,7 @@ def test_images_copy_and_pack_as_they_are(daemon: Daemon, tmp_path: Path) -> Non
     daemon.sh(f"cp -a {root}/. {tmp_path}/copy && diff -r --no-dereference {root} {tmp_path}/copy")
     daemon.sh(f"mkdir {tmp_path}/tar && tar -C {root} -cf - . | tar -C {tmp_path}/tar -xf -")
     daemon.sh(f"diff -r --no-dereference {root} {tmp_path}/tar")
+    assert daemon.run(f"rsync -aHAX {root}/ {tmp_path}/xattrs/").stderr == "", "what is listed can be read"
     daemon.sh(f"rsync -aHn --delete --itemize-changes {root}/ {tmp_path}/copy/ | grep -v '^[.]' && exit 1; true")
     assert daemon.run(f"grep -r ahoy {root}/etc; true").stderr == ""
     assert int(daemon.sh(f"du -s {root}").split()[0]) > 1000
