@@ -23,6 +23,7 @@ from fdfs.cli_mount import Failure, Follower, Mount, absolute, tail_offset
 from fdfs.cli_options import columns, mount_option
 
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
+NOT_EXECUTED = ("126", "127")  # exit codes of a program that cannot be executed, and of one that is not there
 ENDED = ("created", "stopped", "removing", "removed", "")
 ADJECTIVES = ("bold", "brisk", "calm", "deep", "fleet", "grey", "keen", "loud", "quiet", "salty", "sleepy", "swift")
 NOUNS = ("anchor", "beacon", "brig", "buoy", "cutter", "dinghy", "galley", "gull", "keel", "lantern", "mast", "skiff")
@@ -86,7 +87,8 @@ def run_command(
 ) -> int:
     """Create a container from IMAGE and start it; ARGV (after --) replaces the image's command.
 
-    Without -d its output is followed and its exit code becomes that of this command; Ctrl-C stops it.
+    Without -d its output is followed and its exit code becomes that of this command; Ctrl-C stops it. 127: there is no
+    such program; 126: it cannot be executed.
     """
     where = Mount.find(mount)
     config: dict[str, Any] = {"image": image}
@@ -110,8 +112,11 @@ def run_command(
         where.write(container, "config.yaml", json.dumps(config, ensure_ascii=False).encode(), what=what)
         where.command(container, "start", what=what)
     except Failure as failure:
+        ended = where.field(*container, "exit_code")
         with contextlib.suppress(OSError):  # it never ran: nothing is kept of it
             os.rmdir(where.path(*container))
+        if ended in NOT_EXECUTED:
+            raise Failure(failure.reason, *failure.more, code=int(ended)) from None
         if not where.has("images", image) and "image" in failure.reason:
             more = [line for line in failure.more if not line.startswith("hint: pull")]  # said in the CLI's own words
             raise Failure(failure.reason, *more, f"hint: dutchman pull {image}") from None

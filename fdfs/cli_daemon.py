@@ -186,8 +186,7 @@ def down_command(mount: str | None, store: str | None, stop_containers: bool) ->
     """Unmount and end the engine. Containers go on running, and the next `up` takes them up again."""
     from engine import host
 
-    place = absolute(store) if store else _store_of(mount)
-    held = holder(place)
+    place, held = _daemon(mount, store)
     if held is None:
         where = absolute(mount) if mount else absolute(default_mount())
         if host.is_mounted(where) and not _alive(where):
@@ -195,6 +194,9 @@ def down_command(mount: str | None, store: str | None, stop_containers: bool) ->
             click.echo(f"took down what a killed daemon left at {where}")
             return
         click.echo("not up")
+        other = holder(place)
+        if other is not None and other.mount is not None:
+            click.echo(f"hint: the store {place} is mounted at {other.mount}", err=True)
         return
     where = held.mount or absolute(mount or default_mount())
     running: list[str] = []
@@ -219,14 +221,30 @@ def down_command(mount: str | None, store: str | None, stop_containers: bool) ->
         click.echo("stop them with: dutchman up && dutchman down --stop-containers")
 
 
-def _store_of(mount: str | None) -> Path:
-    """The store behind a mount, when it is alive and says so; else the default store."""
-    if mount and _alive(absolute(mount)):
-        for line in Mount(absolute(mount)).field("status").splitlines():
-            key, _, value = line.partition(" ")
-            if key == "store":
-                return Path(value.strip())
-    return absolute(default_store())
+def _daemon(mount: str | None, store: str | None) -> tuple[Path, Holder | None]:
+    """The store meant and who has it. A named store (--store) is asked for first, then a named mount (--mount,
+    $DUTCHMAN_MOUNT), then the default store, then the default mount: `up` may have been given either one only."""
+    place = absolute(store or default_store())
+    held = holder(place)
+    if store:
+        return place, held
+    named = mount or os.environ.get("DUTCHMAN_MOUNT")
+    where = absolute(mount or default_mount())
+    if held is not None and (not named or held.mount in (where, None)):
+        return place, held
+    behind = _store_behind(where)
+    return (behind, holder(behind)) if behind is not None else (place, None)
+
+
+def _store_behind(mount: Path) -> Path | None:
+    """The store of the daemon that serves `mount`, as its status file says; None when there is none or it is gone."""
+    if not _alive(mount):
+        return None
+    for line in Mount(mount).field("status").splitlines():
+        key, _, value = line.partition(" ")
+        if key == "store":
+            return Path(value.strip())
+    return None
 
 
 def _stop(mount: Mount, name: str) -> None:
@@ -251,7 +269,11 @@ def _running(mount: Mount) -> list[str]:
 @click.option("--mount-point", is_flag=True, help="Only where it is mounted.")
 def status_command(mount: str | None, store: str | None, runtime: str | None, mount_point: bool) -> int:
     """What the engine says of itself. Exit code 3 when it is not up."""
-    held = None if mount else holder(absolute(store) if store else absolute(default_store()))
+    place, held = _daemon(mount, store)
+    if held is None and store:
+        raise Failure(
+            f"no daemon has the store {place}", f"hint: start the engine: dutchman up --store {store}", code=3
+        )
     try:
         where = Mount.find(str(held.mount) if held and held.mount else mount)
     except Failure as failure:

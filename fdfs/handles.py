@@ -225,11 +225,12 @@ class Setting:
         assert self._row.set is not None
         shown = content.decode("utf-8", "replace").rstrip("\n")[:200]
         name = ctl.object_of(self._engine, self._row, self._keys)
-        with self._engine.command(name, f"{self._row.name} = {shown}", who=self._who()):
+        file = self._keys[-1] if self._row.name.startswith("<") else self._row.name
+        with self._engine.command(name, f"{file} = {shown}", who=self._who()):
             try:
                 text = content.decode()
             except UnicodeDecodeError as error:
-                raise InvalidArgument(f"{self._row.name}: not UTF-8 at byte {error.start}") from error
+                raise InvalidArgument(f"{file}: not UTF-8 at byte {error.start}") from error
             self._row.set(self._engine, *self._keys, text)
 
     def truncate(self, size: int) -> None: ...

@@ -150,6 +150,22 @@ def test_a_mount_left_by_a_killed_daemon_is_recovered(down: Dutchman) -> None:
     assert not host.is_mounted(down.mount)
 
 
+def test_the_daemon_is_found_by_its_mount_alone_or_its_store_alone(down: Dutchman, tmp_path: Path) -> None:
+    down.up()
+    settings = {key: value for key, value in down.env.items() if key != "DUTCHMAN_STORE"}
+    down.env["DUTCHMAN_STORE"] = str(tmp_path / "unused")
+    assert f"store {down.store}\n" in down.cli("status").stdout
+    assert "no daemon has" in down.cli("status", "--store", str(tmp_path / "unused"), code=3).stderr
+    down.env = settings | {"DUTCHMAN_STORE": str(down.store), "DUTCHMAN_MOUNT": str(tmp_path / "elsewhere")}
+    told = down.cli("down")
+    assert told.stdout == "not up\n" and str(down.mount) in told.stderr, "not the one that was meant"
+    assert down.read("version")
+    down.env = settings | {"DUTCHMAN_STORE": str(tmp_path / "unused"), "DUTCHMAN_MOUNT": str(down.mount)}
+    assert down.cli("down").stdout == f"down: {down.mount} is unmounted\n"
+    assert not host.is_mounted(down.mount)
+    down.env = settings | {"DUTCHMAN_STORE": str(down.store)}
+
+
 def test_down_keeps_containers_and_up_takes_them_up_again(tmp_path: Path) -> None:
     needs_oci()
     with Dutchman(tmp_path) as engine:
@@ -245,8 +261,9 @@ def test_logs_follow_ends_with_the_container(engine: Dutchman) -> None:
 def test_what_could_not_start_is_not_kept(engine: Dutchman) -> None:
     missing = engine.cli("run", "nowhere:9", code=1)
     assert "nowhere" in missing.stderr and "dutchman pull nowhere:9" in missing.stderr
-    command = engine.cli("run", "demo:1", "--", "/no/such/program", code=1)
+    command = engine.cli("run", "demo:1", "--", "/no/such/program", code=127)
     assert "/no/such/program" in command.stderr
+    assert "/srv/hello.txt" in engine.cli("run", "--rm", "demo:1", "--", "/srv/hello.txt", code=126).stderr
     field = engine.cli("run", "-m", "lots", "demo:1", code=1)
     assert "memory" in field.stderr
     assert engine.cli("ps", "-a", "-q").stdout == ""

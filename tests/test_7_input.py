@@ -64,7 +64,7 @@ WRITES = [
     ("containers/ctl", "run demo:1 name=a/b", "EINVAL", "name"),
     ("containers/ctl", "run nowhere:1", "ENOENT", "nowhere"),
     ("containers/ctl", "run UPPER:1", "EINVAL", "UPPER"),
-    ("containers/idle/config/memory", "lots", "EINVAL", "memory"),
+    ("containers/idle/config/memory", "lots", "EINVAL", "    memory = lots\n"),
     ("containers/idle/config/env", "=x", "EINVAL", "env"),
     ("containers/idle/config/cpus", "-1", "EINVAL", "cpus"),
     ("containers/idle/config/stop_grace_period", "soon", "EINVAL", "stop_grace_period"),
@@ -294,7 +294,7 @@ def drop(request: http.server.BaseHTTPRequestHandler) -> None:
 
 REGISTRIES: dict[str, tuple[Callable[[http.server.BaseHTTPRequestHandler], None], str]] = {
     "dropped": (drop, "connection|closed|reach|disconnect|dropped"),
-    "nobody listens": (drop, "cannot reach 127.0.0.1"),
+    "nobody listens": (drop, "cannot reach 127.0.0.1:"),
     "429": (status(429, Retry_After="0"), "429|too many|busy|rate"),
     "500": (status(500), "500|server"),
     "401": (status(401, WWW_Authenticate='Basic realm="test"'), "401|unauthorized|credentials|log|denied"),
