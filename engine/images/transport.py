@@ -142,7 +142,7 @@ class Transport:
         for _ in range(MAX_REDIRECTS + 1):
             self.task.check()
             with (
-                self._translated(address.host),
+                self._translated(address.netloc.decode("ascii", "replace")),
                 self._client.stream(
                     method, address, headers=headers, data=None if form is None else dict(form)
                 ) as response,
