@@ -12,6 +12,7 @@ BINDINGS = ("fdfs/mount.py", "fdfs/binds.py", "fdfs/binder.py")
 CONFINED = {
     "subprocess": (
         "engine/host.py",
+        "engine/programs.py",
         "engine/runtimes/*",
         "fdfs/mount.py",
         "fdfs/binds.py",

@@ -1,8 +1,8 @@
 """Credentials and challenges: who we are to a registry, and what it asks for. Floor 2.
 
 Only here: the login files of Docker and of the containers tools, and the grammar of WWW-Authenticate. Nothing is
-cached: files are read at each pull, so a fresh `docker login` counts. Credential helpers are programs, which this floor
-does not start; where a file only names a helper, `Found.helper` says so, for the hint of the refusal.
+cached: files are read at each pull, so a fresh `docker login` counts. A file that names a credential helper for the
+registry (credHelpers, else credsStore) has it asked first, as Docker does (helpers.py starts it).
 
 Sources: containers-auth.json(5); Docker's config.json and the older .dockercfg; RFC 9110 section 11.6.1;
 distribution "Token Authentication Specification".
@@ -15,11 +15,12 @@ import binascii
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.errors import EngineError
 from engine.images.reference import Reference
 
 MAX_FILE = 1 << 20
@@ -42,11 +43,15 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the files say: credentials or None, the file they are from, or the helper that would know."""
+    """What the files say: credentials or None, the file or helper they are from, the helper named, why it failed."""
 
     credentials: Credentials | None = None
     source: str = ""
     helper: str = ""
+    failure: str = field(default="", compare=False)
+
+
+Ask = Callable[[str, str], "tuple[str, str] | None"]  # helper's name, registry -> user name, secret
 
 
 def files(environ: Mapping[str, str] | None = None) -> list[Path]:
@@ -67,17 +72,32 @@ def files(environ: Mapping[str, str] | None = None) -> list[Path]:
     return out
 
 
-def find(reference: Reference, environ: Mapping[str, str] | None = None) -> Found:
-    """Credentials for a repository: the first file that has some wins. Unreadable or broken files have none."""
-    helper = ""
+def find(reference: Reference, environ: Mapping[str, str] | None = None, ask: Ask | None = None) -> Found:
+    """Credentials for a repository: the first file that has some wins. Unreadable or broken files have none.
+
+    `ask` asks a helper; without it helpers are only named. One that fails is no reason to stop: `failure` says why.
+    """
+    helper = failure = ""
     for path in files(environ):
         data = _load(path)
         if data is None:
             continue
-        if credentials := lookup(data, reference):
-            return Found(credentials, str(path))
-        helper = helper or _helper(data, reference.domain)
-    return Found(helper=helper)
+        named = _helper(data, reference.domain)
+        helper = helper or named
+        if named and ask is not None:
+            try:
+                answer = ask(named, reference.domain)
+            except EngineError as error:
+                failure = failure or error.reason
+                answer = None
+            if answer is not None:
+                user, secret = answer
+                token = user == "<token>"
+                credentials = Credentials("" if token else user, "" if token else secret, secret if token else "")
+                return Found(credentials, f"docker-credential-{named}", named)
+        if found := lookup(data, reference):
+            return Found(found, str(path))
+    return Found(helper=helper, failure=failure)
 
 
 def _load(path: Path) -> dict[str, Any] | None:
@@ -91,7 +111,9 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 def _helper(data: dict[str, Any], domain: str) -> str:
     helpers = data.get("credHelpers")
-    named = helpers.get(domain) if isinstance(helpers, dict) else None
+    named = None
+    if isinstance(helpers, dict):
+        named = helpers.get(domain) or next((helpers[key] for key in helpers if _normal(key) == _normal(domain)), None)
     named = named or data.get("credsStore")
     return named if isinstance(named, str) else ""
 

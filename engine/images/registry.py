@@ -19,14 +19,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from engine.errors import AccessDenied, Damaged, DeadlineExceeded, Unreachable, Unsupported
 from engine.images import auth
+from engine.images.helpers import ask
 from engine.images.manifests import ACCEPT, MAX_MANIFEST, Descriptor
 from engine.images.reference import Reference
-from engine.images.transport import Backoff, Policy, Retry, Transport
+from engine.images.registries import Rules
+from engine.images.transport import Backoff, Content, Policy, Retry, Transport
 from engine.jobs import Task
 
 if TYPE_CHECKING:
@@ -73,14 +76,20 @@ class Registry:
         insecure: bool = False,
         policy: Policy | None = None,
         environ: Mapping[str, str] | None = None,
+        rules: Rules | None = None,
+        actions: str = "pull",
     ) -> None:
         self.reference, self.task = reference, task
+        rules = rules or Rules()
         loopback = is_loopback(reference.domain)
-        self.plain = loopback or insecure or is_insecure(reference.domain)
+        self.plain = loopback or insecure or rules.insecure or is_insecure(reference.domain)
         host = HUB_HOST if reference.domain == "docker.io" else reference.domain
         self.base = f"{'http' if self.plain else 'https'}://{host}/v2/{reference.path}"
-        self._found = auth.find(reference, environ)
-        self._transport = Transport(task, policy or Policy(), secure=not self.plain, loopback=loopback)
+        self.scopes = [f"repository:{reference.path}:{actions}"]  # may be added to before the first request
+        self._environ = os.environ if environ is None else environ
+        self._transport = Transport(
+            task, policy or Policy(), secure=not self.plain, loopback=loopback, ca_file=rules.ca_file
+        )
         self._lock = threading.Lock()
         self._token: _Token | None = None
 
@@ -92,11 +101,31 @@ class Registry:
 
     # --- authorisation ----------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _found(self) -> auth.Found:
+        """Who we are, looked up (and a helper asked) when the registry wants to know."""
+        found = auth.find(self.reference, self._environ, lambda name, domain: ask(name, domain, self._environ))
+        if found.failure:
+            self.task.log(found.failure)
+        return found
+
     @contextmanager
-    def _open(self, url: str, headers: Mapping[str, str], what: str, statuses: set[int]) -> Iterator[httpx.Response]:
+    def _open(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        what: str,
+        statuses: set[int],
+        *,
+        method: str = "GET",
+        content: Content | None = None,
+    ) -> Iterator[httpx.Response]:
         """A response with one of `statuses`; a 401 is answered once with what it asks for."""
-        used = self._authorisation()
-        with self._transport.open(url, {**headers, **used}) as response:
+        own = (
+            urlsplit(url)[:2] == urlsplit(self.base)[:2]
+        )  # an upload may go on elsewhere: who we are is not told there
+        used = self._authorisation() if own else {}
+        with self._transport.open(url, {**headers, **used}, method=method, content=content) as response:
             challenged = response.status_code == 401 and urlsplit(self.base).netloc == response.url.netloc.decode()
             if not challenged:
                 self._transport.expect(response, what, statuses)
@@ -106,10 +135,24 @@ class Registry:
             if not header:
                 self._refuse(response, what)
         fresh = self._answer(auth.parse_challenges(header), used)
-        with self._transport.open(url, {**headers, **fresh}) as response:
+        with self._transport.open(url, {**headers, **fresh}, method=method, content=content) as response:
             if response.status_code == 401:
                 self._refuse(response, what)
             self._transport.expect(response, what, statuses)
+            yield response
+
+    @contextmanager
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        what: str,
+        statuses: set[int],
+        content: Content | None = None,
+    ) -> Iterator[httpx.Response]:
+        """One request with the repository's authorisation, for pushing. Retry for what may pass."""
+        with self._open(url, headers, what, statuses, method=method, content=content) as response:
             yield response
 
     def _refuse(self, response: httpx.Response, what: str) -> None:
@@ -118,8 +161,8 @@ class Registry:
         except AccessDenied as error:
             if self._found.credentials is not None:
                 error.hint = f"the login in {self._found.source} was refused: log in again"
-            elif self._found.helper:
-                error.hint = f"the login is kept by {self._found.helper}, which is not asked: use podman login"
+            elif self._found.failure:
+                error.hint = f"the login is kept by {self._found.helper}: {self._found.failure}"
             raise
 
     def _authorisation(self) -> dict[str, str]:
@@ -146,8 +189,8 @@ class Registry:
             if challenge.scheme == "basic":
                 if credentials is None or not credentials.username:
                     hint = "log in: docker login, podman login or skopeo login write the file that is read here"
-                    if self._found.helper:
-                        hint = f"the login is kept by {self._found.helper}, which is not asked: use podman login"
+                    if self._found.failure:
+                        hint = f"the login is kept by {self._found.helper}: {self._found.failure}"
                     raise AccessDenied(f"{self.reference.domain} wants a login", at=self.reference.name, hint=hint)
                 return _Token(credentials.basic(), float("inf"))
         schemes = ", ".join(challenge.scheme for challenge in challenges)[:100] or "nothing readable"
@@ -161,22 +204,22 @@ class Registry:
             raise AccessDenied("the registry names no token service", at=self.reference.domain)
         if realm.scheme == "http" and not self.plain:
             raise AccessDenied("the registry names a token service without TLS", at=realm.hostname)
-        query = {"scope": f"repository:{self.reference.path}:pull"}
-        if "service" in params:
-            query["service"] = params["service"]
+        query = {"service": params["service"]} if "service" in params else {}
         credentials, headers, form = self._found.credentials, {}, None
         if credentials is not None and credentials.identity_token:
             form = {
                 "grant_type": "refresh_token",
                 "refresh_token": credentials.identity_token,
                 "client_id": "flying-dutchman",
+                "scope": " ".join(self.scopes),
                 **query,
             }
             url = urlunsplit((realm.scheme, realm.netloc, realm.path, realm.query, ""))
         else:
             if credentials is not None:
                 headers["Authorization"] = credentials.basic()
-            asked = "&".join(filter(None, (realm.query, urlencode(query))))
+            words = [*(("scope", scope) for scope in self.scopes), *query.items()]
+            asked = "&".join(filter(None, (realm.query, urlencode(words))))
             url = urlunsplit((realm.scheme, realm.netloc, realm.path, asked, ""))
         what = f"a token for {self.reference.name}"
         backoff = Backoff(self._transport.policy, self.task)

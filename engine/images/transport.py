@@ -18,7 +18,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 MAX_REDIRECTS = 5
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+Content = Callable[[], "bytes | Iterable[bytes]"]  # a request's body, from its start at each call
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Backoff:
 class Transport:
     """GET and POST with the bounds of `policy`. A context manager."""
 
-    def __init__(self, task: Task, policy: Policy, *, secure: bool, loopback: bool) -> None:
+    def __init__(self, task: Task, policy: Policy, *, secure: bool, loopback: bool, ca_file: str = "") -> None:
         import httpx
 
         self.task, self.policy, self.secure = task, policy, secure
@@ -108,7 +109,7 @@ class Transport:
             timeout=timeout,
             follow_redirects=False,
             trust_env=not loopback,  # proxies; never for a registry on this machine
-            verify=_trust() if secure else False,
+            verify=_trust(ca_file) if secure else False,
             limits=httpx.Limits(max_connections=16, keepalive_expiry=20),
             headers={"User-Agent": "flying-dutchman", "Accept-Encoding": "identity"},
             default_encoding="utf-8",
@@ -132,9 +133,18 @@ class Transport:
 
     @contextmanager
     def open(
-        self, url: str, headers: Mapping[str, str], *, method: str = "GET", form: Mapping[str, str] | None = None
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        method: str = "GET",
+        form: Mapping[str, str] | None = None,
+        content: Content | None = None,
     ) -> Iterator[httpx.Response]:
-        """The response to a request, redirects followed, body unread. Retry for what may pass."""
+        """The response to a request, redirects followed, body unread. Retry for what may pass.
+
+        `content` gives the body to send (again, for a redirect that asks for it), as long as Content-Length says.
+        """
         import httpx
 
         address = httpx.URL(url)
@@ -144,7 +154,11 @@ class Transport:
             with (
                 self._translated(address.netloc.decode("ascii", "replace")),
                 self._client.stream(
-                    method, address, headers=headers, data=None if form is None else dict(form)
+                    method,
+                    address,
+                    headers=headers,
+                    data=None if form is None else dict(form),
+                    content=None if content is None else content(),
                 ) as response,
             ):
                 if response.status_code not in REDIRECTS or "location" not in response.headers:
@@ -159,6 +173,8 @@ class Transport:
                             self._sockets.discard(sock)
                     return
                 target = self._redirected(address, response.headers["location"])
+                if method not in ("GET", "HEAD") and form is None and response.status_code not in (307, 308):
+                    raise Unreachable("the registry redirects what is sent to it", at=address.host)
             if form is not None:
                 raise AccessDenied("the token service redirects, which would hand the secret on", at=address.host)
             if _origin(target) != _origin(address):
@@ -255,11 +271,18 @@ class Transport:
         return f", {' '.join(text.split())[:200]}"
 
 
-def _trust() -> Any:
-    """The system's certificate authorities where it has some ($SSL_CERT_FILE, $SSL_CERT_DIR), else those shipped."""
+def _trust(ca_file: str) -> Any:
+    """The system's certificate authorities where it has some ($SSL_CERT_FILE, $SSL_CERT_DIR), else those shipped;
+    besides, those in `ca_file`."""
     import ssl
 
     context = ssl.create_default_context()
+    if ca_file:
+        try:
+            context.load_verify_locations(ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise AccessDenied(f"the certificates of registries.yaml cannot be read: {error}", at=ca_file) from error
+        return context
     if not context.cert_store_stats()["x509_ca"] and not os.environ.get("SSL_CERT_DIR"):
         return True
     return context

@@ -18,6 +18,8 @@ from engine.images.archive import load as load_archive
 from engine.images.export import export as export_tree
 from engine.images.gc import Scope
 from engine.images.pull import pull as pull_image
+from engine.images.push import check as check_push
+from engine.images.push import push as push_image
 from engine.images.reference import parse as parse_reference
 from engine.images.save import FORMATS
 from engine.images.save import save as save_image
@@ -248,6 +250,15 @@ def verify(engine: Any, digest: str, call: Call) -> str:
     return job_reply(engine.jobs.start(f"verify {digest}", work))
 
 
+def push(engine: Any, digest: str, call: Call) -> str:
+    named = check_push(engine.images, digest, call.args[0])
+
+    def work(task: Any) -> str:
+        return str(push_image(engine.images, digest, named, task))
+
+    return job_reply(engine.jobs.start(f"push {digest} {call.args[0]}", work))
+
+
 def _vacant(text: str) -> str:
     """A file of the host that is to be made: refused now rather than in the job when it is there."""
     if os.path.lexists(_host_path(text)) and not (os.path.isdir(text) and not os.listdir(text)):
@@ -296,6 +307,7 @@ IMAGE = Dir(
             verbs=table(
                 Verb(name="tag", args="REF", doc="give it one more name", run=tag),
                 Verb(name="untag", args="REF", doc="take a name away", run=untag),
+                Verb(name="push", args="REF", doc="send it to a registry under this name (a job)", run=push),
                 Verb(
                     name="save",
                     args="PATH [format=…]",
