@@ -101,7 +101,7 @@ class Transport:
         import httpx
 
         self.task, self.policy, self.secure = task, policy, secure
-        self._sockets: set[Any] = set()
+        self._sockets: set[socket.socket] = set()  # of all open connections
         self._lock = threading.Lock()
         self._closed = False
         timeout = httpx.Timeout(policy.read, connect=policy.connect)
@@ -131,6 +131,14 @@ class Transport:
                 with suppress(OSError, AttributeError):
                     sock.shutdown(socket.SHUT_RDWR)
 
+    def _connected(self, event: str, info: Mapping[str, Any]) -> None:
+        """httpcore's trace: a new connection can be interrupted before its server has answered at all."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            sock = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets = {old for old in self._sockets if old.fileno() >= 0} | {sock}
+            self.task.check()
+
     @contextmanager
     def open(
         self,
@@ -159,18 +167,12 @@ class Transport:
                     headers=headers,
                     data=None if form is None else dict(form),
                     content=None if content is None else content(),
+                    extensions={"trace": self._connected},
                 ) as response,
             ):
                 if response.status_code not in REDIRECTS or "location" not in response.headers:
-                    sock = _socket(response)
-                    with self._lock:
-                        self._sockets.add(sock)
-                    try:
-                        self.task.check()
-                        yield response
-                    finally:
-                        with self._lock:
-                            self._sockets.discard(sock)
+                    self.task.check()
+                    yield response
                     return
                 target = self._redirected(address, response.headers["location"])
                 if method not in ("GET", "HEAD") and form is None and response.status_code not in (307, 308):
@@ -286,11 +288,6 @@ def _trust(ca_file: str) -> Any:
     if not context.cert_store_stats()["x509_ca"] and not os.environ.get("SSL_CERT_DIR"):
         return True
     return context
-
-
-def _socket(response: httpx.Response) -> Any:
-    stream = response.extensions.get("network_stream")
-    return stream.get_extra_info("socket") if stream is not None else None
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
