@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from engine.errors import InvalidArgument, NotFound, TooLarge
-from engine.model import MAX_DOCUMENT, ContainerConfig, MountKind, MountSpec, one_line
+from engine.model import MAX_DOCUMENT, ContainerConfig, MountKind, MountSpec, load_yaml, one_line
 
 FIELDS = tuple(ContainerConfig.model_fields)
 ARGV = frozenset({"command", "entrypoint"})
@@ -72,10 +72,7 @@ def parse_field(field: str, text: str) -> Any:
     if field in LISTS:
         return [line.strip() for line in text.split("\n") if line.strip()]
     if field == "volumes":
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise InvalidArgument(f"volumes: not YAML: {' '.join(str(error).split())[:300]}", at="volumes") from error
+        value = load_yaml(text, "volumes")
         return text.strip() if isinstance(value, str) else value
     value = text.strip()
     if "\n" in value:

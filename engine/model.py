@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import InvalidArgument, TooLarge
 
 DIGEST = re.compile(r"^sha256:[0-9a-f]{64}\Z")
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}\Z")  # container and volume names, as Docker's
 MAX_DOCUMENT = 1 << 20  # bytes of a config.yaml
+MAX_NODES = 1 << 20  # values in it, once its aliases are written out
 
 
 def check_digest(text: str) -> str:
@@ -111,8 +113,8 @@ def parse_argv(value: Any) -> Any:
     return value
 
 
-Size = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(parse_size)]
-Seconds = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(parse_seconds)]
+Size = Annotated[Annotated[int, Field(ge=0, lt=1 << 63)] | None, BeforeValidator(parse_size)]
+Seconds = Annotated[Annotated[float, Field(ge=0, le=1e9)] | None, BeforeValidator(parse_seconds)]
 Mapping = Annotated[dict[str, str], BeforeValidator(parse_mapping)]
 Argv = Annotated[tuple[str, ...] | None, BeforeValidator(parse_argv)]
 
@@ -146,6 +148,13 @@ class MountSpec(Frozen):
         if not path.is_absolute() or ".." in path.parts or str(path) == "/" or "\0" in value:
             raise ValueError("must be an absolute path inside the container, without '..', and not /")
         return str(path)
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        if value.startswith("~") and value[1:2] not in ("", "/"):
+            raise ValueError("only ~/ is expanded, not another user's home")
+        return value
 
 
 def parse_mounts(value: Any) -> Any:
@@ -217,6 +226,66 @@ class ContainerConfig(Frozen):
                 raise ValueError(f"bad key {key!r}")
         return value
 
+    @model_validator(mode="after")
+    def _plain_texts(self) -> ContainerConfig:
+        """What can neither be stored nor handed to a process or the kernel is refused where it is written."""
+        for name, value in self.model_dump().items():
+            for text in _texts(value):
+                if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+                    raise ValueError(f"{name}: contains a NUL or half a surrogate pair")
+        return self
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _expanded(node: Any, sizes: dict[int, int]) -> int:
+    """Nodes that `node` stands for once every alias in it is written out; the memo makes this linear."""
+    known = sizes.get(id(node))
+    if known is not None:
+        return known
+    sizes[id(node)] = MAX_NODES  # met again below itself, it has no end
+    total = 1
+    if isinstance(node, yaml.SequenceNode):
+        total += sum(_expanded(item, sizes) for item in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        total += sum(_expanded(key, sizes) + _expanded(item, sizes) for key, item in node.value)
+    sizes[id(node)] = min(total, MAX_NODES)
+    return sizes[id(node)]
+
+
+def load_yaml(text: str | bytes, document: str) -> Any:
+    """Plain data from YAML. E2BIG above 1 MiB; EINVAL says what else is wrong: also aliases that stand
+    for more than could be written."""
+    if len(text) > MAX_DOCUMENT:
+        raise TooLarge(f"{document} is larger than {MAX_DOCUMENT} bytes")
+    try:
+        loader = yaml.SafeLoader(text.decode() if isinstance(text, bytes) else text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _expanded(node, {}) >= MAX_NODES:
+                raise InvalidArgument(f"{document}: its aliases stand for more than {MAX_NODES} values")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise InvalidArgument(f"{document}: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's constructors let Python's own errors through: `2024-13-45`, `!!bool x`, 5000 digits
+        raise InvalidArgument(f"{document}: not YAML: {' '.join(str(error).split())[:300]}") from error
+
 
 def one_line(error: ValidationError, document: str) -> InvalidArgument:
     """The first fault of a pydantic error as one line that names the field."""
@@ -231,14 +300,7 @@ def one_line(error: ValidationError, document: str) -> InvalidArgument:
 
 def parse_config(text: str | bytes) -> ContainerConfig:
     """A config.yaml, validated whole. EINVAL names the line or the field; E2BIG above 1 MiB."""
-    if len(text) > MAX_DOCUMENT:
-        raise TooLarge(f"config.yaml is larger than {MAX_DOCUMENT} bytes")
-    try:
-        if isinstance(text, bytes):
-            text = text.decode()
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidArgument(f"config.yaml: not YAML: {' '.join(str(error).split())}") from error
+    data = load_yaml(text, "config.yaml")
     if data is None:
         data = {}
     if not isinstance(data, dict):

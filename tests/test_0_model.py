@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -134,3 +135,50 @@ def test_image_configs_keep_what_is_known() -> None:
     image = ImageConfig.model_validate({"os": "linux", "config": {"Cmd": ["a"], "Unknown": 1}, "more": []})
     assert image.runtime.cmd == ("a",)
     assert ImageConfig().runtime.entrypoint is None
+
+
+def _bomb(line: str, levels: int = 40) -> str:
+    return "z0: &a0 {k: v}\n" + "".join(line.format(i=i, j=i - 1) for i in range(1, levels))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _bomb("z{i}: &a{i} {{<<: [*a{j}, *a{j}]}}\n"),
+        _bomb("z{i}: &a{i} [*a{j}, *a{j}]\n") + "stop_grace_period: *a39\n",
+        _bomb("z{i}: &a{i} [*a{j}, *a{j}]\n") + "env: [*a39]\n",
+        "labels: &a [*a]\n",
+    ],
+)
+def test_aliases_that_stand_for_too_much_are_refused_at_once(text: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(InvalidArgument, match="aliases"):
+        parse_config(text)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("pids: " + "9" * 5000, "not YAML"),
+        ("image: 2024-13-45", "not YAML"),
+        ("tty: !!bool x", "not YAML"),
+        ("image: !!timestamp x", "not YAML"),
+        ('labels: {a: "\\ud800"}', "labels: contains"),
+        ('command: ["a\\0b"]', "command: contains"),
+        ('volumes: ["/a\\0b:/x"]', "volumes: contains"),
+        ('volumes: ["~nobody/x:/x"]', "only ~/"),
+        ("stop_grace_period: .inf", "stop_grace_period"),
+        ("stop_grace_period: 1.0e+300", "stop_grace_period"),
+        ("memory: 99999999999999999999", "memory"),
+        ("[" * 5000, "nested"),
+    ],
+)
+def test_what_would_fail_later_is_refused_where_it_is_written(text: str, reason: str) -> None:
+    with pytest.raises(InvalidArgument, match=reason):
+        parse_config(text)
+
+
+def test_ordinary_aliases_and_merges_are_taken() -> None:
+    config = parse_config("env: &e {a: b}\nlabels:\n  <<: *e\n  c: d\n")
+    assert config.labels == {"a": "b", "c": "d"}
