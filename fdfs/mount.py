@@ -31,7 +31,7 @@ from fdfs.ops import Operations
 
 log = logging.getLogger(__name__)
 
-THREADS, MAX_THREADS = 6, 64
+THREADS, MAX_THREADS = 6, 256
 LATIN = "latin-1"
 SUBTYPE = "dutchman"
 
@@ -160,19 +160,17 @@ class Binding:
         self.direct = {name: self._callback(name, args) for name, args in PROTOTYPES.items()}
 
     def __call__(self, operation: str, *args: Any) -> Any:
-        return self._ops.guard(operation, getattr(self, operation), *args)
+        self._busy(1)
+        try:
+            return self._ops.guard(operation, getattr(self, operation), *args)
+        finally:
+            self._busy(-1)
 
     def _callback(self, name: str, args: tuple[Any, ...]) -> Any:
         call = getattr(self, "_" + name)
         failure = self._ops.failure
 
-        def quick(*values: Any) -> int:
-            try:
-                return call(*values) or 0
-            except BaseException as error:
-                return -failure(name, error)
-
-        def slow(*values: Any) -> int:
+        def guarded(*values: Any) -> int:
             self._busy(1)
             try:
                 return call(*values) or 0
@@ -181,7 +179,7 @@ class Binding:
             finally:
                 self._busy(-1)
 
-        return ctypes.CFUNCTYPE(_int, *args)(slow if name in ("read", "write", "flush") else quick)
+        return ctypes.CFUNCTYPE(_int, *args)(guarded)
 
     # --- direct callbacks: bytes paths, raw addresses ---------------------------------------------------------------
 

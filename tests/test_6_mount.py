@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,6 +250,33 @@ def test_wait_does_not_hold_up_others(web: Daemon) -> None:
     finally:
         for process in waiting:
             process.wait(10)
+
+
+def test_a_hundred_waiting_readers_leave_room_for_others(web: Daemon) -> None:
+    web.sh("echo busybox > containers/web/config/image; echo start > containers/web/ctl")
+    web.until("cat containers/web/state", "running")
+    done = threading.Event()
+
+    def wait() -> None:
+        while not done.is_set():
+            (web.mount / "containers/web/wait").read_bytes()
+
+    waiting = [threading.Thread(target=wait) for _ in range(100)]
+    for thread in waiting:
+        thread.start()
+    try:
+        time.sleep(0.5)
+        longest = 0.0
+        for _ in range(20):
+            began = time.monotonic()
+            assert (web.mount / "containers/web/state").read_text() == "running\n"
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(0.05)
+        assert longest < 0.5
+    finally:
+        done.set()
+        for thread in waiting:
+            thread.join(10)
 
 
 def test_growing_files_are_followed(daemon: Daemon, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from fdfs.tree.errors import error_file
 from fdfs.tree.text import flat, line, stamp
 
 WAIT_SECONDS = 0.9  # a blocked handler makes its caller unkillable: short
+MAX_WAITING = 128  # reads of `wait` that wait at the same time: half of the mount's threads
+
+_waiting = threading.BoundedSemaphore(MAX_WAITING)
 
 
 def object_of(engine: Any, name: str) -> str:
@@ -148,7 +152,13 @@ def log_mtime(engine: Any, name: str, view: str) -> int:
 
 
 def wait(engine: Any, name: str) -> str:
-    code = engine.containers.wait(name, WAIT_SECONDS)
+    if not _waiting.acquire(blocking=False):  # too many already: the rest of the mount must go on being served
+        code = engine.containers.wait(name, 0)
+        return "" if code is None else line(code)
+    try:
+        code = engine.containers.wait(name, WAIT_SECONDS)
+    finally:
+        _waiting.release()
     return "" if code is None else line(code)
 
 
