@@ -44,6 +44,7 @@ from engine.volumes import Volumes
 log = logging.getLogger(__name__)
 
 LOG_SIZE, LOG_KEPT = 4 << 20, 3  # bytes of engine.log, and how many older ones
+DATABASE = ("db.sqlite", "db.sqlite-wal", "db.sqlite-shm")  # the database, then its side files
 DIRECTORIES = ("blobs", "layers", "trees", "containers", "volumes", "run", "tmp")
 PARTIAL = "partial-"  # downloads in tmp/ that can be resumed
 MAX_LINE = 2000  # characters of a command line kept in its event
@@ -55,6 +56,18 @@ def version() -> str:
         return metadata.version("flying-dutchman")
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _make_private(path: Path, *, create: bool) -> None:
+    """Mode 0600, whatever the umask and the mode of the store's directory (someone may have made it before us)."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o600)
+    except FileNotFoundError:
+        return
+    try:
+        os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
 
 
 class Engine:
@@ -84,9 +97,10 @@ class Engine:
             (self.store / name).mkdir(mode=0o700, exist_ok=True)
         undo.callback(self._log_to_file())
         self._empty_tmp()
-        self.meta = Meta(self.store / "db.sqlite")
+        for name in DATABASE:  # SQLite gives its side files the mode of the database: that is set before, not after
+            _make_private(self.store / name, create=name == DATABASE[0])
+        self.meta = Meta(self.store / DATABASE[0])
         undo.callback(self.meta.close)
-        os.chmod(self.store / "db.sqlite", 0o600)
         self.journal = Journal(self.meta)
         undo.callback(self.journal.close)
         self.failures = Failures(self.meta)
@@ -141,6 +155,7 @@ class Engine:
 
     def _log_to_file(self) -> Callable[[], None]:
         """engine.log gets what the engine's and the mount's loggers say; returns how to end that."""
+        _make_private(self.store / "engine.log", create=True)
         handler = logging.handlers.RotatingFileHandler(
             self.store / "engine.log", maxBytes=LOG_SIZE, backupCount=LOG_KEPT, encoding="utf-8"
         )

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.errors import EngineError, NoSpace
+from engine.errors import EngineError, NoSpace, NotFound
 from engine.events import Journal
 from engine.execution import Execution
 from engine.lifecycle import ALIVE, State
@@ -137,6 +137,8 @@ class Monitor:
                         before, now[stream] = told.get(stream, 0), logs.size(stream)
                         if now[stream] > before:
                             data[stream] = [before, now[stream]]
+                except NotFound:
+                    continue  # it is being removed
                 except (EngineError, OSError) as error:
                     log.warning("container %s: its log cannot be read: %s", container.id, error)
                     continue
@@ -163,6 +165,8 @@ class Monitor:
                 config.log_max_age,
                 lambda: self._execution.driver_of(container).reopen_log(container.id),
             )
+        except NotFound:
+            pass  # it is being removed
         except (EngineError, OSError) as error:
             log.warning("container %s: its log was not rotated: %s", container.id, error)
 

@@ -41,6 +41,15 @@ def test_a_store_is_private_and_locked_by_one_engine_at_a_time(engine: Engine) -
     Engine(engine.store, runtime="fake").close()
 
 
+def test_files_are_private_even_in_a_directory_others_can_enter(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir(mode=0o755)
+    with Engine(store, runtime="fake") as engine:
+        add_image(engine, IMAGE)
+        found = [path for path in store.iterdir() if stat.S_IMODE(path.stat().st_mode) & 0o077]
+        assert found == []
+
+
 def test_an_unknown_runtime_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="vmware"):
         Engine(tmp_path / "store", runtime="vmware")
