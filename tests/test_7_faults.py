@@ -152,10 +152,10 @@ def test_a_pull(engine: Dutchman, archive: Path, tmp_path: Path) -> None:
         wait_for(lambda: busy_bytes(engine) > 20 * MEGABYTE, what="the pull is under way")
         engine.kill()
         engine.up()
-        assert engine.read("jobs/1/state") == "failed"
-        assert os.listdir(engine.mount / "images" / "by-digest") == []
+        assert engine.read("jobs/1/state") in ("running", "done")  # it goes on by itself
+        wait_for(lambda: engine.read("jobs/1/state") != "running", seconds=60, what="the pull ends")
+        assert engine.read("jobs/1/state") == "done"
         consistent(engine)
-        assert engine.job(f"pull {name}") == ("done", "")
         whole(engine, name)
     consistent(engine)
 

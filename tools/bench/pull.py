@@ -1,4 +1,4 @@
-"""Pull of an image of ten layers from a registry on this machine, a second one with nine shared layers, and its removal.
+"""Pull of an image of ten layers from a local registry, a second one with nine shared layers, and its removal.
 
     python tools/bench/pull.py [--megabytes N] [--rounds N] [--compression gzip|zstd]
 
