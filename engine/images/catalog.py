@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -259,7 +259,8 @@ class Images:
             try:
                 chain = self.trees.build(diff_ids)
                 for diff_id in dict.fromkeys(diff_ids):
-                    self.trees.build([diff_id])
+                    with suppress(Damaged):  # it may link to files of those below it
+                        self.trees.build([diff_id])
             except EngineError:
                 self._uncollected = True  # layers that cannot be merged are of no use to anyone
                 raise

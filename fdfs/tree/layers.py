@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from engine.errors import InvalidArgument, NotFound
+from engine.store.index import Kind
 from fdfs.entry import BindSource, Dir, File, Row
 from fdfs.rootfs import TreeGraft
 from fdfs.tree.text import line, lines, paths
@@ -101,16 +103,21 @@ def changes(engine: Any, diff_id: str) -> bytes:
     """A, M or D and a path per line. Without the tree below at hand, what is there counts as added."""
     below = _below(engine, diff_id)
     out: list[tuple[bytes, str]] = [(_absolute(path), "D") for path in engine.layers.deleted(diff_id)]
-    tree = engine.trees.open(diff_id)
-    stack = [(tree.root, b"")]
-    while stack:
-        nid, prefix = stack.pop()
-        for name, child, mode in tree.readdir(nid):
-            path = prefix + b"/" + name
-            out.append((path, "M" if below is not None and _in(below, path) else "A"))
-            if mode & 0o170000 == 0o040000:
-                stack.append((child, path))
+    for path, what in _entries(engine, diff_id):
+        out.append((path, "M" if below is not None and _in(below, path) else what))
     return b"".join(kind.encode() + b" " + paths([path]) for path, kind in sorted(out))
+
+
+def _entries(engine: Any, diff_id: str) -> Iterator[tuple[bytes, str]]:
+    """Every path the layer brings, by its tree; of one that makes no tree by itself, by its archive."""
+    if not engine.trees.has(diff_id):
+        seen = {
+            entry.path for entry in engine.layers.entries(diff_id) if entry.kind not in (Kind.WHITEOUT, Kind.OPAQUE)
+        }
+        yield from ((_absolute(path), "A") for path in sorted(seen - {b""}))
+        return
+    for path, _ in engine.trees.open(diff_id).walk():
+        yield _absolute(path), "A"
 
 
 def _absolute(path: bytes) -> bytes:
