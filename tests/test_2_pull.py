@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 from engine.errors import AccessDenied, InvalidArgument, NotFound
+from engine.images import manifests, platforms, registries
+from engine.images.manifests import Descriptor
+from engine.images.mirrors import Mirrored
 from engine.images.pull import pull
+from engine.images.reference import parse
+from engine.images.transport import Policy
 from engine.jobs import Cancelled, Jobs, State, Task
 from tests.imagestore import ImageStore
 from tests.ociimages import (
@@ -300,3 +305,96 @@ def test_a_cancelled_task_does_nothing(tmp_path: Path, registry: Registry) -> No
         task.cancel()
         with pytest.raises(Cancelled):
             pull(store.images, registry.name("demo:1"), None, task)
+
+
+# --- several platforms of one reference -----------------------------------------------------------------------------
+
+
+def test_an_index_is_kept_and_its_other_platforms_are_shown(tmp_path: Path, registry: Registry) -> None:
+    name = registry.name("demo:1")
+    with ImageStore(tmp_path / "store") as store:
+        amd = pull(store.images, name, "linux/amd64")
+        (there,) = [entry for entry in platforms.listed(store.images, amd.digest) if entry.name == "linux-arm64"]
+        assert not there.present and there.size > 0
+        arm = pull(store.images, name, "linux/arm64")
+        assert arm.digest == there.digest
+        own = amd if str(manifests.host()) == "linux/amd64" else arm
+        assert store.images.tags()[name] == own.digest  # a chosen platform does not take the name of this host's
+        assert {(entry.name, entry.present) for entry in platforms.listed(store.images, arm.digest)} == {
+            ("linux-amd64", True),
+            ("linux-arm64", True),
+        }
+        indexes = [digest for digest in store.blobs.all() if b'"manifests"' in store.blobs.read(digest, 1 << 24)[:200]]
+        assert len(indexes) == 1
+        store.images.collect()
+        assert store.blobs.has(indexes[0])
+        for image in (amd, arm):
+            store.images.remove(image.digest)
+        assert store.blobs.all() == []
+        plain = pull(store.images, registry.name("plain:gzip"))
+        assert platforms.listed(store.images, plain.digest) == []
+
+
+# --- mirrors --------------------------------------------------------------------------------------------------------
+
+
+def test_mirrors_are_asked_first_and_nothing_depends_on_them(tmp_path: Path, registry: Registry, layout: Path) -> None:
+    quick = Policy(attempts=2, base=0.01, cap=0.02, budget=5, connect=2, read=5)
+    with Registry(tmp_path) as mirror, ImageStore(tmp_path / "store") as store:
+        mirror.push_layout(layout, "hub/plain:gzip", "gzip")
+        document = f"registries:\n  {registry.host}:\n    mirrors: ['127.0.0.1:1', '{mirror.host}/hub']\n"
+        registries.write(store.root, document.encode())
+        task = Task()
+        image = pull(store.images, registry.name("plain:gzip"), task=task, policy=quick)
+        assert "mirror 127.0.0.1:1" in task.log_text() and f"mirror {mirror.host}" not in task.log_text()
+        assert store.images.references(image.digest) == [registry.name("plain:gzip")]
+        task = Task()
+        pull(store.images, registry.name("plain:zstd"), task=task, policy=quick)  # only in the registry itself
+        assert f"mirror {mirror.host}" in task.log_text()
+        # only there
+        store.images.remove(registry.name("plain:gzip"))
+        registries.write(store.root, f"registries:\n  nowhere.invalid:\n    mirrors: ['{mirror.host}/hub']\n".encode())
+        again = pull(store.images, "nowhere.invalid/plain:gzip", policy=quick)
+        assert again.digest == image.digest
+
+
+def test_a_mirror_that_breaks_off_is_followed_by_the_next(tmp_path: Path, registry: Registry) -> None:
+    with ImageStore(tmp_path / "store") as store:
+        name = parse(registry.name("demo:1"))
+        with Mirrored(store.root, name, Task()) as source:
+            raw, _, _ = source.manifest("1")
+            entry = Descriptor("x", "sha256:" + "0" * 64, 10)
+
+            class Half:
+                reference = name
+
+                def blob(self, entry: Descriptor, offset: int) -> Iterator[bytes]:
+                    yield b"01234"
+                    raise NotFound("gone")
+
+            class Rest(Half):
+                def blob(self, entry: Descriptor, offset: int) -> Iterator[bytes]:
+                    yield b"0123456789"[offset:]
+
+            source._mirrors = [Half(), Rest()]  # type: ignore[list-item]
+            assert b"".join(source.blob(entry, 0)) == b"0123456789" and raw
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("[", "not YAML"),
+    ("- a", "mapping"),
+    ("registry: {}", "registry: unknown field"),
+    ("registries: {'http://x': {}}", "host"),
+    ("registries: {x.y: {mirrors: ['https://m']}}", "mirrors"),
+    ("registries: {x.y: {insecure: perhaps}}", "insecure"),
+    ("registries: {x.y: {ca_file: relative}}", "absolute"),
+    ("default: {ca_file: /nonexistent}", "no such file"),
+    ("default: {ca_file: /etc/passwd}", "no certificate"),
+])  # fmt: skip
+def test_registries_yaml_is_checked_whole(tmp_path: Path, text: str, match: str) -> None:
+    registries.write(tmp_path, b"registries: {a.b: {insecure: true}}")
+    with pytest.raises(InvalidArgument, match=match):
+        registries.write(tmp_path, text.encode())
+    assert registries.load(tmp_path).rules("a.b").insecure
+    assert not registries.load(tmp_path).rules("c.d").insecure
+    assert registries.parse(registries.EMPTY) == registries.Registries()

@@ -46,6 +46,7 @@ class Holdings:
     layers: list[str]  # newest first
     trees: list[str]
     blobs: list[str]  # oldest first
+    indexes: dict[str, list[str]]  # image -> indexes that list it
 
     @classmethod
     def read(cls, meta: Meta) -> Holdings:
@@ -56,6 +57,9 @@ class Holdings:
         deps: dict[str, list[str]] = {}
         for row in meta.query("SELECT diff_id, dep FROM layer_deps"):
             deps.setdefault(row[0], []).append(row[1])
+        indexes: dict[str, list[str]] = {}
+        for row in meta.query("SELECT manifest, index_digest FROM index_entries"):
+            indexes.setdefault(row[0], []).append(row[1])
         return cls(
             images,
             layers_of,
@@ -63,6 +67,7 @@ class Holdings:
             [row[0] for row in meta.query("SELECT diff_id FROM layers ORDER BY id DESC")],
             [row[0] for row in meta.query("SELECT chain_id FROM trees ORDER BY chain_id")],
             [row[0] for row in meta.query("SELECT digest FROM blobs ORDER BY created_ns, digest")],
+            indexes,
         )
 
     def needed(self, without: Container[str] = ()) -> tuple[set[str], set[str], set[str]]:
@@ -73,7 +78,7 @@ class Holdings:
         for digest, (config, chain) in self.images.items():
             if digest in without:
                 continue
-            blobs |= {digest, config}
+            blobs |= {digest, config, *self.indexes.get(digest, ())}
             trees.add(chain)
             for diff_id, blob in self.layers_of.get(digest, ()):
                 layers.add(diff_id)

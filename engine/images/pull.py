@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from itertools import chain
 
 from engine.errors import Damaged, EngineError, InvalidArgument, NotFound
-from engine.images import manifests
+from engine.images import manifests, platforms
 from engine.images.catalog import Image, Images
 from engine.images.manifests import Descriptor, Index, Manifest, Platform
+from engine.images.mirrors import Mirrored
 from engine.images.reference import DEFAULT_TAG, Reference, parse
 from engine.images.registry import Registry
 from engine.images.transport import Policy
@@ -108,11 +109,12 @@ def pull(
         raise InvalidArgument("a name is needed to pull, a digest alone says not from where", at=named.digest)
     wanted = manifests.parse_platform(platform) if isinstance(platform, str) else platform
     name = named.normalised()
-    with images.lease(), Registry(named, task, insecure=insecure, policy=policy) as registry:
+    store = images.blobs.root
+    with images.lease(), Mirrored(store, named, task, insecure=insecure, policy=policy) as registry:
         task.progress(f"resolving {name}")
         raw, media_type, digest = registry.manifest(named.digest or named.tag or DEFAULT_TAG)
         task.log(f"{name} is {digest}")
-        raw, media_type, manifest = _choose(registry, raw, media_type, wanted)
+        raw, media_type, manifest, index = _choose(images, registry, raw, media_type, wanted)
         config_raw = _config(images, registry, manifest.config)
         config = manifests.parse_config(config_raw)
         manifests.check_pair(manifest, config)
@@ -122,17 +124,22 @@ def pull(
         _layers(images, registry, manifest, config, task)
         task.check()
         task.progress(f"building the tree of {name}")
-        image = images.add(raw, manifest.media_type, name)
+        takes = platforms.takes_name(images, name, index, wanted)
+        image = images.add(raw, manifest.media_type, name if takes else None)
         task.progress(f"pulled {name} {image.digest}")
         return image
 
 
-def _choose(registry: Registry, raw: bytes, media_type: str, wanted: Platform | None) -> tuple[bytes, str, Manifest]:
-    """Down through indexes to the manifest of the wanted platform."""
+def _choose(
+    images: Images, registry: Registry, raw: bytes, media_type: str, wanted: Platform | None
+) -> tuple[bytes, str, Manifest, str]:
+    """Down through indexes to the manifest of the wanted platform, and the digest of the index that lists it ('')."""
+    index = ""
     for _ in range(MAX_DEPTH + 1):
         document = manifests.parse(raw, media_type)
         if isinstance(document, Manifest):
-            return raw, document.media_type, document
+            return raw, document.media_type, document, index
+        index = platforms.keep(images, raw, document)
         raw, media_type = _entry(registry, document, wanted)
     raise Damaged(f"more than {MAX_DEPTH} indexes within one another", at=registry.reference.normalised())
 

@@ -101,6 +101,16 @@ CREATE TABLE IF NOT EXISTS image_layers (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS image_layers_diff ON image_layers (diff_id);
 
+-- platform -> manifest of each index (a blob) that was pulled, whether that image is here or not
+CREATE TABLE IF NOT EXISTS index_entries (
+    index_digest TEXT NOT NULL,
+    platform    TEXT NOT NULL,           -- os/arch[/variant]
+    manifest    TEXT NOT NULL,           -- digest
+    size        INTEGER NOT NULL,        -- bytes of that manifest
+    PRIMARY KEY (index_digest, platform)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS index_entries_manifest ON index_entries (manifest);
+
 -- names of images: normalised references (docker.io/library/nginx:1.27)
 CREATE TABLE IF NOT EXISTS tags (
     reference   TEXT PRIMARY KEY,

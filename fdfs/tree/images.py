@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.errors import AlreadyExists, InvalidArgument, NotFound
+from engine.images import platforms
 from engine.images.archive import import_rootfs
 from engine.images.archive import load as load_archive
 from engine.images.export import export as export_tree
@@ -159,6 +160,40 @@ def layer_target(engine: Any, digest: str, number: str) -> str:
     return f"../../../../layers/{engine.images.layers(digest)[int(number)].diff_id}"
 
 
+def _platform_names(engine: Any, digest: str) -> list[str]:
+    return [entry.name for entry in platforms.listed(engine.images, digest)]
+
+
+def _entry(engine: Any, digest: str, name: str) -> platforms.Entry:
+    for entry in platforms.listed(engine.images, digest):
+        if entry.name == name:
+            return entry
+    raise NotFound("the index lists no such platform", at=name)
+
+
+def _platform(engine: Any, digest: str, name: str) -> Row | None:
+    try:
+        return PLATFORM if _entry(engine, digest, name).present else ABSENT
+    except NotFound:
+        return None
+
+
+def platform_target(engine: Any, digest: str, name: str) -> str:
+    return f"../../{_entry(engine, digest, name).digest}"
+
+
+def platform_digest(engine: Any, digest: str, name: str) -> str:
+    return line(_entry(engine, digest, name).digest)
+
+
+def platform_size(engine: Any, digest: str, name: str) -> str:
+    return line(_entry(engine, digest, name).size)
+
+
+def platform_present(engine: Any, digest: str, name: str) -> str:
+    return line(_entry(engine, digest, name).present)
+
+
 # --- verbs ------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +329,17 @@ LAYER = Link(name="<NN>", doc="one layer, 00 the lowest", target=layer_target)
 TAG = Link(name="<name>:<tag>", doc="a tag: the image it names", target=tag_target)
 TAG_DIR = Dir(name="<host or path>", doc="references with a path", names=_tag_names, find=_tag_row)
 
+PLATFORM = Link(name="<os-arch>", doc="the image of another platform that is here", target=platform_target)
+ABSENT = Dir(
+    name="<os-arch[-variant]>",
+    doc="one that is not here: pull REF platform=OS/ARCH fetches it",
+    rows=(
+        File(name="digest", doc="of its manifest", show=platform_digest),
+        File(name="size_bytes", doc="of its manifest, all that the index says", show=platform_size),
+        File(name="present", doc="0: it is not in the store", show=platform_present),
+    ),
+)
+
 IMAGE = Dir(
     name="sha256:<manifest>",
     doc="one image, by the digest of its manifest",
@@ -334,6 +380,13 @@ IMAGE = Dir(
         File(name="used_by", doc="containers made from it, one per line", show=used_by),
         File(name="layers.svg", doc="a picture of its layers: how large, and which others share them", show=layers_svg),
         Dir(name="rootfs", doc="the merged tree, read-only", graft=rootfs, bind=rootfs_source),
+        Dir(
+            name="platforms",
+            doc="what else the index it came from lists",
+            names=_platform_names,
+            find=_platform,
+            kinds=(PLATFORM, ABSENT),
+        ),
         Dir(name="layers", doc="its layers in order", names=_layer_names, find=_layer_link, kinds=(LAYER,)),
         DIFFS,
     ),

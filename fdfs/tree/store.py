@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from engine.errors import Damaged, InvalidArgument, NotFound
+from engine.images import registries
 from engine.images.gc import Scope
 from engine.store.check import check
 from fdfs import svg
@@ -124,16 +125,24 @@ def gc(engine: Any, call: Call) -> str:
     return run_plan(engine, Scope.GC, call)
 
 
+def registries_yaml(engine: Any) -> str:
+    return registries.text(engine.store)
+
+
+def set_registries(engine: Any, document: bytes) -> None:
+    registries.write(engine.store, document)
+
+
 def verify(engine: Any, call: Call) -> str:
     def work(task: Any) -> str:
-        total = sum(size.bytes for size in engine.usage.measure(fresh=True).values())
-        done = 0
+        row = engine.meta.row("SELECT (SELECT sum(size) FROM blobs), (SELECT sum(body_size) FROM layers)")
+        totals = {"blobs": int(row[0] or 0), "files": int(row[1] or 0)}
+        done = dict.fromkeys(totals, 0)
 
         def say(what: str, size: int) -> None:
-            nonlocal done
-            done += size
+            done[what] += size
             task.check()
-            task.advance(what, done, max(total, done))
+            task.advance(what, done[what], totals[what])
 
         with engine.images.lease():  # nothing that is being read is deleted; storing goes on
             problems = check(engine.store, engine.meta, deep=True, progress=say)
@@ -149,7 +158,7 @@ def verify(engine: Any, call: Call) -> str:
                 f"{len(problems)} problems, the first: {problems[0]}",
                 hint="the job's log has all of them; pull the images again",
             )
-        return f"{done} bytes in blobs and files match their digests; every index and tree is whole"
+        return f"{sum(done.values())} bytes in blobs and files match their digests; every index and tree is whole"
 
     return f"jobs/{engine.jobs.start('verify', work)}"
 
@@ -228,6 +237,13 @@ STORE = Dir(
             show=policy,
             commit=set_policy,
             mtime=policy_mtime,
+            object=store_object,
+        ),
+        File(
+            name="registries.yaml",
+            doc="mirrors, plain HTTP and certificate authorities of registries; counts from the next pull or push on",
+            show=registries_yaml,
+            commit=set_registries,
             object=store_object,
         ),
         File(name="plan", doc="what gc would delete: class, digest, bytes, reason; ends with what runs it", show=plan),

@@ -1,0 +1,66 @@
+"""The platforms of a multi-platform image: indexes as pulled, and which of their images are here. Floor 2.
+
+Only here: the table `index_entries`. An index is kept as a blob as long as one of its images is in the catalog.
+
+Names: a pull of a chosen platform takes the name only when it is free, or stands for something that is not of the same
+index. So `app:1` stays what this host runs, and its other platforms are found beside it; a plain pull gives the name to
+this host's platform again. Thread-safe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.images import manifests
+from engine.images.catalog import Images
+from engine.images.manifests import Index, Platform
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One platform an index lists. `size`: bytes of its manifest, all that the index says of it."""
+
+    name: str  # os-arch[-variant]
+    digest: str
+    size: int
+    present: bool
+
+
+def keep(images: Images, raw: bytes, index: Index) -> str:
+    """Store an index and what it lists; returns its digest. To be called under a lease, before `Images.add`."""
+    digest = images.blobs.put(raw, index.media_type)
+    rows: dict[str, tuple[str, str, str, int]] = {}
+    for entry in index.manifests:
+        if entry.platform is not None and entry.media_type in manifests.MANIFESTS and entry.platform.os != "unknown":
+            rows.setdefault(str(entry.platform), (digest, str(entry.platform), entry.digest, entry.size))
+    with images.meta.tx() as tx:
+        tx.execute("DELETE FROM index_entries WHERE index_digest NOT IN (SELECT digest FROM blobs)")
+        tx.executemany("INSERT OR IGNORE INTO index_entries VALUES (?, ?, ?, ?)", list(rows.values()))
+    return digest
+
+
+def takes_name(images: Images, name: str, index: str, wanted: Platform | None) -> bool:
+    """Whether a pull of `wanted` out of `index` ('' for none) moves the name."""
+    if wanted is None or not index or wanted == manifests.host():
+        return True
+    digest = images.tags().get(name)
+    return digest is None or not images.meta.query(
+        "SELECT 1 FROM index_entries WHERE index_digest = ? AND manifest = ?", (index, digest)
+    )
+
+
+def listed(images: Images, digest: str) -> list[Entry]:
+    """The platforms of the newest index that lists the image, sorted by name; none when it came without an index."""
+    row = images.meta.row(
+        "SELECT b.digest FROM index_entries e JOIN blobs b ON b.digest = e.index_digest WHERE e.manifest = ?"
+        " ORDER BY b.created_ns DESC, b.digest LIMIT 1",
+        (digest,),
+    )
+    if row is None:
+        return []
+    rows = images.meta.query(
+        "SELECT e.platform, e.manifest, e.size, i.digest AS here FROM index_entries e"
+        " LEFT JOIN images i ON i.digest = e.manifest WHERE e.index_digest = ? ORDER BY e.platform",
+        (row["digest"],),
+    )
+    return [Entry(one["platform"].replace("/", "-"), one["manifest"], one["size"], bool(one["here"])) for one in rows]
