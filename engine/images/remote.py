@@ -19,14 +19,16 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from engine.errors import AccessDenied, Damaged, InvalidArgument, NotFound, Unsupported
-from engine.images import chunked, manifests, toc
+from engine.images import chunked, manifests, registries, toc
 from engine.images.flights import Flights
 from engine.images.manifests import Descriptor, Index, Manifest
 from engine.images.ranges import RemoteLayer
@@ -47,6 +49,7 @@ FOREVER = 1e9  # what a digest stands for
 MAX_TAGS = 10_000
 MAX_PAGE = 4 << 20  # bytes of one page of tags or repositories
 MAX_PAGES = 20
+CONNECTED = 60.0  # seconds a connection is used: logins and rules in files may change
 MAX_REGISTRIES = 64  # connections to repositories kept
 MAX_IMAGES = 64  # documents kept
 MAX_TREES = 16  # open at a time
@@ -120,29 +123,34 @@ class Remotes:
     """All registries somebody looks into. `store` is the store's directory; `connect` makes a Registry (for tests)."""
 
     def __init__(self, store: Path, connect: Callable[[Reference, Task], Registry] | None = None) -> None:
-        self._root = store / "remote"
+        self._store, self._root = store, store / "remote"
         self._tmp = store / "tmp"
-        self._connect = connect or (lambda reference, task: Registry(reference, task, policy=POLICY))
+        self._connect = connect or self._by_rules
         self._flights = Flights()
         self._lock = threading.Lock()
-        self._registries: OrderedDict[str, Registry] = OrderedDict()
+        self._registries: OrderedDict[str, tuple[Registry, float]] = OrderedDict()  # and until when it is used
         self._images: OrderedDict[str, RemoteImage] = OrderedDict()
         self._trees: OrderedDict[str, RemoteTree] = OrderedDict()
         self._layers: dict[str, RemoteLayer] = {}
         self._visited: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._task = Task()
+        self._tasks: WeakValueDictionary[int, Task] = WeakValueDictionary()  # one per connection, to break it
 
     def close(self) -> None:
         """Break what is under way. Idempotent."""
         self._flights.close()
-        self._task.cancel()
+        for task in list(self._tasks.values()):
+            task.cancel()
         with self._lock:
             layers, self._layers = list(self._layers.values()), {}
-            registries, self._registries = list(self._registries.values()), OrderedDict()
+            connections, self._registries = list(self._registries.values()), OrderedDict()
         for layer in layers:
             layer.close()
-        for registry in registries:
+        for registry, _ in connections:
             registry.__exit__()
+
+    def _by_rules(self, reference: Reference, task: Task) -> Registry:
+        rules = registries.load(self._store).rules(reference.domain)
+        return Registry(reference, task, policy=POLICY, rules=rules)
 
     # --- names ------------------------------------------------------------------------------------------------------
 
@@ -229,16 +237,18 @@ class Remotes:
         key = f"{host}/{repository}"
         reference = parse(key)
         with self._lock:
-            registry = self._registries.get(key)
-            if registry is not None:
+            known = self._registries.get(key)
+            if known is not None and known[1] > time.monotonic():
                 self._registries.move_to_end(key)
-                return registry
-        made = self._connect(reference, self._task)
+                return known[0]
+        task = Task()
+        made = self._connect(reference, task)
         with self._lock:
-            registry = self._registries.setdefault(key, made)
+            self._tasks[id(task)] = task
+            self._registries[key] = made, time.monotonic() + CONNECTED
             while len(self._registries) > MAX_REGISTRIES:
                 self._registries.popitem(last=False)  # closed when its last user lets go
-        return registry
+        return made
 
     def tagged(self, host: str, repository: str, name: str) -> Tagged:
         """What a tag or digest stands for. NotFound, AccessDenied, DeadlineExceeded, Unreachable, Damaged."""
