@@ -97,24 +97,29 @@ class Binds:
 
 
 def serve() -> None:
-    """Answer `ready` on stdout, obey until stdin ends or SIGTERM comes, unmount."""
+    """Answer `ready` on stdout, obey until stdin ends or SIGTERM comes, unmount. Never returns."""
+    # blocked in every thread and waited for in one: a handler could interrupt an order, or the unmounting itself
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
     host.die_with_parent()
     binds = Binds()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
 
-    def terminated(*_: Any) -> None:
-        raise SystemExit
+    def end() -> None:
+        binds.close()
+        os._exit(0)  # the other thread may sit in read(2) or sigwait(3); there is nothing left to save
 
-    signal.signal(signal.SIGTERM, terminated)
+    def terminated() -> None:
+        signal.sigwait({signal.SIGTERM})
+        end()
+
+    threading.Thread(target=terminated, name="signals", daemon=True).start()
     try:
         print('{"ok": true, "ready": true}', flush=True)
         for line in sys.stdin:
             print(json.dumps(binds.obey(json.loads(line))), flush=True)
     except (OSError, ValueError) as error:
         log.info("orders end: %s", error)  # the daemon was killed: its end of the pipes is gone
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        binds.close()
+    end()
 
 
 def spawn(log_to: Any = None) -> subprocess.Popen[bytes]:
