@@ -2,7 +2,7 @@
 
 Floor 7. Only here: the table of commands (each loaded when it is used, so that `dutchman ps` starts quickly) and the
 one place where a Failure becomes text on stderr and an exit code. Commands live in cli_daemon, cli_images,
-cli_containers.
+cli_containers, cli_store.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ COMMANDS = {
     "import": "fdfs.cli_images",
     "images": "fdfs.cli_images",
     "rmi": "fdfs.cli_images",
+    "prune": "fdfs.cli_store",
+    "gc": "fdfs.cli_store",
     "tag": "fdfs.cli_images",
     "push": "fdfs.cli_images",
     "save": "fdfs.cli_images",

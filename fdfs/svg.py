@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from unicodedata import east_asian_width
 from xml.sax.saxutils import escape
 
 WIDTH = 960
@@ -23,6 +24,7 @@ STYLE = """
   .title { font-size: 19px; font-weight: 600; }
   .dim { fill: #66727f; }
   .number { text-anchor: end; font-variant-numeric: tabular-nums; }
+  .middle { text-anchor: middle; }
   .page { fill: #ffffff; }
   .track { fill: #eef1f4; }
   .own { fill: #2f6fb2; } .shared { fill: #8fbf6a; }
@@ -72,9 +74,12 @@ def human(size: int) -> str:
 def text(value: str, width: int) -> str:
     """`value` on one line, cut to about `width` pixels, as it may stand in an element or an attribute."""
     clean = " ".join("".join(c if c.isprintable() else " " for c in value).split())  # no controls, no surrogates
-    room = max(1, int(width / 7.2))
-    if len(clean) > room:
-        clean = clean[: room - 1].rstrip() + "…"
+    room, used = width / 7.2, 0
+    for at, c in enumerate(clean):
+        used += 2 if east_asian_width(c) in "WF" else 1
+        if used > room:
+            clean = clean[: max(0, at - 1)].rstrip() + "…"
+            break
     return escape(clean, {'"': "&quot;", "'": "&apos;"})
 
 
@@ -150,7 +155,7 @@ def layers(name: str, stack: Sequence[Layer]) -> str:
         words = layer.created_by or layer.diff_id[:19]
         page.say(words_x, words, width=WIDTH - MARGIN - words_x - 100)
         if layer.shared_with:
-            page.say(WIDTH - MARGIN, others.replace(" other", ""), "dim", "number")
+            page.say(WIDTH - MARGIN, f"also in {layer.shared_with}", "dim", "number")
     if len(stack) > MAX_ROWS:
         page.y += ROW
         rest = stack[MAX_ROWS:]
@@ -197,8 +202,12 @@ def usage(sizes: Mapping[str, int], *, free: int, limit: int | None, images: Seq
         page.bar(x, page.y, part, 30, kind, f"{words}: {size} bytes", round=0)
         x += part
     if limit is not None and limit < total:
-        page.line(MARGIN + width * limit / whole, page.y - 5, page.y + 35, "mark")
-    page.y += 54
+        at = MARGIN + width * limit / whole
+        page.line(at, page.y - 5, page.y + 35, "mark")
+        page.y += 47
+        page.say(int(at), "limit", "middle")
+        page.y -= 47
+    page.y += 54 + (16 if limit is not None and limit < total else 0)
     page.key(
         [(KINDS.get(name, ("rest", name))[0], f"{KINDS.get(name, ('', name))[1]} {human(size)}")
          for name, size in sizes.items()]
