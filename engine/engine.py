@@ -31,6 +31,7 @@ from engine.jobs import Job, Jobs
 from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
 from engine.reconcile import reconcile
+from engine.reserve import FREEING, Reserve
 from engine.store import check
 from engine.store.blobs import Blobs
 from engine.store.contents import Contents
@@ -101,6 +102,8 @@ class Engine:
             _make_private(self.store / name, create=name == DATABASE[0])
         self.meta = Meta(self.store / DATABASE[0])
         undo.callback(self.meta.close)
+        self.reserve = Reserve(self.store)
+        self.reserve.keep()
         self.journal = Journal(self.meta)
         undo.callback(self.journal.close)
         self.failures = Failures(self.meta)
@@ -246,12 +249,19 @@ class Engine:
         """Around carrying out one line written to a ctl (or a field, or a document) of `object`.
 
         Events in the block carry `who` (such as `uid=0 pid=4711`), a `verb` event records the line, and an EngineError
-        is recorded in `error` before it goes on. On a full disk nothing is carried out: NoSpace.
+        is recorded in `error` before it goes on. On a full disk nothing is carried out (NoSpace) but what makes room or
+        ends something: for that the store's reserve is given up.
         """
         with acting(who):
             try:
-                self.journal.append("verb", object or "engine", {"command": line[:MAX_LINE]})
+                try:
+                    self.journal.append("verb", object or "engine", {"command": line[:MAX_LINE]})
+                except NoSpace:
+                    if line.partition(" ")[0] not in FREEING or not self.reserve.give_up():
+                        raise
+                    self.journal.append("verb", object or "engine", {"command": line[:MAX_LINE]})
                 yield
+                self.reserve.keep()
             except EngineError as error:
                 self.failures.record(object, line, error)
                 raise

@@ -222,6 +222,32 @@ def fill(path: Path) -> None:
             assert error.errno == errno.ENOSPC
 
 
+def test_on_a_full_disk_things_can_still_be_stopped_and_removed(small: Path) -> None:
+    with Engine(small / "store", runtime="fake") as engine:
+        add_image(engine, IMAGE)
+        engine.containers.create("runs", parse_config(f"image: {IMAGE}\ncommand: [sleep, inf]"))
+        engine.containers.start("runs")
+        engine.volumes.create("v")
+        fill(small / "ballast")
+        with pytest.raises(NoSpace):
+            for number in range(2000):
+                with engine.command("", f"create v{number}"):
+                    engine.volumes.create(f"v{number}")
+        with engine.command("container/runs", "kill"):
+            engine.containers.kill("runs")
+        reach(engine, "runs", State.STOPPED)
+        with engine.command("container/runs", "remove"):
+            engine.containers.remove("runs")
+        with engine.command("volume/v", "rmdir v"):
+            engine.volumes.remove("v")
+        assert engine.containers.all() == [] and "v" not in engine.volumes.names()
+        assert not (engine.store / "reserve").exists()
+        os.unlink(small / "ballast")
+        with engine.command("", "create w"):
+            engine.volumes.create("w")
+        assert (engine.store / "reserve").stat().st_size == 1 << 20
+
+
 def test_on_a_full_disk_verbs_fail_nothing_changes_and_later_they_work(small: Path) -> None:
     with Engine(small / "store", runtime="fake") as engine:
         add_image(engine, IMAGE)
