@@ -24,6 +24,7 @@ from engine.images import diff as diffs
 from fdfs.entry import listing, walk
 from fdfs.ops import Operations
 from fdfs.tree.root import ROOT
+from fdfs.tree.tags import short
 
 BEFORE = {
     "etc": None,
@@ -188,6 +189,12 @@ def test_images_are_listed_by_name_and_found_by_digest_and_id(engine: Engine, op
     assert read(ops, place(engine, "app:1", "app:1") + b"/summary") == b""
     found = walk(engine, ROOT, top)
     assert [name for name, _ in listing(engine, found.row, found.keys)] == ["app:2", "ghcr.io"]  # type: ignore[arg-type]
+
+
+def test_a_short_name_that_means_another_image_stays_long() -> None:
+    assert short("docker.io/r.io/foo:latest") == "docker.io/r.io/foo:latest"
+    assert short("r.io/foo:latest") == "r.io/foo:latest"
+    assert short("docker.io/library/foo:latest") == "foo:latest"
 
 
 # --- against a model --------------------------------------------------------------------------------------------

@@ -26,8 +26,10 @@ _snapshots: WeakKeyDictionary[Any, tuple[int, Names]] = WeakKeyDictionary()
 
 
 @lru_cache(1 << 14)
-def _short(reference: str) -> str:
-    return parse(reference).familiar()
+def short(reference: str) -> str:
+    """The familiar form, unless it means another image: docker.io/r.io/x is not r.io/x."""
+    familiar = parse(reference).familiar()
+    return familiar if parse(familiar).normalised() == reference else reference
 
 
 def names(engine: Any) -> Names:
@@ -36,7 +38,7 @@ def names(engine: Any) -> Names:
     known = _snapshots.get(engine)
     if known is not None and known[0] == sequence:
         return known[1]
-    digests = {_short(reference): digest for reference, digest in engine.images.tags().items()}
+    digests = {short(reference): digest for reference, digest in engine.images.tags().items()}
     below: dict[str, set[str]] = {"": set()}
     for name in digests:
         parts = name.split("/")

@@ -1,0 +1,286 @@
+"""Coverage-guided fuzzing (atheris) of what reads bytes from strangers: tar, layer index, trees, manifests, references.
+
+    python tools/fuzz/fuzz.py [tar|layer|index|tree|manifest|reference]… [--seconds 30] [--corpus DIR] [--seeds DIR]
+
+Needs `pip install -e .[fuzz]`. Without names, every target in turn, each in a process of its own for `--seconds`. A
+reader may refuse by an EngineError (a tree also by KeyError); any other exception, a hang above ten seconds or more
+than 1 GiB of memory is a finding: its input stays in the corpus directory as crash-*, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+FIXTURES = ROOT.parent / "shared" / "fixtures"
+MAX_SEED = 64 << 10  # bytes: mutations of large inputs find little
+
+
+def check_tar(data: bytes) -> None:
+    from engine.store.entries import entry_of
+    from engine.store.tar import Limits, TarReader
+
+    limits = Limits(tar_size=1 << 22, entries=4096, special=1 << 16)
+    reader = TarReader(iter([data[:700], data[700:]]), limits)
+    for member in reader:
+        entry_of(member)
+        for _ in reader.pieces():
+            pass
+    reader.drain()
+
+
+def check_layer(data: bytes) -> None:
+    """A tar to a tree and back: what is accepted must be readable."""
+    from engine.store import erofs
+    from engine.store.entries import entry_of
+    from engine.store.merge import Merger
+    from engine.store.tar import Limits, TarReader
+
+    reader = TarReader(iter([data]), Limits(tar_size=1 << 22, entries=4096, special=1 << 16))
+    merger = Merger()
+    entries = [entry for member in reader if (entry := entry_of(member)) is not None]
+    for entry in entries:
+        entry.size = 0  # bodies are not stored here
+    merger.apply("sha256:" + "0" * 64, entries)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        with open(f"{name}/erofs", "wb") as out, open(f"{name}/prov", "wb") as prov:
+            count, _ = erofs.write(merger.root, out, prov, merger.layers, bytes(16), lambda diff_id: 0)
+        assert len(read_tree(Path(name))) + 1 == count
+
+
+def read_tree(path: Path) -> set[int]:
+    from engine.store.tree import Tree
+
+    def no_data(diff_id: str) -> None:
+        raise FileNotFoundError(diff_id)
+
+    tree = Tree(path, no_data)  # type: ignore[arg-type]
+    seen = set()
+    for number, (name, nid) in enumerate(tree.walk()):
+        seen.add(nid)
+        tree.stat(nid)
+        tree.identity(nid)
+        tree.xattrs(nid)
+        tree.provenance(nid)
+        if number < 1000:
+            tree.lookup(name)
+        if tree.stat(nid).mode & 0o170000 == 0o120000:
+            tree.readlink(nid)
+    return seen
+
+
+def check_tree(data: bytes) -> None:
+    """An image whose superblock is right, so that what follows is reached."""
+    from engine.store import erofs
+
+    image = bytearray(data[2:] + bytes(-len(data[2:]) % 4096))
+    if len(image) >= 8192:
+        at = erofs.SUPER_OFFSET
+        image[at + 4 : at + 8] = bytes(4)
+        image[at + 4 : at + 8] = erofs.crc32c(bytes(image[at:4096])).to_bytes(4, "little")
+    count = int.from_bytes(data[:2], "little")
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        Path(name, "erofs").write_bytes(image or b"x")
+        head = erofs.PROV_HEAD.pack(erofs.PROV_MAGIC, 1, count) + bytes(32)
+        Path(name, "prov").write_bytes(head + bytes(erofs.PROV.size * count))
+        with contextlib.suppress(KeyError):
+            read_tree(Path(name))
+
+
+def check_index(data: bytes) -> None:
+    from engine.store.index import MAGIC, read_index
+
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
+        file.write(data if data.startswith(MAGIC) else framed(data))
+        file.flush()
+        for _ in read_index(Path(file.name), "sha256:" + "0" * 64):
+            pass
+
+
+def framed(payload: bytes) -> bytes:
+    """An index of one frame with right checksums, so that its records are reached."""
+    import struct
+    from zlib import crc32
+
+    from engine.store import index
+
+    out = index.MAGIC + index._HEAD.pack(len(payload), crc32(payload)) + payload
+    trailer = struct.pack(index._TRAILER.format, 1, len(out))
+    return out + index._HEAD.pack(0, crc32(trailer)) + trailer
+
+
+def check_manifest(data: bytes) -> None:
+    from engine.errors import EngineError
+    from engine.images import manifests
+
+    for read in (manifests.parse, manifests.parse_config):
+        with contextlib.suppress(EngineError):
+            read(data)
+
+
+def check_reference(data: bytes) -> None:
+    from engine.images.reference import parse, parse_any
+    from fdfs.tree.tags import short
+
+    text = data.decode("utf-8", "replace")
+    with contextlib.suppress(*refusals()):
+        parse_any(text)
+    named = parse(text)
+    if not named.digest or named.tag:
+        assert parse(named.normalised()).normalised() == named.normalised(), text
+    assert parse(short(named.normalised())).normalised() == named.normalised(), text
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    from engine.errors import EngineError
+
+    return (EngineError,)
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------
+
+
+def files(*folders: str, where: Path) -> list[bytes]:
+    return [
+        path.read_bytes()
+        for folder in folders
+        for path in sorted(where.joinpath(folder).rglob("*"))
+        if path.is_file() and path.stat().st_size <= MAX_SEED
+    ]
+
+
+def seeds(target: str, where: Path) -> list[bytes]:
+    """Inputs of the kind, from the fixtures where there are any."""
+    tars = files("tar", "layers", where=where)
+    if target in ("tar", "layer"):
+        return tars
+    if target == "manifest":
+        return files("manifests", "oci-layouts", where=where)
+    if target == "reference":
+        table = where / "tables" / "image-reference.json"
+        rows = json.loads(table.read_text()) if table.exists() else ["nginx", "ghcr.io/o/r:tag@sha256:" + "0" * 64]
+        return [text.encode() for text in strings(rows)]
+    out = []
+    for tar in tars[:60]:
+        with contextlib.suppress(Exception):
+            out.append(image_of(tar) if target == "tree" else index_of(tar))
+    return out
+
+
+def strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in strings(item)] if isinstance(value, list) else []
+
+
+def image_of(tar: bytes) -> bytes:
+    from engine.store import erofs
+    from engine.store.entries import entry_of
+    from engine.store.merge import Merger
+    from engine.store.tar import TarReader
+
+    merger = Merger()
+    entries = [entry for member in TarReader(iter([tar])) if (entry := entry_of(member)) is not None]
+    for entry in entries:
+        entry.size = 0
+    merger.apply("sha256:" + "0" * 64, entries)
+    out, prov = io.BytesIO(), io.BytesIO()
+    count, _ = erofs.write(merger.root, out, prov, merger.layers, bytes(16), lambda diff_id: 0)
+    return count.to_bytes(2, "little") + out.getvalue()
+
+
+def index_of(tar: bytes) -> bytes:
+    from engine.store.entries import entry_of
+    from engine.store.index import IndexWriter
+    from engine.store.tar import TarReader
+
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "index")
+        with IndexWriter(path) as writer:
+            for member in TarReader(iter([tar])):
+                if (entry := entry_of(member)) is not None:
+                    entry.size = 0
+                    writer.add(entry)
+            writer.finish()
+        return path.read_bytes()
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "tar": check_tar,
+    "layer": check_layer,
+    "index": check_index,
+    "tree": check_tree,
+    "manifest": check_manifest,
+    "reference": check_reference,
+}
+
+
+def run(target: str, corpus: Path, seconds: int) -> None:
+    """Fuzz in this process; libFuzzer ends it."""
+    import atheris
+
+    with atheris.instrument_imports(include=["engine"]):
+        import engine.images.manifests
+        import engine.images.reference
+        import engine.store.entries
+        import engine.store.tree  # noqa: F401
+    refused = refusals()
+    check = TARGETS[target]
+
+    def one(data: bytes) -> None:
+        with contextlib.suppress(*refused):
+            check(data)
+
+    options = [
+        f"-max_total_time={seconds}",
+        "-timeout=10",
+        "-rss_limit_mb=1024",
+        "-max_len=65536",
+        "-print_final_stats=1",
+    ]
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={corpus}/", str(corpus)], one)
+    atheris.Fuzz()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], default=[])
+    parser.add_argument("--seconds", type=int, default=30)
+    parser.add_argument("--corpus", type=Path, default=Path(tempfile.gettempdir()) / "dutchman-fuzz")
+    parser.add_argument("--seeds", type=Path, default=FIXTURES, help="a directory as the tests' fixtures")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    targets = options.targets or list(TARGETS)
+    if options.here:
+        run(targets[0], options.corpus / targets[0], options.seconds)
+        return 0
+    failed = []
+    for target in targets:
+        corpus = options.corpus / target
+        corpus.mkdir(parents=True, exist_ok=True)
+        for number, seed in enumerate(seeds(target, options.seeds)):
+            (corpus / f"seed-{number:04}").write_bytes(seed)
+        command = [sys.executable, __file__, target, "--here", "--seconds", str(options.seconds)]
+        done = subprocess.run([*command, "--corpus", str(options.corpus)], capture_output=True, text=True)
+        runs = [line.split()[-1] for line in done.stderr.splitlines() if "number_of_executed_units" in line]
+        print(json.dumps({"target": target, "seconds": options.seconds, "runs": int(runs[0]) if runs else 0,
+                          "ok": done.returncode == 0}), flush=True)  # fmt: skip
+        if done.returncode:
+            failed.append(target)
+            print((done.stdout + done.stderr)[-4000:], file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
