@@ -16,16 +16,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from engine import host
-from engine.errors import InvalidArgument, TooLarge
+from engine.errors import InvalidArgument
 from engine.images.reference import DOMAIN, NAME, Reference
-from engine.model import Frozen, one_line
+from engine.model import Frozen, load_yaml, one_line
 
 NAME_OF_FILE = "registries.yaml"
-MAX_DOCUMENT = 256 << 10
 MAX_MIRRORS = 8
 EMPTY = """\
 # How registries are reached; counts from the next pull or push on.
@@ -96,12 +94,7 @@ class Registries(Frozen):
 
 def parse(text: str | bytes) -> Registries:
     """The document, validated whole. InvalidArgument names the line or the field; TooLarge."""
-    if len(text) > MAX_DOCUMENT:
-        raise TooLarge(f"{NAME_OF_FILE} is larger than {MAX_DOCUMENT} bytes")
-    try:
-        data = yaml.safe_load(text.decode() if isinstance(text, bytes) else text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidArgument(f"{NAME_OF_FILE}: not YAML: {' '.join(str(error).split())}"[:500]) from error
+    data = load_yaml(text, NAME_OF_FILE)
     if data is None:
         data = {}
     if not isinstance(data, dict):

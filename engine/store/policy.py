@@ -10,12 +10,11 @@ import threading
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
-from engine.errors import InvalidArgument, TooLarge
+from engine.errors import InvalidArgument
 from engine.host import write_atomic
-from engine.model import MAX_DOCUMENT, Frozen, Seconds, Size, one_line, parse_text
+from engine.model import Frozen, Seconds, Size, load_yaml, one_line, parse_text
 
 MAX_KEEP = 1000
 Pattern = Annotated[str, Field(min_length=1, max_length=400), BeforeValidator(parse_text)]
@@ -50,12 +49,7 @@ class Policy(Frozen):
 
 def parse_policy(text: str | bytes) -> Policy:
     """The document, whole; InvalidArgument names the line or the field. An empty document is the defaults."""
-    if len(text) > MAX_DOCUMENT:
-        raise TooLarge(f"policy.yaml: larger than {MAX_DOCUMENT} bytes")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"policy.yaml: not YAML: {' '.join(str(error).split())[:300]}") from error
+    value = load_yaml(text, "policy.yaml")
     if value is None:
         value = {}
     if not isinstance(value, dict):
