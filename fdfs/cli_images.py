@@ -1,4 +1,4 @@
-"""`dutchman pull load import images rmi tag push save export commit`: images through their files, and jobs followed to their end.
+"""`dutchman pull load import images rmi tag push save export commit`: images and their jobs.
 
 Floor 7. Only here: how a job is waited for and shown. One thread.
 """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import email.utils
 import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from engine.images.flights import Flights
 from engine.images.manifests import OCI_LAYER, Descriptor
 from engine.images.ranges import RemoteLayer
 from engine.images.registry import Registry
+from engine.images.transport import _retry_after
 from engine.store.index import Kind, read_index
 
 
@@ -244,3 +247,11 @@ def test_what_is_known_stands_while_its_place_is_out_of_reach() -> None:
     for _ in range(2):
         with pytest.raises(NotFound):
             asked.ask("host", "b", missing, 60)
+
+
+def test_how_long_a_registry_wants_to_be_left_alone() -> None:
+    """RFC 9110, Retry-After: seconds or a date."""
+    later = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert 25 < (_retry_after(later) or 0) <= 30
+    assert _retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0
+    assert _retry_after("12") == 12 and _retry_after("") is None and _retry_after("soon") is None
