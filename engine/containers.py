@@ -21,6 +21,7 @@ from pathlib import Path
 
 from engine import fields, host, lifecycle
 from engine.changes import changes
+from engine.config import ContainerConfig, MountKind
 from engine.drivers import Drivers
 from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound
 from engine.events import Journal
@@ -30,7 +31,7 @@ from engine.images.catalog import Images
 from engine.images.reference import parse as parse_reference
 from engine.lifecycle import ALIVE, State, Verb
 from engine.logs import ContainerLogs
-from engine.model import ContainerConfig, MountKind, check_name
+from engine.model import check_name
 from engine.monitor import Monitor
 from engine.mounts import RootfsMounts
 from engine.names import random_name

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config import ContainerConfig, MountKind
 from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, InvalidArgument, NoSpace, NotFound, RuntimeFailure, Unsupported
 from engine.images.catalog import Image, Images
 from engine.lifecycle import ALIVE, State
-from engine.model import ContainerConfig, MountKind
 from engine.mounts import RootfsMounts
 from engine.records import Container, Records
 from engine.runtimes import base

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from engine.config import ContainerConfig, MountKind, MountSpec
 from engine.errors import InvalidArgument, NotFound, TooLarge
-from engine.model import MAX_DOCUMENT, ContainerConfig, MountKind, MountSpec, load_yaml, one_line
+from engine.model import MAX_DOCUMENT, load_yaml, one_line
 
 FIELDS = tuple(ContainerConfig.model_fields)
 ARGV = frozenset({"command", "entrypoint"})

@@ -1,19 +1,17 @@
-"""What crosses the edge, parsed once and frozen: the container spec, image config, descriptors, digests.
+"""What crosses the edge, parsed once and frozen: names, digests, sizes, YAML documents, image configs.
 
-Floor 0. Parse with `parse_config` / pydantic's `model_validate`; errors become one line that names the field.
+Floor 0. Parse with pydantic's `model_validate`; errors become one line that names the field. The container's own spec
+is in config.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from enum import StrEnum
-from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from engine.errors import InvalidArgument, TooLarge
 
@@ -127,128 +125,6 @@ def parse_text(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(parse_text)]
 
 
-class MountKind(StrEnum):
-    VOLUME = "volume"
-    BIND = "bind"
-    TMPFS = "tmpfs"
-
-
-class MountSpec(Frozen):
-    """One mount: short form `source:target[:ro|rw]` (a source starting with / . or ~ is a bind) or a mapping."""
-
-    type: MountKind = MountKind.VOLUME
-    source: str = ""
-    target: str
-    read_only: bool = False
-
-    @field_validator("target")
-    @classmethod
-    def _target(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if not path.is_absolute() or ".." in path.parts or str(path) == "/" or "\0" in value:
-            raise ValueError("must be an absolute path inside the container, without '..', and not /")
-        return str(path)
-
-    @field_validator("source")
-    @classmethod
-    def _source(cls, value: str) -> str:
-        if value.startswith("~") and value[1:2] not in ("", "/"):
-            raise ValueError("only ~/ is expanded, not another user's home")
-        return value
-
-
-def parse_mounts(value: Any) -> Any:
-    if isinstance(value, str):
-        value = [line for line in value.splitlines() if line]
-    if not isinstance(value, list | tuple):
-        return value
-    out: list[Any] = []
-    for item in value:
-        if not isinstance(item, str):
-            out.append(item)
-            continue
-        parts = item.split(":")
-        if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
-            raise ValueError(f"source:target[:ro|rw] expected, not {item!r}")
-        kind = MountKind.BIND if parts[0][0] in "/.~" else MountKind.VOLUME
-        read_only = len(parts) == 3 and parts[2] == "ro"
-        out.append({"type": kind, "source": parts[0], "target": parts[1], "read_only": read_only})
-    return out
-
-
-class SeccompMode(StrEnum):
-    DEFAULT = "default"
-    UNCONFINED = "unconfined"
-
-
-class ContainerConfig(Frozen):
-    """The whole spec of a container: `config.yaml`, and one file per field under `config/`.
-
-    Unset fields (None, empty) take the image's value where the image has one, Docker's default otherwise.
-    """
-
-    image: Text = ""
-    command: Argv = Field(None, description="arguments; replaces the image's CMD")
-    entrypoint: Argv = Field(None, description="replaces the image's ENTRYPOINT (and drops its CMD)")
-    env: Mapping = Field(default_factory=dict, description="KEY=VALUE lines, added to the image's")
-    workdir: str | None = None
-    user: Text | None = Field(None, description="user[:group], names or numbers")
-    hostname: Text | None = Field(None, description="default: the first 12 digits of the id")
-    labels: Mapping = Field(default_factory=dict)
-    stop_signal: Text | None = Field(None, description="default: the image's, else SIGTERM")
-    stop_grace_period: Seconds = Field(10.0, description="seconds between the stop signal and SIGKILL")
-    tty: bool = False
-    read_only: bool = Field(False, description="mount the root filesystem read-only")
-    memory: Size = Field(None, description="limit in bytes; max for none")
-    cpus: Annotated[float, Field(gt=0, le=4096)] | None = None
-    pids: Annotated[int, Field(gt=0)] | None = None
-    cap_add: tuple[str, ...] = ()
-    cap_drop: tuple[str, ...] = ()
-    privileged: bool = False
-    seccomp: SeccompMode = SeccompMode.DEFAULT
-    volumes: Annotated[tuple[MountSpec, ...], BeforeValidator(parse_mounts)] = ()
-    runtime: Text = Field("", description="oci or fake; empty: the engine's default")
-    log_max_size: Size = Field(16 << 20, description="bytes of a log segment before it is rotated")
-    log_max_age: Seconds = Field(86400.0, description="seconds before a log segment is rotated")
-
-    @field_validator("workdir")
-    @classmethod
-    def _workdir(cls, value: str | None) -> str | None:
-        if value and not value.startswith("/"):
-            raise ValueError("must be an absolute path")
-        return value or None
-
-    @field_validator("env", "labels")
-    @classmethod
-    def _no_nul(cls, value: dict[str, str]) -> dict[str, str]:
-        for key, item in value.items():
-            if "\0" in key or "\0" in item or "=" in key or not key:
-                raise ValueError(f"bad key {key!r}")
-        return value
-
-    @model_validator(mode="after")
-    def _plain_texts(self) -> ContainerConfig:
-        """What can neither be stored nor handed to a process or the kernel is refused where it is written."""
-        for name, value in self.model_dump().items():
-            for text in _texts(value):
-                if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-                    raise ValueError(f"{name}: contains a NUL or half a surrogate pair")
-        return self
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in plain data."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
 def _expanded(node: Any, sizes: dict[int, int]) -> int:
     """Nodes that `node` stands for once every alias in it is written out; the memo makes this linear."""
     known = sizes.get(id(node))
@@ -296,19 +172,6 @@ def one_line(error: ValidationError, document: str) -> InvalidArgument:
         message = "unknown field"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return InvalidArgument(f"{document}: {where}: {message}{more}", at=where)
-
-
-def parse_config(text: str | bytes) -> ContainerConfig:
-    """A config.yaml, validated whole. EINVAL names the line or the field; E2BIG above 1 MiB."""
-    data = load_yaml(text, "config.yaml")
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise InvalidArgument("config.yaml: a mapping of fields expected")
-    try:
-        return ContainerConfig.model_validate(data)
-    except ValidationError as error:
-        raise one_line(error, "config.yaml") from error
 
 
 class ImageRuntime(BaseModel):

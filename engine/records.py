@@ -17,10 +17,10 @@ from functools import lru_cache
 from typing import Any
 
 from engine import lifecycle
+from engine.config import ContainerConfig
 from engine.errors import AlreadyExists, Busy, Gone, NotFound
 from engine.events import Journal
 from engine.lifecycle import State, Verb
-from engine.model import ContainerConfig
 from engine.store.meta import Meta
 
 COLUMNS = frozenset({"image", "runtime", "pid", "exit_code", "oom", "restarts", "started_ns", "finished_ns", "reason"})

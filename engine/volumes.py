@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from engine import host
+from engine.config import MountKind
 from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound, TooLarge
 from engine.events import Journal
-from engine.model import MountKind, check_name
+from engine.model import check_name
 from engine.store.meta import Meta
 from engine.walk import usage
 

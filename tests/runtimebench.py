@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from engine.config import ContainerConfig
 from engine.logs import ContainerLogs
-from engine.model import ContainerConfig
 from engine.runtimes.base import Exit, Mount, RunSpec, Runtime, make_spec
 from engine.runtimes.fake import FakeRuntime
 from engine.runtimes.oci import OciRuntime

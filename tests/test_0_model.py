@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import model
+from engine.config import ContainerConfig, parse_config
 from engine.errors import InvalidArgument, TooLarge
-from engine.model import ContainerConfig, ImageConfig, parse_config
+from engine.model import ImageConfig
 
 
 @pytest.mark.parametrize(

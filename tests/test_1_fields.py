@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config import ContainerConfig, parse_config
 from engine.errors import InvalidArgument, NotFound
 from engine.fields import FIELDS, config_text, field_text, validated, with_field
-from engine.model import ContainerConfig, parse_config
 
 WORD = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=12)
 LINE = st.text(st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp", "Zs")), min_size=1, max_size=12)

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from runtimebench import Bench, bench_of, no_oci, skip_or_fail
 
+from engine.config import MountKind
 from engine.errors import DeadlineExceeded, InvalidArgument, RuntimeFailure
 from engine.logs import ContainerLogs
-from engine.model import MountKind
 from engine.runtimes import cgroups, conmon
 from engine.runtimes.base import Mount, State
 from engine.runtimes.oci import OciRuntime
@@ -153,7 +153,7 @@ def _alive(pid: int) -> bool:
 DAEMON = """
     import sys, time
     from pathlib import Path
-    from engine.model import ContainerConfig
+    from engine.config import ContainerConfig
     from engine.runtimes.base import make_spec
     from engine.runtimes.oci import OciRuntime
     place, id, script = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -316,7 +316,7 @@ def _command(pid: int) -> str:
 ON_VERSION_2 = """
     import queue, signal, sys
     from pathlib import Path
-    from engine.model import ContainerConfig
+    from engine.config import ContainerConfig
     from engine.runtimes.base import State, make_spec
     from engine.runtimes.oci import OciRuntime
     place = Path(sys.argv[1])

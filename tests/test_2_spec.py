@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config import ContainerConfig, MountKind
 from engine.errors import InvalidArgument, Unsupported
-from engine.model import ContainerConfig, ImageConfig, MountKind
+from engine.model import ImageConfig
 from engine.runtimes import seccomp, spec
 from engine.runtimes.base import Mount, command_line, environment, failure_exit_code, make_spec, parse_signal
 from engine.runtimes.users import identify, make_directory, read_in_root
@@ -215,7 +216,7 @@ def test_nothing_to_run() -> None:
     with pytest.raises(InvalidArgument, match="nothing to run"):
         command_line(ContainerConfig(), ImageConfig())
     with pytest.raises(InvalidArgument, match="NUL"):
-        command_line(ContainerConfig(command=("a\0b",)), ImageConfig())
+        command_line(ContainerConfig(), ImageConfig.model_validate({"config": {"Cmd": ["a\0b"]}}))
 
 
 def test_environment_order_and_home(rootfs: Path) -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from engine import host
+from engine.config import parse_config
 from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound, TooLarge
 from engine.events import Journal
-from engine.model import parse_config
 from engine.records import Records
 from engine.store.meta import Meta
 from engine.volumes import Volumes

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from engines import add_image, events, eventually, reach
 
+from engine.config import parse_config
 from engine.engine import Engine
 from engine.errors import AlreadyExists, Busy, Gone, InvalidArgument, NotFound, RuntimeFailure
 from engine.events import acting
 from engine.lifecycle import State
-from engine.model import parse_config
 
 IMAGE = "docker.io/library/small:1"
 

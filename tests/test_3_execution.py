@@ -12,10 +12,10 @@ from engines import add_busybox, events, eventually, reach
 
 from engine import host
 from engine.changes import changes_text
+from engine.config import parse_config
 from engine.engine import Engine
 from engine.errors import Busy, RuntimeFailure
 from engine.lifecycle import State
-from engine.model import parse_config
 
 IMAGE = "docker.io/library/busybox:latest"
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from engine import lifecycle
+from engine.config import parse_config
 from engine.engine import Engine
 from engine.errors import AlreadyExists, Busy, NotFound, RuntimeFailure
 from engine.lifecycle import ALIVE, State, Verb
-from engine.model import parse_config
 
 IMAGE = "docker.io/library/small:1"
 NAMES = st.sampled_from(["a", "b", "c"])

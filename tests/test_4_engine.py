@@ -15,10 +15,10 @@ import pytest
 from engines import add_image, events, eventually, reach
 
 from engine import host
+from engine.config import parse_config
 from engine.engine import Engine
 from engine.errors import Busy, EngineError, InvalidArgument, NoSpace, NotFound, Unsupported
 from engine.lifecycle import State
-from engine.model import parse_config
 
 IMAGE = "docker.io/library/small:1"
 

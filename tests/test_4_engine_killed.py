@@ -18,9 +18,9 @@ import pytest
 from engines import add_busybox, add_image, events, eventually, reach
 
 from engine import host
+from engine.config import parse_config
 from engine.engine import Engine
 from engine.lifecycle import State
-from engine.model import parse_config
 from engine.runtimes.oci import OciRuntime
 
 IMAGE = "docker.io/library/busybox:latest"
@@ -28,7 +28,7 @@ CHILD = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from engine.engine import Engine
-from engine.model import parse_config
+from engine.config import parse_config
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

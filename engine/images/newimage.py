@@ -18,12 +18,13 @@ from typing import Any
 
 from isal import isal_zlib
 
+from engine.config import ContainerConfig
 from engine.errors import InvalidArgument
 from engine.images import manifests
 from engine.images.catalog import Image, Images
 from engine.images.content import manifest_of
 from engine.images.manifests import Descriptor
-from engine.model import ContainerConfig, canonical_json
+from engine.model import canonical_json
 
 LEVEL = 1  # of isal: about zlib's 3, several times faster
 WORDS = ("CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL", "ONBUILD", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR")

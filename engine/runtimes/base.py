@@ -14,8 +14,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from engine.config import ContainerConfig, MountKind
 from engine.errors import InvalidArgument
-from engine.model import ContainerConfig, ImageConfig, MountKind
+from engine.model import ImageConfig
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Docker's
 

@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine import host
+from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
-from engine.model import ContainerConfig
 from engine.runtimes import cgroups, conmon, spec
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.conmon import Facts, Files

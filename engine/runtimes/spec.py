@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import ContainerConfig, MountKind, SeccompMode
 from engine.errors import InvalidArgument, Unsupported
-from engine.model import ContainerConfig, MountKind, SeccompMode
 from engine.runtimes import seccomp
 from engine.runtimes.base import RunSpec
 from engine.runtimes.users import identify, make_directory

@@ -9,10 +9,10 @@ from typing import Any
 from engine import fields
 from engine.commit import COMMITTABLE
 from engine.commit import commit as commit_container
+from engine.config import parse_config
 from engine.errors import Busy, InvalidArgument, NotFound
 from engine.images.newimage import check as check_change
 from engine.images.reference import parse as parse_reference
-from engine.model import parse_config
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback

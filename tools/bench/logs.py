@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from engine.config import ContainerConfig
 from engine.logs import ContainerLogs
-from engine.model import ContainerConfig
 from engine.runtimes.base import make_spec
 from engine.runtimes.oci import OciRuntime
 

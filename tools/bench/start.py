@@ -29,9 +29,9 @@ from engines import add_busybox
 from logs import rootfs
 from mounting import Daemon
 
+from engine.config import ContainerConfig
 from engine.engine import Engine
 from engine.logs import ContainerLogs
-from engine.model import ContainerConfig
 from engine.runtimes import spec
 from engine.runtimes.base import RunSpec, make_spec
 from engine.runtimes.oci import OciRuntime
