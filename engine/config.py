@@ -15,6 +15,19 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from engine.errors import InvalidArgument
 from engine.model import Argv, Frozen, Mapping, Seconds, Size, Text, load_yaml, one_line
+from engine.options import (
+    Cpuset,
+    DeviceRules,
+    Devices,
+    Lines,
+    SecurityOpts,
+    Swap,
+    Sysctls,
+    Tmpfs,
+    Ulimits,
+    parse_count,
+    parse_namespace,
+)
 
 
 class MountKind(StrEnum):
@@ -71,6 +84,14 @@ class SeccompMode(StrEnum):
     UNCONFINED = "unconfined"
 
 
+class Namespace(StrEnum):
+    PRIVATE = ""
+    HOST = "host"
+
+
+NamespaceMode = Annotated[Namespace, BeforeValidator(parse_namespace)]
+
+
 class ContainerConfig(Frozen):
     """Unset fields (None, empty) take the image's value where the image has one, Docker's default otherwise."""
 
@@ -79,26 +100,46 @@ class ContainerConfig(Frozen):
     command: Argv = Field(None, description="arguments; replaces the image's CMD")
     entrypoint: Argv = Field(None, description="replaces the image's ENTRYPOINT (and drops its CMD)")
     env: Mapping = Field(default_factory=dict, description="KEY=VALUE lines, added to the image's")
+    env_file: Lines = Field((), description="files on the host with KEY=VALUE lines, read at each start; env wins")
     workdir: str | None = None
     user: Text | None = Field(None, description="user[:group], names or numbers")
+    group_add: Lines = Field((), description="further groups of its process, names or numbers")
+    init: bool = Field(False, description="process 1 is a small init that reaps zombies and passes signals on")
     hostname: Text | None = Field(None, description="default: the first 12 digits of the id")
+    domainname: Text | None = None
     labels: Mapping = Field(default_factory=dict)
     # how it stops, whether it is well, when it starts again
     stop_signal: Text | None = Field(None, description="default: the image's, else SIGTERM")
     stop_grace_period: Seconds = Field(10.0, description="seconds between the stop signal and SIGKILL")
     # its terminal and root filesystem
     tty: bool = False
+    stdin: bool = Field(False, description="keep its standard input open")
     read_only: bool = Field(False, description="mount the root filesystem read-only")
     # limits
     memory: Size = Field(None, description="limit in bytes; max for none")
+    memory_swap: Swap = Field(None, description="memory and swap in bytes; max for no limit; default: twice memory")
+    memory_reservation: Size = Field(None, description="bytes kept for it when memory is short")
     cpus: Annotated[float, Field(gt=0, le=4096)] | None = None
-    pids: Annotated[int, Field(gt=0)] | None = None
+    cpu_shares: Annotated[int, Field(ge=2, le=262144)] | None = Field(None, description="weight; default: 1024")
+    cpuset: Cpuset = Field("", description="the CPUs it may run on, such as 0-3,7")
+    pids: Annotated[Annotated[int, Field(gt=0, lt=1 << 63)] | None, BeforeValidator(parse_count)] = None
+    ulimits: Ulimits = Field(default_factory=dict, description="NAME=SOFT[:HARD] lines; -1 for no limit")
+    shm_size: Size = Field(64 << 20, description="bytes of /dev/shm")
+    oom_score_adj: Annotated[int, Field(ge=-1000, le=1000)] = 0
     # security
     cap_add: tuple[str, ...] = ()
     cap_drop: tuple[str, ...] = ()
     privileged: bool = False
     seccomp: SeccompMode = SeccompMode.DEFAULT
+    security_opt: SecurityOpts = Field((), description="no-new-privileges, seccomp=, apparmor=, label=, systempaths=")
+    sysctls: Sysctls = Field(default_factory=dict, description="NAME=VALUE lines; namespaced ones only")
+    devices: Devices = Field((), description="HOST[:CONTAINER[:rwm]] lines")
+    device_cgroup_rules: DeviceRules = Field((), description="lines such as: c 1:3 mr")
+    pid: NamespaceMode = Field(Namespace.PRIVATE, description="host: it sees the host's processes")
+    ipc: NamespaceMode = Field(Namespace.PRIVATE, description="host: it shares the host's memory segments and queues")
+    uts: NamespaceMode = Field(Namespace.PRIVATE, description="host: it has the host's name")
     # storage
+    tmpfs: Tmpfs = Field((), description="PATH[:OPTION,…] lines: size=, mode=, uid=, gid=, exec, …")
     volumes: Annotated[tuple[MountSpec, ...], BeforeValidator(parse_mounts)] = ()
     # network
     # driver and logs

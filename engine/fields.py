@@ -6,8 +6,9 @@ Only here: how each field reads and is written back (`parse_field(f, field_text(
     flag                        true or false
     command, entrypoint         one argument per line; a single line is split into words as a shell would; a JSON list
                                 where an argument holds a newline. Empty: the image's; [] is none at all
-    env, labels                 KEY=VALUE lines; a JSON object where a value holds a newline
-    cap_add, cap_drop           one per line
+    env, labels, sysctls        KEY=VALUE lines; a JSON object where a value holds a newline; ulimits likewise
+    cap_add, devices, tmpfs …   one per line
+    memory_swap                 as a limit, but empty is the default and `max` no limit
     volumes                     YAML: a list of source:target[:ro], or of mappings
 """
 
@@ -23,13 +24,19 @@ from pydantic import ValidationError
 from engine.config import ContainerConfig, MountKind, MountSpec
 from engine.errors import InvalidArgument, NotFound, TooLarge
 from engine.model import MAX_DOCUMENT, load_yaml, one_line
+from engine.options import UNLIMITED
 
 FIELDS = tuple(ContainerConfig.model_fields)
 ARGV = frozenset({"command", "entrypoint"})
-PAIRS = frozenset({"env", "labels"})
-LISTS = frozenset({"cap_add", "cap_drop"})
-FLAGS = frozenset({"tty", "read_only", "privileged"})
-LIMITS = frozenset({"memory", "cpus", "pids", "stop_grace_period", "log_max_size", "log_max_age"})
+PAIRS = frozenset({"env", "labels", "sysctls", "ulimits"})
+LISTS = frozenset(
+    {"cap_add", "cap_drop", "env_file", "group_add", "security_opt", "devices", "device_cgroup_rules", "tmpfs"}
+)
+FLAGS = frozenset({"tty", "stdin", "init", "read_only", "privileged"})
+LIMITS = frozenset(
+    {"memory", "memory_reservation", "cpus", "pids", "shm_size", "oom_score_adj"}
+    | {"stop_grace_period", "log_max_size", "log_max_age"}
+)
 
 # what may change while a container runs: read anew each time they matter
 LIVE = frozenset({"labels", "stop_signal", "stop_grace_period", "log_max_size", "log_max_age"})
@@ -54,6 +61,8 @@ def field_text(field: str, config: ContainerConfig) -> str:
         return yaml.safe_dump([_mount(item) for item in value], sort_keys=False) if value else ""
     if field in FLAGS:
         return "true\n" if value else "false\n"
+    if field == "memory_swap":  # unset and unlimited are two things here
+        return "" if value is None else "max\n" if value == UNLIMITED else f"{value}\n"
     if field in LIMITS:
         return "max\n" if value is None else f"{_number(value)}\n"
     return f"{value}\n" if value else ""
