@@ -35,6 +35,7 @@ from engine.model import check_name
 from engine.monitor import Monitor
 from engine.mounts import RootfsMounts
 from engine.names import random_name
+from engine.options import tmpfs
 from engine.records import Container, Records
 from engine.runtimes.base import Mount, parse_signal
 from engine.runtimes.select import NAMES as RUNTIMES
@@ -251,7 +252,12 @@ class Containers:
             )
         capabilities(config)
         targets = set()
+        for path in config.env_file:
+            if not Path(path).expanduser().is_absolute():
+                raise InvalidArgument(f"env_file: {path}: an absolute path expected", at=path)
         for item in config.volumes:
+            if item.target in (tmpfs(text)[0] for text in config.tmpfs):
+                raise InvalidArgument(f"tmpfs: {item.target}: volumes has a mount there", at=item.target)
             if item.target in targets:
                 raise InvalidArgument(f"volumes: two mounts at {item.target}", at=item.target)
             targets.add(item.target)

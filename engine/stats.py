@@ -1,16 +1,22 @@
-"""What a container uses now, from its cgroup. Floor 3, stateless, thread-safe.
+"""What a container uses now, from its cgroup and its network namespace. Floor 3, stateless, thread-safe.
 
 Only here: the names under which both cgroup versions' counters are shown. Sources: kernel documentation
-admin-guide/cgroup-v2.rst (memory.current, cpu.stat, pids.current) and cgroup-v1/{memory,cpuacct,pids}.rst.
+admin-guide/cgroup-v2.rst, cgroup-v1/{memory,cpuacct,pids,blkio-controller}.rst, scheduler/sched-bwc.rst;
+proc_pid_net(5) for `dev`.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from engine.runtimes import cgroups
 from engine.runtimes.spec import Cgroups
+
+NO_LIMIT = 1 << 60  # version 1 writes a number of this size for none
+Found = dict[str, int | None]
 
 
 @lru_cache(1)
@@ -18,47 +24,145 @@ def _host() -> Cgroups:
     return Cgroups.detect()
 
 
-def _text(path: Path) -> str | None:
+def _text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:
-        return None
+        return ""
 
 
 def _number(path: Path) -> int | None:
-    text = (_text(path) or "").strip()
+    text = _text(path).strip()
     return int(text) if text.isdigit() else None
 
 
-def resources(id: str) -> dict[str, int]:
-    """memory_bytes, memory_peak_bytes, memory_limit_bytes, cpu_usec, pids, oom_kills: those this host counts.
+def _keyed(path: Path) -> dict[str, int]:
+    """A flat-keyed file."""
+    pairs = (line.split() for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
-    Empty when the container has no cgroup (it does not run, or runs on a driver without).
+
+def _percent(quota: str, period: str) -> int | None:
+    return round(100 * int(quota) / int(period)) if quota.isdigit() and period.isdigit() and int(period) else None
+
+
+def _version2(group: Path) -> Found:
+    cpu, memory = _keyed(group / "cpu.stat"), _keyed(group / "memory.stat")
+    quota, _, period = _text(group / "cpu.max").strip().partition(" ")
+    out: Found = {
+        "cpu_usec": cpu.get("usage_usec"),
+        "cpu_user_usec": cpu.get("user_usec"),
+        "cpu_system_usec": cpu.get("system_usec"),
+        "cpu_throttled_usec": cpu.get("throttled_usec"),
+        "cpu_throttled_periods": cpu.get("nr_throttled"),
+        "cpu_limit_percent": _percent(quota, period),
+        "memory_bytes": _number(group / "memory.current"),
+        "memory_peak_bytes": _number(group / "memory.peak"),
+        "memory_limit_bytes": _number(group / "memory.max"),
+        "memory_anon_bytes": memory.get("anon"),
+        "memory_file_bytes": memory.get("file"),
+        "swap_bytes": _number(group / "memory.swap.current"),
+        "pids": _number(group / "pids.current"),
+        "pids_limit": _number(group / "pids.max"),
+    }
+    if (group / "io.stat").exists():
+        names = {"rbytes": "io_read_bytes", "wbytes": "io_written_bytes", "rios": "io_reads", "wios": "io_writes"}
+        words = [word.partition("=") for word in _text(group / "io.stat").split()]
+        for key, name in names.items():
+            out[name] = sum(int(value) for word, _, value in words if word == key and value.isdigit())
+    return out
+
+
+def _version1(id: str) -> Found:
+    memory, cpu, account, pids, block = (
+        cgroups.path(Cgroups(1, False), controller, id) for controller in ("memory", "cpu", "cpuacct", "pids", "blkio")
+    )
+    stat, throttled = _keyed(memory / "memory.stat"), _keyed(cpu / "cpu.stat")
+    limit = _number(memory / "memory.limit_in_bytes")
+    out: Found = {
+        "cpu_usec": _usec(_number(account / "cpuacct.usage")),
+        "cpu_user_usec": _usec(_number(account / "cpuacct.usage_user")),
+        "cpu_system_usec": _usec(_number(account / "cpuacct.usage_sys")),
+        "cpu_throttled_usec": _usec(throttled.get("throttled_time")),
+        "cpu_throttled_periods": throttled.get("nr_throttled"),
+        "cpu_limit_percent": _percent(
+            _text(cpu / "cpu.cfs_quota_us").strip(), _text(cpu / "cpu.cfs_period_us").strip()
+        ),
+        "memory_bytes": _number(memory / "memory.usage_in_bytes"),
+        "memory_peak_bytes": _number(memory / "memory.max_usage_in_bytes"),
+        "memory_limit_bytes": limit if limit is not None and limit < NO_LIMIT else None,
+        "memory_anon_bytes": stat.get("total_rss"),
+        "memory_file_bytes": stat.get("total_cache"),
+        "swap_bytes": stat.get("total_swap"),
+        "pids": _number(pids / "pids.current"),
+        "pids_limit": _number(pids / "pids.max"),
+    }
+    for file, read, write in (
+        ("service_bytes", "io_read_bytes", "io_written_bytes"),
+        ("serviced", "io_reads", "io_writes"),
+    ):
+        path = block / f"blkio.throttle.io_{file}"
+        if path.exists():
+            rows = [line.split() for line in _text(path).splitlines()]
+            for word, name in (("Read", read), ("Write", write)):
+                out[name] = sum(int(row[2]) for row in rows if len(row) == 3 and row[1] == word)
+    return out
+
+
+def _usec(nanoseconds: int | None) -> int | None:
+    return None if nanoseconds is None else nanoseconds // 1000
+
+
+def network(lines: Iterable[str]) -> dict[str, int]:
+    """Sums over the interfaces of /proc/<pid>/net/dev, loopback left out."""
+    names = ("network_received_bytes", "network_received_packets", "network_sent_bytes", "network_sent_packets")
+    out = dict.fromkeys(names, 0)
+    for line in lines:
+        interface, colon, rest = line.partition(":")
+        row = rest.split()
+        if colon and interface.strip() != "lo" and len(row) >= 16:
+            for name, column in zip(names, (0, 1, 8, 9), strict=True):
+                out[name] += int(row[column])
+    return out
+
+
+def _network_of(pid: int) -> dict[str, int]:
+    """Those of a process; empty when it has ended, or shares the network of the host: that is not its traffic."""
+    try:
+        if os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino:
+            return {}
+        return network(Path(f"/proc/{pid}/net/dev").read_text().splitlines())
+    except OSError:
+        return {}
+
+
+def resources(id: str, pid: int | None = None) -> dict[str, int]:
+    """cpu_*, memory_*, swap_*, io_*, pids, network_* and oom_kills: those this host counts, limits that are set.
+
+    `pid`: its first process, for the network. Empty when the container has no cgroup (it does not run, or runs on a
+    driver without).
     """
     here = _host()
-    out: dict[str, int | None] = {}
     if here.version == 2:
         group = cgroups.path(here, "", id)
-        if not group.is_dir():
-            return {}
-        out["memory_bytes"] = _number(group / "memory.current")
-        out["memory_peak_bytes"] = _number(group / "memory.peak")
-        out["memory_limit_bytes"] = _number(group / "memory.max")
-        for line in (_text(group / "cpu.stat") or "").splitlines():
-            key, _, value = line.partition(" ")
-            if key == "usage_usec":
-                out["cpu_usec"] = int(value)
-        out["pids"] = _number(group / "pids.current")
+        out = _version2(group) if group.is_dir() else {}
     else:
-        memory = cgroups.path(here, "memory", id)
-        out["memory_bytes"] = _number(memory / "memory.usage_in_bytes")
-        out["memory_peak_bytes"] = _number(memory / "memory.max_usage_in_bytes")
-        limit = _number(memory / "memory.limit_in_bytes")
-        out["memory_limit_bytes"] = limit if limit is not None and limit < 1 << 60 else None
-        nanos = _number(cgroups.path(here, "cpuacct", id) / "cpuacct.usage")
-        out["cpu_usec"] = None if nanos is None else nanos // 1000
-        out["pids"] = _number(cgroups.path(here, "pids", id) / "pids.current")
+        out = _version1(id)
     found = {key: value for key, value in out.items() if value is not None}
     if found:
+        if pid is not None:
+            found.update(_network_of(pid))
         found["oom_kills"] = cgroups.oom_kills(here, id)
     return found
+
+
+def quick(id: str) -> tuple[int, int] | None:
+    """(CPU time used in µs, memory in bytes) for pictures: two small files. None without a cgroup."""
+    here = _host()
+    if here.version == 2:
+        group = cgroups.path(here, "", id)
+        cpu, memory = _keyed(group / "cpu.stat").get("usage_usec"), _number(group / "memory.current")
+    else:
+        cpu = _usec(_number(cgroups.path(here, "cpuacct", id) / "cpuacct.usage"))
+        memory = _number(cgroups.path(here, "memory", id) / "memory.usage_in_bytes")
+    return None if cpu is None or memory is None else (cpu, memory)

@@ -15,7 +15,10 @@ from runtimebench import Bench, bench_of
 from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure
 from engine.logs import ContainerLogs
 from engine.runtimes.base import Exit, State
+from engine.runtimes.fake import FakeRuntime
+from engine.runtimes.resources import Resources
 from engine.runtimes.select import host_report, open_runtime
+from engine.stats import resources
 
 
 @pytest.fixture(params=["fake", "oci"])
@@ -114,6 +117,45 @@ def test_pause_and_resume(bench: Bench) -> None:
     bench.runtime.pause(id)
     bench.runtime.signal(id, signal.SIGKILL)
     assert bench.end().exit_code == 137
+
+
+def in_force(bench: Bench, id: str) -> tuple[int | None, float | None, int | None]:
+    """Memory in bytes, CPUs and processes a container may use, from where its driver keeps them."""
+    if isinstance(bench.runtime, FakeRuntime):
+        limits = bench.runtime.limits(id)
+        return limits.memory, limits.cpus, limits.pids
+    found = resources(id)
+    quota = found.get("cpu_limit_percent")
+    return found.get("memory_limit_bytes"), None if quota is None else quota / 100, found.get("pids_limit")
+
+
+def test_limits_change_while_it_runs_and_while_it_is_paused(bench: Bench) -> None:
+    id = bench.run("sleep", memory="64m", cpus=0.5)
+    assert in_force(bench, id) == (64 << 20, 0.5, None)
+    for memory in (256 << 20, 32 << 20):  # up and down: with swap accounted, each has its own order of writes
+        bench.runtime.update(id, Resources(memory=memory, pids=50))
+        assert in_force(bench, id) == (memory, None, 50)
+    bench.runtime.pause(id)
+    bench.runtime.update(id, Resources(memory=48 << 20, memory_swap=-1, cpus=1.5, cpu_shares=512, cpuset="0"))
+    assert in_force(bench, id) == (48 << 20, 1.5, None)
+    assert bench.runtime.status(id).state is State.PAUSED
+    bench.runtime.resume(id)
+    bench.runtime.update(id, Resources())
+    assert in_force(bench, id) == (None, None, None)
+
+
+def test_limits_that_cannot_be_change_nothing(bench: Bench) -> None:
+    id = bench.run("sleep", memory="64m", cpus=0.5, pids=20)
+    for wrong in (Resources(memory=1000, pids=5), Resources(cpuset="8000"), Resources(memory_swap=1 << 30)):
+        with pytest.raises(InvalidArgument):
+            bench.runtime.update(id, wrong)
+    assert in_force(bench, id) == (64 << 20, 0.5, 20)
+    with pytest.raises(NotFound):
+        bench.runtime.update("unknown", Resources())
+    run = bench.spec("true")
+    bench.runtime.create(run)
+    with pytest.raises(Busy):
+        bench.runtime.update(run.id, Resources(memory=64 << 20))
 
 
 def test_oom_is_recorded(bench: Bench) -> None:

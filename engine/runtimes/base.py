@@ -7,6 +7,7 @@ its image's config into what runs (`make_spec`). Drivers are `oci` (runc or crun
 
 from __future__ import annotations
 
+import os
 import signal as _signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from engine.config import ContainerConfig, MountKind
+from engine import envfile
+from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument
 from engine.model import ImageConfig
+from engine.runtimes.resources import Resources
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Docker's
 
@@ -118,6 +121,11 @@ class Runtime(Protocol):
 
     def resume(self, id: str) -> None: ...
 
+    def update(self, id: str, resources: Resources) -> None:
+        """Put these limits in place of those it has, running or paused. InvalidArgument for ones that cannot be;
+        RuntimeFailure when the kernel refuses, as for less memory than is in use. Then it has the limits it had."""
+        ...
+
     def status(self, id: str) -> Status:
         """What really runs, from the runtime and its files. An unknown id is `absent`, never an error."""
         ...
@@ -161,7 +169,7 @@ def command_line(config: ContainerConfig, image: ImageConfig) -> tuple[str, ...]
 
 
 def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> tuple[str, ...]:
-    """PATH, HOSTNAME, TERM (with a tty), then the image's, then the config's; later ones win, order kept."""
+    """PATH, HOSTNAME, TERM (with a tty), the image's, those of env_file, the config's; later ones win, order kept."""
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     if config.tty:
         merged["TERM"] = "xterm"
@@ -169,6 +177,7 @@ def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> t
         key, _, value = item.partition("=")
         if key and "\0" not in item:
             merged[key] = value
+    merged.update(envfile.read(config.env_file))
     merged.update(config.env)
     return tuple(f"{key}={value}" for key, value in merged.items())
 
@@ -186,8 +195,14 @@ def make_spec(
     """The run of `config` on `image`. InvalidArgument names the field that makes it impossible."""
     image = image or ImageConfig()
     hostname = config.hostname or id[:12]
-    if len(hostname) > 64 or not hostname.isprintable() or any(c in hostname for c in " /\0"):
-        raise InvalidArgument("hostname: at most 64 printable characters without spaces", at="hostname")
+    if config.uts is Namespace.HOST:
+        for field, value in (("hostname", config.hostname), ("domainname", config.domainname)):
+            if value:
+                raise InvalidArgument(f"{field}: would change the host: uts is host", at=field)
+        hostname = os.uname().nodename
+    for field, value in (("hostname", hostname), ("domainname", config.domainname or "")):
+        if len(value) > 64 or not value.isprintable() or any(c in value for c in " /\0"):
+            raise InvalidArgument(f"{field}: at most 64 printable characters without spaces", at=field)
     return RunSpec(
         id=id,
         name=name,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from engine.errors import RuntimeFailure
+from engine.runtimes.resources import online_cpus
 from engine.runtimes.spec import CGROUP_PARENT, Cgroups
 
 ROOT = Path("/sys/fs/cgroup")
@@ -38,6 +40,27 @@ def thaw(cgroups: Cgroups, id: str) -> None:
             (path(cgroups, "freezer", id) / "freezer.state").write_text("THAWED")
     except OSError:
         pass  # gone with its last process
+
+
+def all_cpus(cgroups: Cgroups) -> str:
+    """The CPUs a container without a cpuset may run on: those of the group above."""
+    above = path(cgroups, "cpuset", "")
+    for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
+        try:
+            if cpus := (above / name).read_text().strip():
+                return cpus
+        except OSError:
+            continue  # another version's name, or the group is not made yet
+    return online_cpus()
+
+
+def drop_reservation(cgroups: Cgroups, id: str) -> None:
+    """Version 2 has no value of `runc update` for none: 0 means unchanged, -1 everything."""
+    if cgroups.version == 2:
+        try:
+            (path(cgroups, "memory", id) / "memory.low").write_text("0")
+        except OSError as error:
+            raise RuntimeFailure(f"memory_reservation: {error.strerror}") from error
 
 
 def oom_kills(cgroups: Cgroups, id: str) -> int:

@@ -52,6 +52,10 @@ class Files:
         return self.directory / "bundle"
 
     @property
+    def resources(self) -> Path:
+        return self.bundle / "resources.json"  # the limits in force, as `runc update` takes them
+
+    @property
     def run(self) -> Path:
         return self.directory / "run"
 

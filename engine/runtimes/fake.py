@@ -29,6 +29,7 @@ from pathlib import Path
 from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure
 from engine.logs import mend
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status
+from engine.runtimes.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class _Run:
     pending: list[int] = field(default_factory=list)  # signals that wait until it is resumed
     callback: Callable[[str, Exit], None] | None = None
     file: int = -1
+    resources: Resources = field(default_factory=Resources)
 
 
 def log_line(stream: str, text: str, moment_ns: int | None = None) -> bytes:
@@ -79,6 +81,8 @@ class FakeRuntime:
             raise InvalidArgument(f"command: {word} takes one number", at=word)
         if word in ("sleep", "trap") and spec.argv[1:] and not re.fullmatch(r"inf|\d+(\.\d+)?", spec.argv[1]):
             raise InvalidArgument(f"command: {word} takes seconds or inf", at=spec.argv[1][:80])
+        limits = Resources.of(spec.config)
+        limits.check()
         with self._changed:
             old = self._runs.get(spec.id)
             if old is not None and old.state is not State.STOPPED:
@@ -86,7 +90,7 @@ class FakeRuntime:
             if old is not None:
                 self._drop(spec.id)
             spec.log.parent.mkdir(parents=True, exist_ok=True)
-            run = _Run(spec, next(self._pids))
+            run = _Run(spec, next(self._pids), resources=limits)
             mend(spec.log)
             run.file = _open_log(spec.log)
             self._runs[spec.id] = run
@@ -135,6 +139,16 @@ class FakeRuntime:
                 self._deliver(run, signum)
             run.pending.clear()
             self._wake()
+
+    def update(self, id: str, resources: Resources) -> None:
+        resources.check()
+        with self._changed:
+            self._expect(id, State.RUNNING, State.PAUSED).resources = resources
+
+    def limits(self, id: str) -> Resources:
+        """Those in force."""
+        with self._changed:
+            return self._expect(id, *State).resources
 
     def status(self, id: str) -> Status:
         with self._changed:

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from engine import host
 from engine.config import ContainerConfig
@@ -32,6 +33,7 @@ from engine.logs import mend
 from engine.runtimes import cgroups, conmon, spec
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.conmon import Facts, Files
+from engine.runtimes.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +149,7 @@ class OciRuntime:
         mend(files.log)
         spec.prepare(spec_)
         (files.bundle / "config.json").write_text(json.dumps(config, separators=(",", ":")))
+        files.resources.write_text(json.dumps(self._limits(Resources.of(spec_.config))))
         try:
             arguments = ["--root", str(self._state)]
             tty = spec_.config.tty
@@ -184,6 +187,32 @@ class OciRuntime:
     def resume(self, id: str) -> None:
         self._expect(id, State.PAUSED)
         self._call(id, "resume")
+
+    def update(self, id: str, resources: Resources) -> None:
+        self._expect(id, State.RUNNING, State.PAUSED)
+        files = self._files(id)
+        new = self._limits(resources)
+        aside = files.bundle / "resources.new"
+        aside.write_text(json.dumps(new))
+        try:
+            self._call(id, "update", "--resources", str(aside))
+            if not resources.memory_reservation:
+                cgroups.drop_reservation(self._cgroups, id)
+        except EngineError:
+            try:
+                self._call(id, "update", "--resources", str(files.resources))  # some of them may have been set
+            except EngineError as error:
+                log.error("container %s: a failed update was not undone: %s", id, error)
+            aside.unlink()
+            raise
+        os.replace(aside, files.resources)
+
+    def _limits(self, resources: Resources) -> dict[str, Any]:
+        """`linux.resources` of an update, every limit in it."""
+        limits = resources.update(swap=self._cgroups.swap, cpus=cgroups.all_cpus(self._cgroups))
+        if self._cgroups.version == 2:  # version 1 refuses by itself; 2 would kill
+            limits["memory"]["checkBeforeUpdate"] = True
+        return limits
 
     def status(self, id: str) -> Status:
         """From files and /proc alone, no process is started: cheap enough to ask often."""
@@ -382,10 +411,10 @@ class OciRuntime:
             raise Busy(f"the container is {now}")
         return facts
 
-    def _call(self, id: str, verb: str) -> None:
+    def _call(self, id: str, verb: str, *options: str) -> None:
         facts = self._facts(self._files(id))
         binary = facts.runtime if facts is not None else self._tools()[0]
-        done = _run([binary, "--root", str(self._state), verb, id], DEADLINE)
+        done = _run([binary, "--root", str(self._state), verb, *options, id], DEADLINE)
         if done.returncode:
             raise RuntimeFailure(_words(done) or f"{verb} failed with exit status {done.returncode}")
 

@@ -14,12 +14,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from engine import host
-from engine.errors import Damaged, Unsupported
+from engine import host, hostfiles
+from engine.errors import Damaged, InvalidArgument, Unsupported
 
 PROFILES = (Path("/usr/share/containers/seccomp.json"), Path("/etc/containers/seccomp.json"))
 PACKAGE = "golang-github-containers-common"  # of Debian and Ubuntu; containers-common elsewhere
 MAX_PROFILE = 1 << 20
+ACTIONS = tuple(
+    f"SCMP_ACT_{name}"
+    for name in ("ALLOW", "ERRNO", "KILL", "KILL_PROCESS", "KILL_THREAD", "LOG", "TRACE", "TRAP", "NOTIFY")
+)
+ARGUMENT = ("index", "value", "valueTwo", "op")
+OPERATORS = tuple(f"SCMP_CMP_{name}" for name in ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"))
 
 # uname machine -> (Go's name, as includes.arches has it; libseccomp's name, as archMap has it)
 ARCHITECTURES = {
@@ -50,6 +56,49 @@ def _load(path: Path) -> dict[str, Any]:
     return data
 
 
+def own_profile(path: Path) -> dict[str, Any]:
+    """A user's profile, in moby's form or the runtime-spec's. NotFound, InvalidArgument name the path and the fault."""
+    where = f"security_opt: seccomp: {path}"
+    text = hostfiles.read(str(path), "security_opt: seccomp", MAX_PROFILE)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{where}: not JSON: {error}", at=str(path)) from error
+    fault = _fault(data)
+    if fault:
+        raise InvalidArgument(f"{where}: {fault}", at=str(path))
+    return {"syscalls": [], **data}
+
+
+def _fault(data: Any) -> str:
+    """What is wrong with a profile; empty when nothing is."""
+    if not isinstance(data, dict) or data.get("defaultAction") not in ACTIONS:
+        return f"defaultAction: one of {', '.join(ACTIONS)} expected"
+    for key in ("syscalls", "archMap", "architectures"):
+        if not isinstance(data.get(key, []), list | type(None)):
+            return f"{key}: a list expected"
+    for number, rule in enumerate(data.get("syscalls") or []):
+        here = f"syscalls[{number}]"
+        if not isinstance(rule, dict) or rule.get("action") not in ACTIONS:
+            return f"{here}.action: one of {', '.join(ACTIONS)} expected"
+        names = rule.get("names") or [rule.get("name")]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+            return f"{here}.names: names of system calls expected"
+        for key in ("includes", "excludes"):
+            if not isinstance(rule.get(key) or {}, dict):
+                return f"{here}.{key}: a mapping expected"
+        errno = rule.get("errnoRet")
+        if errno is not None and (not isinstance(errno, int) or not 0 <= errno < 4096):
+            return f"{here}.errnoRet: an errno expected"
+        for arg in rule.get("args") or []:
+            numbers = isinstance(arg, dict) and [arg.get("index"), arg.get("value"), arg.get("valueTwo", 0)]
+            if not numbers or not all(isinstance(item, int) and 0 <= item < 1 << 64 for item in numbers):
+                return f"{here}.args: index, value and valueTwo are numbers"
+            if arg.get("op") not in OPERATORS:
+                return f"{here}.args: op: one of {', '.join(OPERATORS)} expected"
+    return ""
+
+
 def default_profile(capabilities: Collection[str]) -> dict[str, Any]:
     """`linux.seccomp` for a process bounded by `capabilities` here. Unsupported when no profile is installed."""
     path = profile_path()
@@ -72,6 +121,8 @@ def resolve(
     for entry in profile.get("archMap") or ():
         if entry.get("architecture") == native:
             architectures += entry.get("subArchitectures") or []
+    if profile.get("architectures") and not profile.get("archMap"):  # the runtime-spec's own form
+        architectures = list(profile["architectures"])
 
     def holds(rule: dict[str, Any]) -> bool:
         includes, excludes = rule.get("includes") or {}, rule.get("excludes") or {}
@@ -94,7 +145,7 @@ def resolve(
         if rule.get("errnoRet") is not None:
             out["errnoRet"] = rule["errnoRet"]
         if rule.get("args"):
-            out["args"] = [{key: arg[key] for key in ("index", "value", "valueTwo", "op")} for arg in rule["args"]]
+            out["args"] = [{"valueTwo": 0, **{key: arg[key] for key in ARGUMENT if key in arg}} for arg in rule["args"]]
         syscalls.append(out)
     result: dict[str, Any] = {
         "defaultAction": profile["defaultAction"],

@@ -37,7 +37,7 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
     if not host.LINUX:
         return [("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")]
     from engine.runtimes.oci import OciRuntime, first_line
-    from engine.runtimes.spec import Cgroups
+    from engine.runtimes.spec import Cgroups, init_program
 
     rows: list[tuple[str, bool, str, str]] = []
     path = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -56,6 +56,10 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
             "" if profile else f"apt-get install {PACKAGE}",
         )
     )
+    try:
+        rows.append(("init program", True, str(init_program()), ""))
+    except Unsupported as error:
+        rows.append(("init program", False, "not installed; containers run without `init`", error.hint or ""))
     cgroups = Cgroups.detect()
     mounted = any(kind.startswith("cgroup") for _, kind, _ in host.mounts())
     detail = f"version {cgroups.version}, swap {'accounted' if cgroups.swap else 'not accounted'}"

@@ -1,29 +1,33 @@
 """The OCI runtime config.json of a run, with Docker's defaults.
 
-Floor 2. Only here: capabilities, masked and read-only paths, default mounts, namespaces, limits. Source of the format:
+Floor 2. Only here: capabilities, masked and read-only paths, default mounts, namespaces, and how the parts (devices.py,
+resources.py, confine.py, users.py) come together. Source of the format:
 runtime-spec 1.0.2 config.md and config-linux.md; of the defaults: moby oci/defaults.go, oci/caps. `build` is pure but
 for reading the root filesystem's passwd and group; `prepare` writes the files that are bind-mounted. Thread-safe.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import ContainerConfig, MountKind, SeccompMode
+from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument, Unsupported
-from engine.runtimes import seccomp
+from engine.options import rlimits, security, sysctl_namespace, tmpfs
+from engine.runtimes import confine, devices
 from engine.runtimes.base import RunSpec
-from engine.runtimes.users import identify, make_directory
+from engine.runtimes.resources import Resources
+from engine.runtimes.users import extra_groups, identify, make_directory
 
 CGROUP_PARENT = "/dutchman"
 OCI_VERSION = "1.0.2"
-CPU_PERIOD = 100_000  # µs
-MAX_DEVICES = 4096
+INIT_PROGRAMS = tuple(  # statically linked, taking `-- ARGV…`, in order of preference
+    Path("/usr") / name for name in ("bin/docker-init", "bin/tini-static", "bin/catatonit", "libexec/podman/catatonit")
+)
+INIT_PACKAGE = "tini"  # of Debian and Ubuntu
+INIT = "/dev/init"  # in the container, where Podman has it: the file it is mounted on is in a tmpfs
 
 CAPABILITIES = tuple(  # linux/capability.h, in bit order
     "CAP_" + name
@@ -162,8 +166,10 @@ def _mount(target: str, kind: str, source: str, *options: str) -> dict[str, Any]
 
 
 def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
-    own = {mount.target for mount in spec.mounts}
-    access = "rw" if spec.config.privileged else "ro"
+    config = spec.config
+    own = {mount.target for mount in spec.mounts} | {tmpfs(item)[0] for item in config.tmpfs}
+    access = "rw" if config.privileged else "ro"
+    shm = () if config.shm_size is None else (f"size={config.shm_size}",)
     defaults = [
         _mount("/proc", "proc", "proc", "nosuid", "noexec", "nodev"),
         _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
@@ -173,13 +179,19 @@ def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
         _mount("/sys", "sysfs", "sysfs", "nosuid", "noexec", "nodev", access),
         _mount("/sys/fs/cgroup", "cgroup", "cgroup", access, "nosuid", "noexec", "nodev"),
         _mount("/dev/mqueue", "mqueue", "mqueue", "nosuid", "noexec", "nodev"),
-        _mount("/dev/shm", "tmpfs", "shm", "nosuid", "noexec", "nodev", "mode=1777", "size=67108864"),
+        _mount("/dev/shm", "tmpfs", "shm", "nosuid", "noexec", "nodev", "mode=1777", *shm),
     ]
+    if config.ipc is Namespace.HOST:
+        defaults[-2:] = [_mount(path, "bind", path, "rbind", "rprivate", "rw") for path in ("/dev/mqueue", "/dev/shm")]
     files = [
         _mount("/etc/" + name, "bind", str(spec.directory / name), "rbind", "rprivate", "rw")
         for name in ("resolv.conf", "hostname", "hosts")
     ]
     mounts = [mount for mount in (*defaults, *files) if mount["destination"] not in own]
+    for path, options in map(tmpfs, config.tmpfs):
+        mounts.append(_mount(path, "tmpfs", "tmpfs", "nosuid", "nodev", "noexec", *options))  # later options win
+    if config.init:
+        mounts.append(_mount(INIT, "bind", str(init_program()), "bind", "rprivate", "ro", "nosuid", "nodev"))
     for mount in spec.mounts:
         access = "ro" if mount.read_only else "rw"
         if mount.kind is MountKind.TMPFS:
@@ -192,56 +204,36 @@ def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
     return sorted(mounts, key=lambda item: str(item["destination"]).count("/"))  # a parent before what lies in it
 
 
-def _resources(config: ContainerConfig, cgroups: Cgroups) -> dict[str, Any]:
-    devices: list[dict[str, Any]] = [{"allow": config.privileged, "access": "rwm"}]
+def init_program() -> Path:
+    """The program that is process 1 with `init`. Unsupported when none is installed."""
+    for path in INIT_PROGRAMS:
+        if path.is_file():
+            return path
+    raise Unsupported("init: no init program is installed", at="init", hint=f"apt-get install {INIT_PACKAGE}")
+
+
+def _device_rules(config: ContainerConfig, more: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rules: list[dict[str, Any]] = [{"allow": config.privileged, "access": "rwm"}]
     if not config.privileged:  # device nodes may be made (CAP_MKNOD), not opened; runc itself allows null, zero, tty …
-        devices += [{"allow": True, "type": kind, "access": "m"} for kind in "bc"]
-    resources: dict[str, Any] = {"devices": devices}
-    if config.memory is not None:
-        if config.memory < 6 << 20:
-            raise InvalidArgument("memory: at least 6 MiB", at="memory")
-        resources["memory"] = {"limit": config.memory}
-        if cgroups.swap:
-            resources["memory"]["swap"] = min(2 * config.memory, (1 << 63) - 1)  # memory and swap together, as Docker
-    if config.cpus is not None:
-        quota = max(1000, round(config.cpus * CPU_PERIOD))  # the kernel's least is 1 ms
-        resources["cpu"] = {"quota": quota, "period": CPU_PERIOD}
-    if config.pids is not None:
-        resources["pids"] = {"limit": config.pids}
-    return resources
+        rules += [{"allow": True, "type": kind, "access": "m"} for kind in "bc"]
+    return rules + more
 
 
-def _host_devices() -> list[dict[str, Any]]:
-    """Every device node below /dev, for privileged containers (moby HostDevices skips the same)."""
-    out: list[dict[str, Any]] = []
-    for base, directories, names in os.walk("/dev"):
-        if base == "/dev":
-            directories[:] = [name for name in directories if name not in ("pts", "shm", "fd", "mqueue", ".udev")]
-        for name in sorted(names):
-            path = os.path.join(base, name)
-            try:
-                info = os.lstat(path)
-            except OSError:
-                continue  # went away meanwhile
-            kind = "c" if stat.S_ISCHR(info.st_mode) else "b" if stat.S_ISBLK(info.st_mode) else None
-            if kind is None or path == "/dev/console" or len(out) >= MAX_DEVICES:
-                continue
-            out.append(
-                {
-                    "path": path,
-                    "type": kind,
-                    "major": os.major(info.st_rdev),
-                    "minor": os.minor(info.st_rdev),
-                    "fileMode": stat.S_IMODE(info.st_mode),
-                    "uid": info.st_uid,
-                    "gid": info.st_gid,
-                }
-            )
-    return out
+def _sysctls(config: ContainerConfig, namespaces: Iterable[str]) -> dict[str, str]:
+    """InvalidArgument for one whose namespace is the host's."""
+    values = dict(config.sysctls)
+    if config.domainname:
+        values.setdefault("kernel.domainname", config.domainname)  # the runtimes of runtime-spec 1.0 know no better
+    for name in values:
+        kind = sysctl_namespace(name)
+        if kind not in namespaces:
+            field = "domainname" if name not in config.sysctls else "sysctls"
+            raise InvalidArgument(f"{field}: {name} would change the host: {kind} is host", at=name)
+    return values
 
 
 def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
-    """config.json as a mapping. InvalidArgument names the field that cannot be; Unsupported lacks a seccomp profile."""
+    """config.json as a mapping. InvalidArgument names the field that cannot be; Unsupported what is not installed."""
     config = spec.config
     who = identify(spec.rootfs, spec.user)
     caps = capabilities(config)
@@ -249,36 +241,59 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
     if not any(item.startswith("HOME=") for item in environment):
         environment.append(f"HOME={who.home}")
     user: dict[str, Any] = {"uid": who.uid, "gid": who.gid}
-    if who.groups:
-        user["additionalGids"] = list(who.groups)
-    namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
+    groups = list(who.groups) + [gid for gid in extra_groups(spec.rootfs, config.group_add) if gid not in who.groups]
+    if groups:
+        user["additionalGids"] = groups
+    shared = {kind for kind in ("pid", "ipc", "uts") if getattr(config, kind) is Namespace.HOST}
+    namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network") if kind not in shared]
     if cgroups.version == 2:
         namespaces.append({"type": "cgroup"})
+    options = security(config.security_opt)
+    bare = config.privileged or options.unmasked
+    nodes, rules = devices.of(config)
     linux: dict[str, Any] = {
         "cgroupsPath": f"{CGROUP_PARENT}/{spec.id}",
         "namespaces": namespaces,
-        "resources": _resources(config, cgroups),
-        "maskedPaths": [] if config.privileged else list(MASKED_PATHS),
-        "readonlyPaths": [] if config.privileged else list(READONLY_PATHS),
+        "resources": {
+            "devices": _device_rules(config, rules),
+            **Resources.of(config).oci(swap=cgroups.swap),
+        },
+        "maskedPaths": [] if bare else list(MASKED_PATHS),
+        "readonlyPaths": [] if bare else list(READONLY_PATHS),
     }
     if config.privileged:
-        linux["devices"] = _host_devices()
-    elif config.seccomp is SeccompMode.DEFAULT:
-        linux["seccomp"] = seccomp.default_profile(caps)
+        own = {node["path"] for node in nodes}
+        nodes += [node for node in devices.of_host() if node["path"] not in own]
+    if nodes:
+        linux["devices"] = nodes
+    if sysctls := _sysctls(config, [item["type"] for item in namespaces]):
+        linux["sysctl"] = sysctls
+    if (profile := confine.seccomp_of(config, options, caps)) is not None:
+        linux["seccomp"] = profile
+    process: dict[str, Any] = {}
+    if config.ulimits:
+        limits = rlimits(config.ulimits)
+        process["rlimits"] = [{"type": kind, "soft": soft, "hard": hard} for kind, soft, hard in limits]
+    if (apparmor := confine.apparmor_of(options)) is not None:
+        process["apparmorProfile"] = apparmor
+    if (selinux := confine.selinux_of(options)) is not None:
+        process["selinuxLabel"] = selinux
+    argv = [INIT, "--", *spec.argv] if config.init else list(spec.argv)
     return {
         "ociVersion": OCI_VERSION,
         "process": {
             "terminal": config.tty,
             "user": user,
-            "args": list(spec.argv),
+            "args": argv,
             "env": environment,
             "cwd": spec.cwd,
             "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
-            "noNewPrivileges": False,
-            "oomScoreAdj": 0,
+            "noNewPrivileges": options.no_new_privileges,
+            "oomScoreAdj": config.oom_score_adj,
+            **process,
         },
         "root": {"path": str(spec.rootfs), "readonly": config.read_only},
-        "hostname": spec.hostname,
+        **({"hostname": spec.hostname} if config.uts is not Namespace.HOST else {}),
         "mounts": _mounts(spec),
         "linux": linux,
     }

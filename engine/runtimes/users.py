@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +104,20 @@ def identify(rootfs: Path, text: str) -> Identity:
     if "\0" in home or not home.startswith("/"):
         home = "/"
     return Identity(uid, gid, tuple(groups), home)
+
+
+def extra_groups(rootfs: Path, names: Sequence[str]) -> list[int]:
+    """The gids of `group_add`: numbers, or names in the root filesystem's /etc/group. InvalidArgument if unknown."""
+    out: list[int] = []
+    rows = list(_rows(read_in_root(rootfs, "/etc/group"), 4)) if names else []
+    for name in names:
+        gid = next((_number(row[2]) for row in rows if row[0] == name), None)
+        gid = _number(name) if gid is None else gid
+        if gid is None or gid > MAX_ID:
+            raise InvalidArgument(f"group_add: no group {name!r} in the image's /etc/group", at=name[:80])
+        if gid not in out:
+            out.append(gid)
+    return out
 
 
 def make_directory(rootfs: Path, path: str, mode: int = 0o755) -> None:

@@ -1,0 +1,36 @@
+"""Small files of this host that a config names: opened with care, read whole, refused by name. Floor 0, stateless."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from engine.errors import InvalidArgument, NotFound, TooLarge
+
+
+def read(text: str, field: str, limit: int) -> bytes:
+    """The bytes of a regular file at an absolute path (`~/` is expanded). Never blocks on what is none.
+
+    NotFound, InvalidArgument or TooLarge (more than `limit` bytes) begins with `field` and names the path.
+    """
+    path = Path(text).expanduser()
+    if not path.is_absolute():
+        raise InvalidArgument(f"{field}: {text}: an absolute path expected", at=text)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"{field}: {path} does not exist", at=text) from error
+    except OSError as error:
+        raise InvalidArgument(f"{field}: {path}: {error.strerror}", at=text) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidArgument(f"{field}: {path}: not a regular file", at=text)
+        data = b""
+        while len(data) <= limit and (piece := os.read(fd, limit + 1 - len(data))):
+            data += piece
+    finally:
+        os.close(fd)
+    if len(data) > limit:
+        raise TooLarge(f"{field}: {path}: larger than {limit} bytes", at=text)
+    return data

@@ -1,0 +1,71 @@
+"""`security_opt` for one process: its seccomp profile, AppArmor profile and SELinux context. Floor 2, stateless.
+
+Only here: what of them this host can do. A profile that cannot be applied is an error (the process would be less
+confined than asked for); SELinux labels mean nothing on a host without SELinux and are ignored there, as Docker does.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from engine import host
+from engine.config import ContainerConfig, SeccompMode
+from engine.errors import InvalidArgument, Unsupported
+from engine.options import Security
+from engine.runtimes import seccomp
+
+log = logging.getLogger(__name__)
+
+APPARMOR = Path("/sys/kernel/security/apparmor/profiles")
+SELINUX = Path("/sys/fs/selinux/enforce")
+CONTEXT = ("system_u", "system_r", "container_t", "s0")  # container-selinux's
+
+
+def seccomp_of(config: ContainerConfig, options: Security, capabilities: Collection[str]) -> dict[str, Any] | None:
+    """`linux.seccomp`; None for unconfined. InvalidArgument or NotFound names the profile's file."""
+    if options.seccomp == "unconfined":
+        return None
+    if options.seccomp:
+        profile = seccomp.own_profile(Path(options.seccomp))
+        return seccomp.resolve(profile, capabilities, platform.machine(), host.kernel_version())
+    if config.privileged or config.seccomp is SeccompMode.UNCONFINED:
+        return None
+    return seccomp.default_profile(capabilities)
+
+
+def apparmor_of(options: Security) -> str | None:
+    """The profile to run under. Unsupported without AppArmor, InvalidArgument for one that is not loaded."""
+    if options.apparmor in ("", "unconfined"):
+        return options.apparmor or None if APPARMOR.exists() else None
+    try:
+        loaded = {line.rpartition(" (")[0] for line in APPARMOR.read_text().splitlines()}
+    except OSError as error:
+        raise Unsupported(
+            f"security_opt: apparmor={options.apparmor}: this host has no AppArmor", at=f"apparmor={options.apparmor}"
+        ) from error
+    if options.apparmor not in loaded:
+        raise InvalidArgument(
+            f"security_opt: apparmor={options.apparmor}: no such profile is loaded",
+            at=f"apparmor={options.apparmor}",
+            hint="apparmor_parser loads one",
+        )
+    return options.apparmor
+
+
+def selinux_of(options: Security) -> str | None:
+    """The SELinux context of the process; None where there is nothing to set."""
+    if not options.labels or "disable" in options.labels:
+        return None
+    if not SELINUX.exists():
+        log.info("security_opt: label= has no effect: this host has no SELinux")
+        return None
+    parts = dict(zip(("user", "role", "type", "level"), CONTEXT, strict=True))
+    for label in options.labels:
+        key, _, value = label.partition(":")
+        if key in parts:
+            parts[key] = value
+    return ":".join(parts.values())
