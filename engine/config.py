@@ -28,6 +28,7 @@ from engine.options import (
     parse_count,
     parse_namespace,
 )
+from engine.upkeep import HealthSpec, Restart
 
 
 class MountKind(StrEnum):
@@ -111,6 +112,8 @@ class ContainerConfig(Frozen):
     # how it stops, whether it is well, when it starts again
     stop_signal: Text | None = Field(None, description="default: the image's, else SIGTERM")
     stop_grace_period: Seconds = Field(10.0, description="seconds between the stop signal and SIGKILL")
+    restart: Restart = Field("no", description="no, on-failure[:n], always or unless-stopped")
+    healthcheck: HealthSpec | None = Field(None, description="test, interval, timeout…; default: the image's")
     # its terminal and root filesystem
     tty: bool = False
     stdin: bool = Field(False, description="keep its standard input open")

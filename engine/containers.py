@@ -10,6 +10,7 @@ Threading: all methods from any thread. Readers never wait; verbs on one contain
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -23,10 +24,11 @@ from engine import fields, host, lifecycle
 from engine.changes import changes
 from engine.config import ContainerConfig, MountKind
 from engine.drivers import Drivers
-from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from engine.errors import AlreadyExists, Busy, Gone, InvalidArgument, NotFound
 from engine.events import Journal
 from engine.execution import Execution
 from engine.failures import Failures
+from engine.health import HealthChecks
 from engine.images.catalog import Images
 from engine.images.reference import parse as parse_reference
 from engine.lifecycle import ALIVE, State, Verb
@@ -37,9 +39,11 @@ from engine.mounts import RootfsMounts
 from engine.names import random_name
 from engine.options import tmpfs
 from engine.records import Container, Records
+from engine.restarts import Restarts
 from engine.runtimes.base import Mount, parse_signal
 from engine.runtimes.select import NAMES as RUNTIMES
 from engine.runtimes.spec import capabilities
+from engine.scheduler import Clock
 from engine.stats import resources
 from engine.store.meta import Meta
 from engine.store.trees import Trees
@@ -65,6 +69,7 @@ class Containers:
         volumes: Volumes,
         mounts: RootfsMounts,
         drivers: Drivers,
+        clock: Clock | None = None,
     ) -> None:
         self._root = store / "containers"
         self._tmp = store / "tmp"
@@ -78,6 +83,8 @@ class Containers:
         self.records = Records(meta, journal)
         self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers)
         self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of)
+        self.restarts = Restarts(meta, journal, self.records, self._start, clock)
+        self.health = HealthChecks(meta, journal, self.records, self.execution, clock)
         self._root.mkdir(parents=True, exist_ok=True)
         self._tmp.mkdir(parents=True, exist_ok=True)
 
@@ -94,11 +101,18 @@ class Containers:
 
     def verbs(self, name: str) -> list[str]:
         """The verbs legal now."""
-        return [str(verb) for verb in lifecycle.legal_verbs(self.get(name).state)]
+        now = self.get(name)
+        waits = now.state is State.STOPPED and self.restarts.due(now.id) is not None
+        return [str(verb) for verb in lifecycle.legal_verbs(now.state, restarting=waits)]
 
     def wait(self, name: str, timeout: float | None) -> int | None:
-        """The exit code once it is stopped; None after `timeout` seconds. Gone when it is removed meanwhile."""
-        container = self.records.wait(self.get(name).id, lambda now: now.state is State.STOPPED, timeout)
+        """The exit code once it is stopped for good (no restart is due); None after `timeout` seconds. Gone when it is
+        removed meanwhile."""
+
+        def over(now: Container) -> bool:
+            return now.state is State.STOPPED and self.restarts.due(now.id) is None
+
+        container = self.records.wait(self.get(name).id, over, timeout)
         return None if container is None else container.exit_code
 
     def wait_for(self, name: str, until: Callable[[Container], bool], timeout: float | None) -> Container | None:
@@ -278,9 +292,11 @@ class Containers:
 
     def stop(self, name: str, seconds: float | None = None) -> None:
         """The stop signal, `seconds` (default: its config's) of grace, SIGKILL. Returns after about a second at most,
-        `stopping` then going on."""
+        `stopping` then going on. One that waits for its restart is left as it is, stopped."""
         grace = _grace(seconds)
         before = self.get(name)
+        if before.state is State.STOPPED and self.restarts.cancel(before):
+            return
         container = self.records.move(before.id, State.STOPPING, verb=Verb.STOP)
         paused = before.state is State.PAUSED
         self._workers.bounded(container.object, "stop", STOP_PATIENCE, lambda: self._stop(container, grace, paused))
@@ -315,9 +331,24 @@ class Containers:
         signum = parse_signal(str(signal))
         container = self.get(name)
         lifecycle.permit(container.state, Verb.KILL)
+        if signum in (signals.SIGKILL, self.execution.stop_signal(container)):
+            self.restarts.stopped_by_person(container.id)
         self.execution.signal(container, signum)
         if signum == signals.SIGKILL:
             self.records.wait(container.id, lambda now: now.state not in ALIVE, STOP_PATIENCE)
+
+    def halt(self) -> None:
+        """Stop all that runs, as a host that goes down would: what its policy keeps up starts with the next engine."""
+        for container in self.all():
+            if container.state not in (State.RUNNING, State.PAUSED):
+                continue
+            paused = container.state is State.PAUSED
+            try:
+                now = self.records.move(container.id, State.STOPPING, reason="stopped with the engine")
+            except (Busy, Gone):
+                continue  # it ended meanwhile
+            work = functools.partial(self._stop, now, None, paused)
+            self._workers.bounded(now.object, "stop", 0.0, work)
 
     def pause(self, name: str) -> None:
         self._freeze(name, Verb.PAUSE)
@@ -395,6 +426,8 @@ class Containers:
         """Let go of all containers; they go on running."""
         self.records.close()
         deadline = time.monotonic() + 1.0
+        self.restarts.close()
+        self.health.close()
         self.monitor.close()
         self._workers.join(max(0.0, deadline - time.monotonic()))
         with self._guard:

@@ -32,6 +32,7 @@ from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
 from engine.reconcile import reconcile
 from engine.reserve import FREEING, Reserve
+from engine.scheduler import Clock
 from engine.store import check
 from engine.store.blobs import Blobs
 from engine.store.contents import Contents
@@ -74,13 +75,16 @@ def _make_private(path: Path, *, create: bool) -> None:
 class Engine:
     """Open the store at `store`: create what is missing, lock it, reconcile with what really runs, start the threads.
 
-    `runtime` is `auto`, `oci` or `fake`; `mount` is only written into the lock and `status`, for people. Busy, naming
-    the holder, when another daemon has the store.
+    `runtime` is `auto`, `oci` or `fake`; `mount` is only written into the lock and `status`, for people; `clock` is for
+    tests. Busy, naming the holder, when another daemon has the store.
     """
 
-    def __init__(self, store: Path, *, runtime: str = "auto", mount: Path | None = None) -> None:
+    def __init__(
+        self, store: Path, *, runtime: str = "auto", mount: Path | None = None, clock: Clock | None = None
+    ) -> None:
         self.store = Path(os.path.abspath(store))
         self.mount = mount
+        self._clock = clock
         self.version = version()
         self._started = time.monotonic()
         self._closed = False
@@ -133,6 +137,7 @@ class Engine:
             self.volumes,
             self.mounts,
             self.drivers,
+            self._clock,
         )
         undo.callback(self.drivers.close)
         undo.callback(self.containers.close)
@@ -145,6 +150,8 @@ class Engine:
         )
         reconcile(self.containers)
         self.containers.monitor.start()
+        self.containers.health.begin()
+        self.containers.restarts.begin()
         if again := self.jobs.resume(lambda line: resumed(self.images, line)):
             log.info("jobs %s of the last daemon go on", ", ".join(map(str, again)))
         log.info("store %s open; runtime %s", self.store, self._runtime)

@@ -27,6 +27,7 @@ from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, InvalidArgument, NoSpace, NotFound, RuntimeFailure, Unsupported
 from engine.images.catalog import Image, Images
 from engine.lifecycle import ALIVE, State
+from engine.model import ImageConfig
 from engine.mounts import RootfsMounts
 from engine.records import Container, Records
 from engine.runtimes import base
@@ -141,6 +142,10 @@ class Execution:
             raise NotFound(
                 error.reason, at=error.at or text, hint=error.hint or f"echo 'pull {text}' > images/ctl"
             ) from error
+
+    def image_config(self, container: Container) -> ImageConfig:
+        """Of the image it was started from."""
+        return self._images.config(self.image_of(container).digest)
 
     def mounts_of(self, config: ContainerConfig) -> list[Mount]:
         """The mounts its config names, sources resolved and checked. A volume that is not there yet is created."""

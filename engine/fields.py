@@ -9,6 +9,7 @@ Only here: how each field reads and is written back (`parse_field(f, field_text(
     env, labels, sysctls        KEY=VALUE lines; a JSON object where a value holds a newline; ulimits likewise
     cap_add, devices, tmpfs …   one per line
     memory_swap                 as a limit, but empty is the default and `max` no limit
+    healthcheck                 YAML: a mapping of test, interval, timeout, start_period…
     volumes                     YAML: a list of source:target[:ro], or of mappings
 """
 
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 
 from engine.config import ContainerConfig, MountKind, MountSpec
 from engine.errors import InvalidArgument, NotFound, TooLarge
-from engine.model import MAX_DOCUMENT, load_yaml, one_line
+from engine.model import MAX_DOCUMENT, Frozen, load_yaml, one_line
 from engine.options import UNLIMITED
 
 FIELDS = tuple(ContainerConfig.model_fields)
@@ -39,7 +40,7 @@ LIMITS = frozenset(
 )
 
 # what may change while a container runs: read anew each time they matter
-LIVE = frozenset({"labels", "stop_signal", "stop_grace_period", "log_max_size", "log_max_age"})
+LIVE = frozenset({"labels", "restart", "stop_signal", "stop_grace_period", "log_max_size", "log_max_age"})
 
 
 def check_field(field: str) -> str:
@@ -59,6 +60,8 @@ def field_text(field: str, config: ContainerConfig) -> str:
         return "".join(f"{item}\n" for item in value)
     if field == "volumes":
         return yaml.safe_dump([_mount(item) for item in value], sort_keys=False) if value else ""
+    if field == "healthcheck":
+        return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True) if value is not None else ""
     if field in FLAGS:
         return "true\n" if value else "false\n"
     if field == "memory_swap":  # unset and unlimited are two things here
@@ -84,6 +87,8 @@ def parse_field(field: str, text: str) -> Any:
     if field == "volumes":
         value = load_yaml(text, "volumes")
         return text.strip() if isinstance(value, str) else value
+    if field == "healthcheck":
+        return load_yaml(text, field)
     value = text.strip()
     if "\n" in value:
         raise InvalidArgument(f"{field}: one value expected, not several lines", at=value.split("\n")[1][:80] or field)
@@ -125,6 +130,11 @@ def config_text(config: ContainerConfig) -> str:
     if any(char in text for char in "\x85\u2028\u2029\ufeff"):  # YAML reads these as line breaks, or drops them
         text = yaml.safe_dump(data, sort_keys=False, width=1000)
     return text
+
+
+def _plain(value: Frozen) -> dict[str, Any]:
+    """Only what was set."""
+    return {key: item for key, item in value.model_dump(mode="json").items() if item not in (None, [], False)}
 
 
 def _number(value: float) -> str:

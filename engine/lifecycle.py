@@ -74,9 +74,11 @@ TRANSIENT = frozenset({S.STARTING, S.STOPPING, S.REMOVING})  # a restarted daemo
 ALIVE = frozenset({S.RUNNING, S.PAUSED, S.STOPPING})  # a process should exist; a restarted daemon checks
 
 
-def legal_verbs(state: State) -> list[Verb]:
-    """The verbs legal in `state`, in the order people read them."""
-    return [verb for verb in Verb if state in VERBS[verb]]
+def legal_verbs(state: State, *, restarting: bool = False) -> list[Verb]:
+    """The verbs legal in `state`, in the order people read them. `restarting`: stopped, and its policy is about to
+    start it again; `stop` ends the waiting and leaves it stopped."""
+    waits = restarting and state is S.STOPPED
+    return [verb for verb in Verb if state in VERBS[verb] or (waits and verb is V.STOP)]
 
 
 def check(before: State, to: State) -> None:

@@ -185,6 +185,8 @@ class ImageRuntime(BaseModel):
     working_dir: str = Field("", alias="WorkingDir")
     labels: dict[str, str] | None = Field(None, alias="Labels")
     stop_signal: str = Field("", alias="StopSignal")
+    healthcheck: dict[str, Any] | None = Field(None, alias="Healthcheck")  # Docker's; see upkeep.check_of
+    shell: tuple[str, ...] | None = Field(None, alias="Shell")
     volumes: dict[str, Any] | None = Field(None, alias="Volumes")
     exposed_ports: dict[str, Any] | None = Field(None, alias="ExposedPorts")
 

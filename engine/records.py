@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -89,6 +89,8 @@ class Records:
         self._changed = threading.Condition()  # taken under the write lock: nothing is queried while it is held
         self._generation = 0
         self._closing = False
+        # called with (connection, before, after, verb) in the transaction of each change of state
+        self.on_move: list[Callable[[sqlite3.Connection, Container, Container, Verb | None], None]] = []
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class Records:
                 raise AlreadyExists(f"a container named {name} exists", at=name) from error
             self._journal.append("containerCreated", f"container/{id}", {"name": name, "image": config.image})
             prepare(id)
-            self._meta.after_commit(self._notify)
+            self._meta.after_commit(self.notify)
             return _container(db.execute("SELECT * FROM containers WHERE id = ?", (id,)).fetchone())
 
     def configure(self, id: str, change: Callable[[Container], ContainerConfig]) -> Container:
@@ -149,7 +151,7 @@ class Records:
                 "UPDATE containers SET config = ?, image = ? WHERE id = ?", (config.model_dump_json(), image, id)
             )
             self._journal.append("containerConfigured", before.object, {"name": before.name, "fields": fields})
-            self._meta.after_commit(self._notify)
+            self._meta.after_commit(self.notify)
             return self._row(db, id)
 
     def move(
@@ -176,7 +178,7 @@ class Records:
             after = self._step(db, before, to, columns, verb)
             if then is not None and (more := then(after)) is not None:
                 after = self._step(db, after, more[0], more[1], None)
-            self._meta.after_commit(self._notify)
+            self._meta.after_commit(self.notify)
             return after
 
     def _step(
@@ -200,10 +202,17 @@ class Records:
             db.execute("DELETE FROM containers WHERE id = ?", (before.id,))
             db.execute("DELETE FROM failures WHERE object = ?", (before.object,))
             self._journal.append("containerRemoved", before.object, {"name": before.name})
+            self._moved(db, before, replace(before, state=State.REMOVED), verb)
             return before
         assignments = "".join(f", {key} = ?" for key in columns)
         db.execute(f"UPDATE containers SET state = ?{assignments} WHERE id = ?", (to, *columns.values(), before.id))
-        return self._row(db, before.id)
+        after = self._row(db, before.id)
+        self._moved(db, before, after, verb)
+        return after
+
+    def _moved(self, db: sqlite3.Connection, before: Container, after: Container, verb: Verb | None) -> None:
+        for call in self.on_move:
+            call(db, before, after, verb)
 
     def _row(self, db: sqlite3.Connection, id: str) -> Container:
         row = db.execute("SELECT * FROM containers WHERE id = ?", (id,)).fetchone()
@@ -234,7 +243,8 @@ class Records:
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Something that waiters look at has changed."""
         with self._changed:
             self._generation += 1
             self._changed.notify_all()

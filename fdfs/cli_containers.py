@@ -70,6 +70,14 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.option("--pids", type=int, metavar="N", help="Limit of processes.")
 @click.option("--read-only", is_flag=True, help="Mount the root filesystem read-only.")
 @click.option("--privileged", is_flag=True, help="All capabilities, no seccomp: as root on this host.")
+@click.option("--restart", metavar="POLICY", help="no, on-failure[:n], always or unless-stopped.")
+@click.option("--health-cmd", metavar="COMMAND", help="Run by the container's shell; exit code 0 is healthy.")
+@click.option("--health-interval", metavar="TIME", help="Between two checks, such as 30s (the default).")
+@click.option("--health-timeout", metavar="TIME", help="After which a check has failed (30s).")
+@click.option("--health-retries", type=click.IntRange(min=0), metavar="N", help="Failures in a row to unhealthy (3).")
+@click.option("--health-start-period", metavar="TIME", help="Time at first in which failures do not count (none).")
+@click.option("--health-start-interval", metavar="TIME", help="Between two checks in that time (5s).")
+@click.option("--no-healthcheck", is_flag=True, help="Not the image's health check either.")
 @click.option("--runtime", metavar="NAME", help="oci or fake, instead of the engine's default.")
 @click.argument("image")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
@@ -92,6 +100,8 @@ def run_command(
     """
     where = Mount.find(mount)
     config: dict[str, Any] = {"image": image}
+    if check := _healthcheck(fields):
+        config["healthcheck"] = check
     config.update({key: value for key, value in fields.items() if value not in (None, False)})
     # -e KEY without a value passes on ours, as Docker does
     variables = [
@@ -131,6 +141,22 @@ def run_command(
     return code
 
 
+def _healthcheck(fields: dict[str, Any]) -> dict[str, Any]:
+    """The --health-… options as the config's field; they are taken out of `fields`."""
+    check = {
+        name: value
+        for name in ("interval", "timeout", "retries", "start_period", "start_interval")
+        if (value := fields.pop(f"health_{name}")) is not None
+    }
+    if command := fields.pop("health_cmd"):
+        check["test"] = command
+    if fields.pop("no_healthcheck"):
+        if check:
+            raise click.UsageError("--no-healthcheck and --health-… exclude each other")
+        check["disable"] = True
+    return check
+
+
 def _attach(mount: Mount, name: str) -> int:
     """Pass on what the container prints, byte for byte, until it has stopped; its exit code."""
     asked = [0]
@@ -162,6 +188,12 @@ def _attach(mount: Mount, name: str) -> int:
     return int(code)
 
 
+def _ended(mount: Mount, name: str) -> bool:
+    """Whether it has stopped for good, with no restart to come. (Asked in this order, as one may just have begun.)"""
+    waits = mount.field("containers", name, "restarting") == "1"
+    return not waits and mount.field("containers", name, "state") in ENDED
+
+
 def _until_ended(mount: Mount, name: str, followers: list[Follower], outputs: list[Any]) -> Iterator[None]:
     """Copy what is new, again and again; stops after what was there once the container had ended."""
     pause = POLL[0]
@@ -173,7 +205,7 @@ def _until_ended(mount: Mount, name: str, followers: list[Follower], outputs: li
                 output.write(chunk)
                 output.flush()
                 busy = True
-        if state in ENDED:
+        if state in ENDED and _ended(mount, name):
             return
         pause = POLL[0] if busy else min(POLL[1], pause * 1.2)
         yield
@@ -247,6 +279,11 @@ def ps_command(mount: str | None, everything: bool, quiet: bool) -> None:
             continue
         code = where.field("containers", name, "exit_code")
         shown = f"{state} ({code})" if state == "stopped" and code else state
+        health = where.field("containers", name, "health")
+        if health not in ("", "none"):
+            shown = f"{state} ({health})"
+        elif where.field("containers", name, "restarting") == "1":
+            shown = f"restarting ({code})"
         image = where.field("containers", name, "config", "image")
         pid = where.field("containers", name, "pid") if state not in ENDED else ""
         rows.append((name, image, shown, pid, where.field("containers", name, "started_at")[:19]))

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from fdfs.cli_options import mount_option, store_option
 
 START_SECONDS = 60.0  # opening a large store after a crash includes its checks
 STOP_SECONDS = 30.0
+HALT_SECONDS = 15.0  # for containers to stop: their usual grace period and a little more
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +203,9 @@ def down_command(mount: str | None, store: str | None, stop_containers: bool) ->
     if host.is_mounted(where) and _alive(where):
         running = _running(Mount(where))
         if stop_containers and running:
-            with ThreadPoolExecutor(16) as pool:
-                list(pool.map(lambda name: _stop(Mount(where), name), running))
+            # `halt`, not `stop` to each: what a restart policy keeps up is up again after the next `up`
+            Mount(where).command((), "halt", what="down")
+            _wait(lambda: not _running(Mount(where)), HALT_SECONDS)
             running = _running(Mount(where))
     if not held.pid:
         raise Failure(f"{place / 'lock'} does not say which process holds the store")
@@ -245,13 +246,6 @@ def _store_behind(mount: Path) -> Path | None:
         if key == "store":
             return Path(value.strip())
     return None
-
-
-def _stop(mount: Mount, name: str) -> None:
-    try:
-        mount.command(("containers", name), "stop", what=f"stop {name}")
-    except Failure as failure:  # it may have ended by itself; what still runs is told at the end
-        click.echo(f"dutchman: {failure.reason}", err=True)
 
 
 def _running(mount: Mount) -> list[str]:

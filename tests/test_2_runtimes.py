@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from runtimebench import Bench, bench_of
 
-from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure
+from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
 from engine.logs import ContainerLogs
 from engine.runtimes.base import Exit, State
 from engine.runtimes.fake import FakeRuntime
@@ -269,6 +269,36 @@ def test_rotation_while_it_writes_loses_no_line(bench: Bench) -> None:
     assert logs.read("stdout", 0, 1 << 30) == b"".join(b"line %d\n" % n for n in range(2000))
     assert rotations >= 1
     logs.close()
+
+
+def test_a_probe_gives_output_and_exit_code(bench: Bench) -> None:
+    id = bench.run("sleep")
+    hello = ("echo", "hello") if bench.kind == "fake" else ("/bin/sh", "-c", "echo hel; echo lo >&2")
+    code, output = bench.runtime.probe_exec(id, hello, deadline=20)
+    assert (code, output.replace(b"\n", b"")) == (0, b"hello")
+    assert bench.runtime.probe_exec(id, ("/bin/sh", "-c", "exit 3"), deadline=20)[0] == 3
+    code, output = bench.runtime.probe_exec(id, ("/no/such/program",), deadline=20)
+    assert code != 0 and b"/no/such/program" in output
+    assert bench.runtime.status(id).state is State.RUNNING
+
+
+def test_a_probe_ends_at_its_deadline(bench: Bench) -> None:
+    id = bench.run("sleep")
+    with pytest.raises(DeadlineExceeded):
+        bench.runtime.probe_exec(id, ("sleep", "1000"), deadline=0.7)
+    assert bench.runtime.status(id).state is State.RUNNING
+
+
+def test_who_does_not_run_is_not_asked(bench: Bench) -> None:
+    id = bench.run("sleep")
+    bench.runtime.pause(id)
+    with pytest.raises(Busy):
+        bench.runtime.probe_exec(id, ("true",), deadline=20)
+    bench.runtime.resume(id)
+    bench.runtime.signal(id, signal.SIGKILL)
+    bench.end()
+    with pytest.raises((Busy, NotFound)):
+        bench.runtime.probe_exec(id, ("true",), deadline=20)
 
 
 def test_many_at_once(bench: Bench) -> None:

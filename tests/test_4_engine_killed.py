@@ -39,7 +39,8 @@ engine = Engine(store, runtime=runtime)
 containers, driver = engine.containers, engine.drivers.get()
 when, _, method = point.partition(" ")
 if method:
-    place = {"driver": driver, "mounts": engine.mounts, "records": containers.records}
+    place = {"driver": driver, "mounts": engine.mounts, "records": containers.records,
+             "restarts": containers.restarts}
     holder, _, call = method.partition(".")
     real = getattr(place[holder], call)
     def hooked(*args, **kwargs):
@@ -87,14 +88,16 @@ def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def crash(tmp_path: Path) -> Iterator[Crash]:
     opened: list[Engine] = []
 
-    def run(runtime: str, command: list[str], point: str, steps: str, pause: float = 0.0) -> Engine:
+    def run(
+        runtime: str, command: list[str], point: str, steps: str, pause: float = 0.0, restart: str = "no"
+    ) -> Engine:
         store = tmp_path / "store"
         engine = Engine(store, runtime=runtime)
         if runtime == "oci":
             add_busybox(engine)
         else:
             add_image(engine, IMAGE)
-        engine.containers.create("c", parse_config(f"image: {IMAGE}\ncommand: {command!r}"))
+        engine.containers.create("c", parse_config(f"image: {IMAGE}\ncommand: {command!r}\nrestart: {restart}"))
         engine.close()
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(store), runtime, point, steps],
@@ -231,6 +234,42 @@ def test_a_stop_that_was_asked_for_is_not_asked_for_again_and_keeps_its_deadline
     now = reach(engine, "c", State.STOPPED, seconds=6)  # not the ten seconds of its config
     assert now.exit_code == 137 and stdout(engine) == b"ready\nasked\n"
     check_journal(engine)
+
+
+COUNT = ["sh", "-c", "echo run >> /runs; [ $(wc -l < /runs) -lt 3 ] && exit 7; exec sleep 1000"]
+
+
+@pytest.mark.parametrize("restart", ["on-failure", "always"])
+def test_one_that_ended_while_no_daemon_looked_starts_again_as_its_policy_says(
+    restart: str, crash: Crash, tmp_path: Path
+) -> None:
+    supported("oci", tmp_path)
+    script = "echo run >> /runs; [ $(wc -l < /runs) -lt 2 ] && sleep 0.7 && exit 7; exec sleep 1000"
+    engine = crash("oci", ["sh", "-c", script], "", "start;running", pause=1.2, restart=restart)
+    now = engine.containers.wait_for("c", lambda now: now.restarts == 1 and now.state is State.RUNNING, 15)
+    assert now is not None, engine.containers.get("c")
+    assert any(event["type"] == "restartScheduled" and event["exit_code"] == 7 for event in events(engine))
+    check_journal(engine)
+
+
+def test_one_that_waits_for_its_restart_goes_on_to_wait_after_kill_9(crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    engine = crash("oci", COUNT, "before restarts._fire", "arm;start;sleep 30", restart="on-failure:5")
+    now = engine.containers.wait_for("c", lambda now: now.restarts == 2 and now.state is State.RUNNING, 15)
+    assert now is not None, engine.containers.get("c")
+    check_journal(engine)
+
+
+@pytest.mark.parametrize(("restart", "up"), [("unless-stopped", False), ("on-failure", False), ("always", True)])
+def test_one_that_a_person_stopped_stays_down_unless_its_policy_is_always(
+    restart: str, up: bool, runtime: str, crash: Crash
+) -> None:
+    engine = crash(runtime, SLEEP[runtime], "", "start;running;stop 0;sleep 0.3", restart=restart)
+    if up:
+        reach(engine, "c", State.RUNNING, seconds=15)
+    else:
+        assert engine.containers.get("c").state is State.STOPPED
+        assert engine.containers.restarts.due(engine.containers.get("c").id) is None
 
 
 @pytest.mark.parametrize("point", ["before driver.delete", "after mounts.forget"])

@@ -146,6 +146,13 @@ class Runtime(Protocol):
         """Idempotent: kill what is left, remove cgroup and runtime files. Logs stay; watchers are not called."""
         ...
 
+    def probe_exec(self, id: str, argv: Sequence[str], *, deadline: float) -> tuple[int, bytes]:
+        """Run `argv` in the running container, as its own user, environment and directory: the exit code and the first
+        4 KiB of what it printed. After `deadline` seconds it is killed with all it started: DeadlineExceeded. Busy for
+        a container that does not run, or is paused. Not serialised with other calls for the same id.
+        """
+        ...
+
     def close(self) -> None:
         """Stop watching. Containers go on running."""
         ...

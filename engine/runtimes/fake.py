@@ -21,15 +21,16 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure
+from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
 from engine.logs import mend
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status
 from engine.runtimes.resources import Resources
+from engine.upkeep import MAX_OUTPUT
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,28 @@ class FakeRuntime:
     def delete(self, id: str) -> None:
         with self._changed:
             self._drop(id)
+
+    def probe_exec(self, id: str, argv: Sequence[str], *, deadline: float) -> tuple[int, bytes]:
+        """true, false, exit N, echo WORD…, and sleep SECONDS, which is the only one that takes time."""
+        with self._changed:
+            self._expect(id, State.RUNNING)
+            if list(argv[:2]) == ["/bin/sh", "-c"]:
+                argv = argv[2].split()
+            word, *args = (Path(argv[0]).name, *argv[1:])
+            if word == "sleep":
+                wanted = float(args[0]) if args and args[0] != "inf" else deadline + 1
+                until = time.monotonic() + min(wanted, deadline)
+                while (left := until - time.monotonic()) > 0:
+                    self._expect(id, State.RUNNING)
+                    self._changed.wait(left)
+                if wanted > deadline:
+                    raise DeadlineExceeded(f"{word} took longer than {deadline:g} s")
+                return 0, b""
+        if word == "exit" and args and args[0].isdecimal():
+            return int(args[0]) & 255, b""
+        if word not in ("true", "false", "echo"):
+            return 127, f'exec: "{argv[0]}": executable file not found in $PATH\n'.encode()
+        return int(word == "false"), f"{' '.join(args)}\n".encode()[:MAX_OUTPUT] if word == "echo" else b""
 
     def close(self) -> None:
         with self._changed:

@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from engine import host
 from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
-from engine.runtimes import cgroups, conmon, spec
+from engine.runtimes import cgroups, conmon, probing, spec
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.conmon import Facts, Files
 from engine.runtimes.resources import Resources
@@ -289,6 +289,15 @@ class OciRuntime:
             host.remove_tree(place)
         with self._lock:
             self._directories.pop(id, None)
+
+    def probe_exec(self, id: str, argv: Sequence[str], *, deadline: float) -> tuple[int, bytes]:
+        facts = self._expect(id, State.RUNNING)
+        files = self._files(id)
+        command = [facts.runtime, "--root", str(self._state)]
+        code, output = probing.run(command, files.bundle, files.run, id, argv, deadline)
+        if code:
+            self._expect(id, State.RUNNING)  # else it was its end, not its health, that was found
+        return code, output
 
     def close(self) -> None:
         with self._lock:

@@ -137,6 +137,16 @@ CREATE TABLE IF NOT EXISTS containers (
     reason      TEXT NOT NULL DEFAULT '' -- why it is in this state, one line, '' when ordinary
 );
 
+-- what restart policies know of a container that has been started; written by engine/restarts.py
+CREATE TABLE IF NOT EXISTS restarts (
+    id          TEXT PRIMARY KEY,        -- containers.id
+    stopped     INTEGER NOT NULL DEFAULT 0,  -- who stopped it: 0 nobody, 1 a person, 2 the engine
+    automatic   INTEGER NOT NULL DEFAULT 0,  -- 1 when its last start was its policy's
+    attempts    INTEGER NOT NULL DEFAULT 0,  -- restarts since a person started it
+    delay_ms    INTEGER NOT NULL DEFAULT 0,  -- the last back-off
+    due_ns      INTEGER                  -- Unix time at which it starts again; NULL: it does not wait for that
+) WITHOUT ROWID;
+
 CREATE TABLE IF NOT EXISTS volumes (
     name        TEXT PRIMARY KEY,
     driver      TEXT NOT NULL,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,26 @@ def oom(engine: Any, name: str) -> str:
 
 
 def reason(engine: Any, name: str) -> str:
-    return line(engine.containers.get(name).reason)
+    container = engine.containers.get(name)
+    due = engine.containers.restarts.due(container.id)
+    return line("; ".join(filter(None, [_due(due), container.reason])))
+
+
+def _due(seconds: float | None) -> str:
+    return "" if seconds is None else f"restarts in {math.ceil(seconds)}s"
+
+
+def restarting(engine: Any, name: str) -> str:
+    return line(engine.containers.restarts.due(engine.containers.get(name).id) is not None)
+
+
+def health(engine: Any, name: str) -> str:
+    return line(engine.containers.health.of(engine.containers.get(name)))
+
+
+def health_log(engine: Any, name: str) -> str:
+    probes = engine.containers.health.probes(engine.containers.get(name).id)
+    return "".join(json.dumps(probe, separators=(",", ":")) + "\n" for probe in probes)
 
 
 def runtime(engine: Any, name: str) -> str:
@@ -368,6 +389,9 @@ CONTAINER = Dir(
         File(name="restarts", doc="how often it was restarted", show=restarts),
         File(name="oom", doc="1 when its last run was ended for want of memory", show=oom),
         File(name="reason", doc="why it is in its state; empty when ordinary", show=reason),
+        File(name="restarting", doc="1 while it is stopped and its policy is about to start it again", show=restarting),
+        File(name="health", doc="none starting healthy unhealthy, as its healthcheck finds it", show=health),
+        File(name="health.jsonl", doc="the last probes: start, end, exit_code, output", show=health_log),
         File(name="runtime", doc="the driver that runs it", show=runtime),
         File(name="stats", doc="what it uses now, flat-keyed; empty when it does not run", show=stats),
         File(name="events", doc="its part of the journal: JSON Lines; grows", read=events, size=events_size),

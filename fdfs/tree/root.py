@@ -79,6 +79,10 @@ def down(engine: Any, call: Call) -> None:
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
+def halt(engine: Any, call: Call) -> None:
+    engine.containers.halt()
+
+
 # --- logs -------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +157,12 @@ ROOT = Dir(
             name="ctl",
             doc="commands to the engine itself",
             object=root_object,
-            verbs=table(Verb(name="down", doc="unmount and end; containers go on running", run=down)),
+            verbs=table(
+                Verb(name="down", doc="unmount and end; containers go on running", run=down),
+                Verb(
+                    name="halt", doc="stop all containers; the next `up` starts those that policies keep up", run=halt
+                ),
+            ),
         ),
         error_file(root_object),
         File(

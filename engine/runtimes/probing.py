@@ -1,0 +1,162 @@
+"""One short command inside a running container, for its output and exit code: how health is found out. Floor 2.
+
+`run` starts the runtime's own `exec` (runc, crun: `exec --process SPEC ID`) with the container's user, environment,
+directory and limits, keeps the first bytes of what is printed, and after the deadline kills the command with everything
+it started. Blocks its thread for at most the deadline and a few seconds; keeps nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import Busy, DeadlineExceeded, RuntimeFailure
+from engine.runtimes import conmon
+from engine.upkeep import MAX_OUTPUT
+
+LAST_WORDS = 5.0  # seconds for the runtime to end once the command was killed
+
+
+def run(
+    runtime: Sequence[str], bundle: Path, place: Path, id: str, argv: Sequence[str], deadline: float
+) -> tuple[int, bytes]:
+    """(exit code, up to MAX_OUTPUT bytes of stdout and stderr). DeadlineExceeded after `deadline` seconds.
+
+    `runtime` is its command line up to the verb, `bundle` holds the container's config.json, `place` takes a file.
+    Busy when the container is not there to be asked. As with Docker, what the command leaves running in the background
+    is waited for as long as it holds stdout or stderr.
+    """
+    try:
+        process = json.loads((bundle / "config.json").read_bytes())["process"]
+    except (OSError, ValueError, KeyError) as error:
+        raise Busy("the container is not running") from error
+    with tempfile.NamedTemporaryFile("w", dir=place, prefix="probe-", suffix=".json") as file:
+        json.dump(_process(process, argv), file)
+        file.flush()
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(writing, True)
+        try:
+            try:
+                child = subprocess.Popen(
+                    [*runtime, "exec", "--process", file.name, id],
+                    stdin=subprocess.DEVNULL,
+                    stdout=writing,
+                    stderr=writing,
+                    cwd="/",
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise RuntimeFailure(f"cannot run {runtime[0]}: {error}") from error
+            finally:
+                os.close(writing)
+            return _follow(child, reading, deadline)
+        finally:
+            os.close(reading)
+
+
+def _process(process: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """The container's own process with another command line (runtime-spec config.md#process)."""
+    out = {key: value for key, value in process.items() if key not in ("consoleSize", "commandLine")}
+    return {**out, "args": list(argv), "terminal": False}
+
+
+def _follow(child: subprocess.Popen[bytes], reading: int, deadline: float) -> tuple[int, bytes]:
+    output = bytearray()
+    until = time.monotonic() + deadline
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(reading, select.POLLIN)
+        while True:
+            left = until - time.monotonic()
+            if left <= 0:
+                kill_tree(child)
+                raise DeadlineExceeded(f"Health check exceeded timeout ({deadline:g}s)")
+            ready = {fd for fd, _ in poll.poll(left * 1000)}
+            if reading in ready and not _take(reading, output):
+                poll.unregister(reading)  # all have closed it
+            if pidfd in ready:
+                _take(reading, output)
+                return child.wait(), bytes(output)
+    finally:
+        os.close(pidfd)
+        if child.poll() is None:
+            kill_tree(child)
+
+
+def _take(reading: int, output: bytearray) -> bool:
+    """Read what is there, keep its beginning; False at the end of the pipe."""
+    for _ in range(64):  # a command that prints without end does not hold up its own deadline
+        try:
+            data = os.read(reading, 1 << 16)
+        except BlockingIOError:
+            return True
+        if not data:
+            return False
+        output += data[: MAX_OUTPUT - len(output)]
+    return True
+
+
+def kill_tree(child: subprocess.Popen[bytes]) -> None:
+    """Kill everything below `child`, then `child` itself if it does not end with that.
+
+    Stopped first, one generation after the other, so that none forks away meanwhile. A process that has made itself
+    a daemon (its parent has ended) is the container's, and stays.
+    """
+    held: dict[int, int] = {}  # pid -> pidfd
+    try:
+        while fresh := [pid for pid in descendants(child.pid) if pid not in held]:
+            for pid in fresh:
+                started = conmon.start_time(pid)
+                fd = None if started is None else conmon.open_process(pid, started)
+                held[pid] = -1 if fd is None else fd
+                _send(held[pid], signal.SIGSTOP)
+        for fd in held.values():
+            _send(fd, signal.SIGKILL)
+    finally:
+        for fd in held.values():
+            if fd >= 0:
+                os.close(fd)
+    try:
+        child.wait(LAST_WORDS if held else 0)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _send(pidfd: int, number: int) -> None:
+    if pidfd >= 0:
+        try:
+            signal.pidfd_send_signal(pidfd, number)
+        except ProcessLookupError:
+            pass
+
+
+def descendants(root: int) -> list[int]:
+    """The pids of all processes below `root` (proc(5), /proc/pid/stat field 4)."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        try:
+            text = Path(f"/proc/{name}/stat").read_bytes()
+        except OSError:
+            continue
+        children[int(text[text.rindex(b")") + 2 :].split()[1])].append(int(name))
+    out: list[int] = []
+    todo = [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        out += below
+        todo += below
+    return out
