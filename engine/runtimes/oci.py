@@ -32,6 +32,7 @@ from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, Runtime
 from engine.logs import mend
 from engine.runtimes import cgroups, conmon, probing, spec
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
+from engine.runtimes.calls import call, first_line, words
 from engine.runtimes.conmon import Facts, Files
 from engine.runtimes.resources import Resources
 
@@ -83,7 +84,7 @@ class OciRuntime:
         monitor = shutil.which("conmon", path=path)
         if monitor is None:
             return Probe(False, "conmon is not installed (apt-get install conmon)"), "", ""
-        known = _run([monitor, "--help"], 5.0).stdout.decode(errors="replace")
+        known = call([monitor, "--help"], 5.0).stdout.decode(errors="replace")
         self._flags = tuple(flag for flag in conmon.FLAGS if flag in known)
         refused = []
         for name in self._runtimes:
@@ -117,11 +118,11 @@ class OciRuntime:
             spec.prepare(run)
             (bundle / "config.json").write_text(json.dumps(spec.build(run, self._cgroups)))
             base = [binary, "--root", str(self._state)]
-            done = _run([*base, "run", "--bundle", place, name], 10.0)
-            _run([*base, "delete", "--force", name], 10.0)
+            done = call([*base, "run", "--bundle", place, name], 10.0)
+            call([*base, "delete", "--force", name], 10.0)
             cgroups.remove(self._cgroups, name)
-            words = _words(done)
-            return None if "/dutchman-probe" in words else words or f"exit status {done.returncode}"
+            said = words(done)
+            return None if "/dutchman-probe" in said else said or f"exit status {done.returncode}"
 
     def _tools(self) -> tuple[str, str]:
         result = self.probe()
@@ -270,9 +271,9 @@ class OciRuntime:
             if facts is not None and facts.boot == conmon.boot_id():
                 self._end(facts, id)
             binary = runtime or (facts.runtime if facts is not None else self._tools()[0])
-            done = _run([binary, "--root", str(self._state), "delete", "--force", id], DEADLINE)
+            done = call([binary, "--root", str(self._state), "delete", "--force", id], DEADLINE)
             if done.returncode and (self._state / id).exists():
-                raise RuntimeFailure(f"delete: {_words(done)}")
+                raise RuntimeFailure(f"delete: {words(done)}")
         if facts is not None and facts.boot == conmon.boot_id():
             pidfd = conmon.open_process(facts.conmon, facts.conmon_start)
             if pidfd is not None:
@@ -423,9 +424,9 @@ class OciRuntime:
     def _call(self, id: str, verb: str, *options: str) -> None:
         facts = self._facts(self._files(id))
         binary = facts.runtime if facts is not None else self._tools()[0]
-        done = _run([binary, "--root", str(self._state), verb, *options, id], DEADLINE)
+        done = call([binary, "--root", str(self._state), verb, *options, id], DEADLINE)
         if done.returncode:
-            raise RuntimeFailure(_words(done) or f"{verb} failed with exit status {done.returncode}")
+            raise RuntimeFailure(words(done) or f"{verb} failed with exit status {done.returncode}")
 
     def _end(self, facts: Facts, id: str) -> bool:
         """Kill the container's first process, and with it its whole pid namespace; False when it had ended already."""
@@ -442,25 +443,3 @@ class OciRuntime:
         finally:
             os.close(process)
         return True
-
-
-def _run(argv: list[str], deadline: float) -> subprocess.CompletedProcess[bytes]:
-    """One call of the runtime. Its output goes to a file: a pipe would be inherited by what it leaves running."""
-    with tempfile.TemporaryFile() as out:
-        try:
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=deadline, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise DeadlineExceeded(f"{' '.join(argv[:1] + argv[3:4])} took longer than {deadline:.0f} s") from error
-        except OSError as error:
-            raise RuntimeFailure(f"cannot run {argv[0]}: {error}") from error
-        out.seek(0)
-        return subprocess.CompletedProcess(argv, done.returncode, out.read(conmon.MAX_MESSAGE))
-
-
-def _words(done: subprocess.CompletedProcess[bytes]) -> str:
-    return conmon.clean(done.stdout.decode(errors="replace"))
-
-
-def first_line(argv: list[str]) -> str:
-    """The first line a tool prints, for versions."""
-    return (_run(argv, 5.0).stdout.decode(errors="replace").splitlines() or ["unknown"])[0]

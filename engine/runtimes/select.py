@@ -36,7 +36,8 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
     """(name, ok, detail, what to install or do) for everything containers need of this host."""
     if not host.LINUX:
         return [("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")]
-    from engine.runtimes.oci import OciRuntime, first_line
+    from engine.runtimes.calls import first_line
+    from engine.runtimes.oci import OciRuntime
     from engine.runtimes.spec import Cgroups, init_program
 
     rows: list[tuple[str, bool, str, str]] = []
