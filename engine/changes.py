@@ -1,7 +1,8 @@
 """What a container changed: its overlay upper against its image's tree. Floor 2.
 
 Only here: how an overlay upper reads (kernel Documentation/filesystems/overlayfs.rst): a 0:0 character device is a
-whiteout, `trusted.overlay.opaque` = y on a directory hides what lies below it. Bounded, streaming, thread-safe.
+whiteout, `trusted.overlay.opaque` = y on a directory hides what lies below it (`user.overlay.opaque` where the overlay
+was mounted in a user namespace). Bounded, streaming, thread-safe.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine import userids
 from engine.store.trees import Tree
 from engine.walk import walk
 
-OPAQUE = b"trusted.overlay.opaque"
+OPAQUE, USER_OPAQUE = b"trusted.overlay.opaque", b"user.overlay.opaque"
 MAX_CHANGES = 1_000_000
 
 
@@ -27,7 +29,7 @@ def is_opaque(fd: int) -> bool:
     if not hasattr(os, "getxattr"):
         return False
     try:
-        return os.getxattr(fd, OPAQUE) == b"y"
+        return os.getxattr(fd, OPAQUE if userids.rootless() is None else USER_OPAQUE) == b"y"
     except OSError:
         return False
 

@@ -13,7 +13,10 @@ import sys
 from dataclasses import dataclass
 
 from engine import host
+from engine.errors import EngineError
+from engine.runtimes import rootless
 from engine.runtimes.select import host_report
+from engine.runtimes.spec import Cgroups
 
 LIBFUSE = (
     "/lib/*/libfuse.so.2",
@@ -22,6 +25,7 @@ LIBFUSE = (
     "/usr/lib*/libfuse.so.2",
     "/usr/local/lib/libfuse.so.2",
 )
+FUSE_ADVICE = "modprobe fuse; in a container, run it with --device /dev/fuse; as root: chmod 666 /dev/fuse"
 MACFUSE = ("/usr/local/lib/libfuse.2.dylib", "/usr/local/lib/libfuse.dylib", "/Library/Filesystems/macfuse.fs")
 OPTIONAL = (
     "containers",
@@ -61,11 +65,84 @@ def _kernel() -> list[Check]:
                 "root",
                 host.is_root(),
                 f"uid {os.geteuid()}",
-                "without root images can be browsed, but containers need it: sudo dutchman up",
+                "an ordinary user needs what is listed below; with root nothing of it: sudo dutchman up",
                 needed=False,
             )
         )
     return checks
+
+
+def _rootless() -> list[Check]:
+    """What an ordinary user needs for containers, and what the kernel keeps from one all the same."""
+    if host.is_root() or not host.LINUX:
+        return []
+    missing = rootless.lacks()
+    checks = [Check(lack.name, False, lack.reason, lack.advice, needed=False) for lack in missing]
+    if not missing:
+        ids = rootless.count()
+        checks.append(Check("without root", True, f"containers in a user namespace with {ids} subordinate ids"))
+    version = Cgroups.detect().version
+    no = "no cgroups of your own: memory, cpus, pids and other limits are refused, so is pause; stats are empty"
+    checks.append(Check("limits", False, f"cgroup v{version}: {no}", "run the engine as root", needed=False))
+    checks.append(
+        Check(
+            "image trees",
+            False,
+            "the kernel mounts images for root only: an image in use is written out as plain files beside the store's",
+            "it costs room (none on btrfs and xfs, which share it) and makes the first start of an image slower",
+            needed=False,
+        )
+    )
+    checks.append(
+        Check(
+            "bound views",
+            False,
+            "rootfs/ and data/ in the mount are served by the engine, the kernel's own speed needs root",
+            "everything works; walks over many files take longer",
+            needed=False,
+        )
+    )
+    first = _number("/proc/sys/net/ipv4/ip_unprivileged_port_start", 1024)
+    ports = f"from {first} on" if first else "all"
+    checks.append(
+        Check(
+            "ports",
+            first <= 80,
+            f"an ordinary user may listen on ports: {ports}",
+            "as root: sysctl net.ipv4.ip_unprivileged_port_start=80",
+            needed=False,
+        )
+    )
+    others = "user_allow_other" in (line.strip() for line in _lines("/etc/fuse.conf"))
+    checks.append(
+        Check(
+            "allow_other",
+            others,
+            "up --allow-other may let others in" if others else "the mount is closed to other users, --allow-other too",
+            "only if others are to look in, as root: echo user_allow_other >> /etc/fuse.conf",
+            needed=False,
+        )
+    )
+    try:
+        rootless.private_directory(host.runtime_dir())
+        checks.append(Check("runtime directory", True, str(host.runtime_dir())))
+    except (EngineError, OSError) as error:
+        advice = getattr(error, "hint", None) or "set XDG_RUNTIME_DIR to a directory of your own"
+        checks.append(Check("runtime directory", False, str(error), advice))
+    return checks
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(64 << 10).splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: str, default: int) -> int:
+    text = "".join(_lines(path)[:1]).strip()
+    return int(text) if text.isdigit() else default
 
 
 def _fuse() -> list[Check]:
@@ -78,7 +155,7 @@ def _fuse() -> list[Check]:
     device = os.path.exists("/dev/fuse")
     usable = device and os.access("/dev/fuse", os.R_OK | os.W_OK)
     state = "usable" if usable else "no permission" if device else "not there"
-    checks.append(Check("/dev/fuse", usable, state, "modprobe fuse; in a container, run it with --device /dev/fuse"))
+    checks.append(Check("/dev/fuse", usable, state, FUSE_ADVICE))
     helper = shutil.which("fusermount") or shutil.which("fusermount3")
     checks.append(
         Check("fusermount", bool(helper), helper or "not installed", "apt-get install fuse3", needed=not host.is_root())
@@ -109,7 +186,7 @@ def _mount() -> Check:
 
 def examine() -> list[Check]:
     """Every fact, in the order in which to repair them."""
-    checks = [_python(), *_kernel(), *_fuse(), _store(), _mount()]
+    checks = [_python(), *_kernel(), *_rootless(), *_fuse(), _store(), _mount()]
     for name, ok, found, advice in host_report():
         checks.append(Check(name, ok, found, advice, needed=name not in OPTIONAL and not (name == "runc" and _crun())))
     return checks

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from engine import host
+from engine import host, userids
 from engine.containers import Containers
 from engine.drivers import Drivers
 from engine.errors import EngineError, NoSpace
@@ -243,7 +243,7 @@ class Engine:
             self.mounts.supported()
         except EngineError as error:
             return f"not mountable here: {error.reason}"
-        return "EROFS and overlay"
+        return "EROFS and overlay" if userids.rootless() is None else "plain files and overlay, in a user namespace"
 
     def _count(self, table: str, where: str = "") -> int:
         row = self.meta.row(f"SELECT count(*) AS n FROM {table} {where}")

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from engine import userids
 from engine.errors import Busy, Unsupported
 
 LINUX = sys.platform.startswith("linux")
@@ -89,10 +90,10 @@ def default_store() -> Path:
 
 
 def runtime_dir() -> Path:
-    """Where sockets and mount points of this boot live."""
-    if is_root() and LINUX:
+    """Where sockets and mount points of this boot live. An engine without root has its user's, inside and outside."""
+    if is_root() and LINUX and userids.rootless() is None:
         return Path("/run/dutchman")
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"dutchman-{os.getuid()}"
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"dutchman-{userids.owner()[0]}"
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def _loop_attach(path: Path) -> tuple[int, str]:
 
 
 def mount_overlay(lower: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
-    """Mount an overlay: `lower` topmost first, writable `upper`, its `work` directory."""
+    """Mount an overlay: `lower` topmost first, writable `upper`, its `work`"""
     if not LINUX:
         raise Unsupported("overlay mounts need a Linux host")
 
@@ -324,7 +325,8 @@ def mount_overlay(lower: Sequence[Path], upper: Path, work: Path, target: Path) 
         return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
     lowers = ":".join(escaped(path) for path in lower)
-    mount("overlay", target, "overlay", 0, f"lowerdir={lowers},upperdir={escaped(upper)},workdir={escaped(work)}")
+    data = f"lowerdir={lowers},upperdir={escaped(upper)},workdir={escaped(work)}"
+    mount("overlay", target, "overlay", 0, data + ("" if userids.rootless() is None else ",userxattr"))
 
 
 def bind(source: Path, target: Path, *, read_only: bool = False) -> None:
@@ -382,10 +384,8 @@ def die_with_parent() -> None:
 def process_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return error.errno == errno.EPERM
     return True
 
 

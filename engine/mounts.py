@@ -9,6 +9,9 @@ Only here: which mounts exist below the store.
 Mounts outlive the daemon on purpose (containers do too). After a restart, `kill -9` included, the kernel's mount table
 is the truth and `chain` says what each overlay lies on, so they are used again, not mounted twice.
 
+Without root (in a user namespace) EROFS cannot be mounted: run/trees/<hex> is then the tree written out as plain files,
+kept as long as a container lies on it, mounted or not.
+
 Threading: one lock per container and one per tree; mounting one never waits for another.
 """
 
@@ -22,10 +25,11 @@ from collections.abc import Container
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine import host
+from engine import host, userids
 from engine.errors import Busy, Unsupported
 from engine.model import hex_of
 from engine.store.trees import Trees
+from engine.unpack import unpack
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class RootfsMounts:
         self._guard = threading.Lock()  # of the two maps below; never held over I/O
         self._locks: dict[str, threading.RLock] = {}  # by container id or chain id
         self._users: dict[str, set[str]] = {}  # chain id -> ids of containers whose overlay lies on it
+        self._written = userids.rootless() is not None  # trees are plain files, not mounts
         self._tree_mounts.mkdir(parents=True, exist_ok=True)
         self._adopt()
 
@@ -57,9 +62,13 @@ class RootfsMounts:
             return
         points = {point for point, _, _ in host.mounts()}
         for directory in self._containers.iterdir() if self._containers.is_dir() else ():
-            if os.path.abspath(directory / "merged") in points and (chain := self._chain(directory.name)):
+            used = self._written or os.path.abspath(directory / "merged") in points
+            if used and (chain := self._chain(directory.name)):
                 self._users.setdefault(chain, set()).add(directory.name)
         for tree in self._tree_mounts.iterdir():
+            if tree.name.startswith("."):  # half written
+                host.remove_tree(tree)
+                continue
             chain = f"sha256:{tree.name}"
             if chain not in self._users:
                 self._drop_tree(chain)
@@ -90,7 +99,10 @@ class RootfsMounts:
         if not host.LINUX:
             raise Unsupported("root filesystems of containers need a Linux host")
         if not host.is_root():
-            raise Unsupported("mounting root filesystems needs root", hint="run the daemon as root")
+            raise Unsupported(
+                "mounting root filesystems needs root, or subordinate ids of your own",
+                hint="`dutchman doctor` says what is missing",
+            )
 
     def ensure(self, id: str, chain_id: str) -> Path:
         """The merged root filesystem of container `id` on the tree `chain_id`, mounted. Idempotent.
@@ -104,7 +116,7 @@ class RootfsMounts:
             if mounted_at(merged):
                 if self._chain(id) == chain_id:
                     return merged
-                self._release(id)
+                self._release(id, forget=True)
             self.supported()
             directory = self._containers / id
             for name in ("upper", "work", "merged"):
@@ -131,6 +143,10 @@ class RootfsMounts:
     def _ensure_tree(self, chain_id: str) -> Path:
         """The tree, mounted; its lock is held."""
         target = self._tree_mounts / hex_of(chain_id)
+        if self._written:
+            if not target.is_dir():
+                unpack(self._trees.open(chain_id), target)
+            return target
         if mounted_at(target):
             return target
         meta, devices = self._trees.meta_path(chain_id), self._trees.devices(chain_id)
@@ -149,6 +165,8 @@ class RootfsMounts:
 
     def _drop_tree(self, chain_id: str) -> None:
         target = self._tree_mounts / hex_of(chain_id)
+        if self._written:
+            return host.remove_tree(target)
         if mounted_at(target):
             host.unmount(target)
         try:
@@ -164,7 +182,7 @@ class RootfsMounts:
         with self._lock(id):
             self._release(id)
 
-    def _release(self, id: str) -> None:
+    def _release(self, id: str, *, forget: bool = False) -> None:
         merged = self.merged(id)
         for _ in range(8):  # something may be mounted over it; each turn detaches one
             if not mounted_at(merged):
@@ -173,7 +191,7 @@ class RootfsMounts:
         if mounted_at(merged):
             raise Busy(f"{merged} stays mounted", hint="see who mounts over it: findmnt")
         chain = self._chain(id)
-        if not chain:
+        if not chain or (self._written and not forget):
             return
         with self._lock(chain):
             users = self._users.get(chain, set())
@@ -184,7 +202,8 @@ class RootfsMounts:
 
     def forget(self, id: str) -> None:
         """Release `id` for good: it is removed."""
-        self.release(id)
+        with self._lock(id):
+            self._release(id, forget=True)
         with self._guard:
             self._locks.pop(id, None)
 

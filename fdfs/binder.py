@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import host, userids
 from engine.errors import EngineError
 from engine.events import Event, Missed
 from fdfs import binds
@@ -41,6 +41,8 @@ READY_SECONDS = 10.0
 
 def possible() -> bool:
     """Whether this host can bind at all and nobody asked not to."""
+    if userids.rootless() is not None:
+        return False  # what is mounted in a namespace is not seen by the user's shells
     return host.LINUX and host.is_root() and os.environ.get("DUTCHMAN_NO_BIND", "") in ("", "0")
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "down": "fdfs.cli_daemon",
     "status": "fdfs.cli_daemon",
     "doctor": "fdfs.cli_daemon",
+    "unshare": "fdfs.cli_daemon",
     "pull": "fdfs.cli_images",
     "load": "fdfs.cli_images",
     "import": "fdfs.cli_images",

@@ -89,10 +89,24 @@ def recover(mount: Path) -> bool:
             "hint: choose another place with --mount, or unmount it",
         )
     for _ in range(100):  # several may lie on one another; what is bound below goes with each
-        host.unmount(mount)
+        _detach(mount)
         if not host.is_mounted(mount):
             break
     return True
+
+
+def _detach(mount: Path) -> None:
+    from engine import host
+
+    if host.is_root():
+        return host.unmount(mount)
+    from engine.errors import EngineError
+    from engine.runtimes.fusermount import unmount_fuse
+
+    try:
+        unmount_fuse(mount)
+    except EngineError as error:
+        raise Failure(error.reason, *([f"hint: {error.hint}"] if error.hint else [])) from None
 
 
 def _log_tail(log: Path, offset: int) -> list[str]:
@@ -109,10 +123,13 @@ def _log_tail(log: Path, offset: int) -> list[str]:
 @store_option
 @click.option("--runtime", type=click.Choice(["auto", "oci", "fake"]), default="auto", show_default=True)
 @click.option("--foreground", is_flag=True, help="Stay, and serve until Ctrl-C.")
-def up_command(mount: str | None, store: str | None, runtime: str, foreground: bool) -> None:
+@click.option("--allow-other", is_flag=True, help="Let other users in, as modes and owners of the files allow.")
+def up_command(mount: str | None, store: str | None, runtime: str, foreground: bool, allow_other: bool) -> None:
     """Start the engine and mount it. Containers that run already are taken up again."""
     where = absolute(mount) if mount else absolute(default_mount())
     place = absolute(store) if store else absolute(default_store())
+    if allow_other:
+        _others_allowed()
     held = holder(place)
     if held is not None:
         if held.mount == where or held.mount is None:
@@ -130,11 +147,46 @@ def up_command(mount: str | None, store: str | None, runtime: str, foreground: b
         where.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failure(f"{error.filename}: {error.strerror}") from None
-    command = [sys.executable, "-m", "fdfs.daemon", "--store", str(place), "--mount", str(where), "--runtime", runtime]
+    command = [sys.executable, "-m", _program(runtime)]
+    command += ["--store", str(place), "--mount", str(where), "--runtime", runtime]
+    if allow_other:
+        command.append("--allow-other")
     if foreground:
         os.execv(command[0], command)
     _spawn(command, place / "engine.log", where)
     click.echo(f"up at {where}")
+
+
+def _program(runtime: str) -> str:
+    """What serves: the daemon, or for an ordinary user who can have containers, what puts it into a namespace."""
+    from engine import host
+
+    if runtime == "fake" or host.is_root() or not host.LINUX:
+        return "fdfs.daemon"
+    from engine.runtimes import rootless
+
+    missing = rootless.lacks()
+    for lack in missing:
+        click.echo(f"dutchman: no containers: {lack.reason}", err=True)
+        click.echo(f"hint: {lack.advice}", err=True)
+    return "fdfs.daemon" if missing else "fdfs.rootless"
+
+
+def _others_allowed() -> None:
+    """Failure where an ordinary user may not let others in: fusermount reads /etc/fuse.conf."""
+    from engine import host
+
+    if host.is_root() or not host.LINUX:
+        return
+    try:
+        lines = Path("/etc/fuse.conf").read_text(errors="replace").split("\n")
+    except OSError:
+        lines = []
+    if "user_allow_other" not in (line.strip() for line in lines):
+        raise Failure(
+            "--allow-other: /etc/fuse.conf does not have the line user_allow_other",
+            "hint: as root: echo user_allow_other >> /etc/fuse.conf",
+        )
 
 
 def _spawn(command: list[str], log: Path, where: Path) -> None:
@@ -274,6 +326,26 @@ def status_command(mount: str | None, store: str | None, runtime: str | None, mo
         raise Failure(failure.reason, *failure.more, code=3) from None
     click.echo(str(where.root) if mount_point else where.read("status"))
     return 0
+
+
+@click.command("unshare", context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def unshare_command(command: tuple[str, ...]) -> int:
+    """Run COMMAND as root of the namespace an engine without root lives in; files of its containers are yours there."""
+    from engine import host
+    from engine.errors import EngineError
+    from engine.runtimes import rootless
+    from fdfs.rootless import environment
+
+    if host.is_root() or not host.LINUX:
+        raise Failure("there is no such namespace: only an engine without root, on Linux, has one")
+    try:
+        child = rootless.spawn(host.runtime_dir(), command, environment(), cwd=os.getcwd())
+    except (EngineError, OSError) as error:
+        raise Failure(str(error), *([f"hint: {hint}"] if (hint := getattr(error, "hint", None)) else [])) from None
+    code = rootless.wait(child)
+    rootless.release(host.runtime_dir())
+    return code
 
 
 @click.command("doctor")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from engine import userids
 from engine.errors import NotFound, ReadOnly
 from engine.store.contents import MAX_PLACES, Content, read
 from fdfs.entry import BLOCK, STARTED_NS, Attr
@@ -104,8 +105,8 @@ class ContentsGraft:
             mode=stat.S_IFREG | 0o444,
             size=size,
             ino=_ino(content.sha256, refs),
-            uid=os.getuid(),
-            gid=os.getgid(),
+            uid=userids.owner()[0],
+            gid=userids.owner()[1],
             mtime_ns=STARTED_NS,
             ctime_ns=STARTED_NS,
             blocks=(size + 4095 >> 12) << 3 if not refs else (size + BLOCK - 1) // BLOCK,

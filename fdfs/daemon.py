@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from fdfs.binder import Binder
 from fdfs.mount import Mount, context
 from fdfs.ops import Operations
+from fdfs.outside import Outside
 from fdfs.tree import caller
 from fdfs.tree.root import ROOT
 
@@ -66,7 +67,7 @@ def serve(
         caller.source = context
         binder = Binder(engine, ROOT, mount)
         operations = Operations(engine, ROOT, context, binder.on_graft, binder.before_follow)
-        control = Mount(operations, mount, allow_other=allow_other)
+        control = Mount(operations, mount, allow_other=allow_other, outside=Outside.find())
         control.start()
         binder.start()
     except (EngineError, OSError) as error:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from engine import userids
 from engine.errors import AccessDenied, NotFound
 
 if TYPE_CHECKING:
@@ -259,13 +260,14 @@ def attr_of(engine: Any, found: Found, path: bytes) -> Attr:
             mtime = int(row.mtime(engine, *keys))
     elif isinstance(row, Link):
         size = len(os.fsencode(row.target(engine, *keys)))
+    uid, gid = userids.owner()
     return Attr(
         mode=mode_of(row),
         size=size,
         ino=inode(path),
         nlink=2 if isinstance(row, Dir) else 1,
-        uid=os.getuid(),
-        gid=os.getgid(),
+        uid=uid,
+        gid=gid,
         mtime_ns=mtime,
         ctime_ns=mtime,
         atime_ns=mtime,

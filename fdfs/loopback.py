@@ -18,25 +18,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import host, userids
 from engine.errors import ReadOnly
 from fdfs.entry import HIDDEN, Attr
 
 O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
 BENEATH = host.RESOLVE_BENEATH | host.RESOLVE_NO_SYMLINKS
+OVERLAY = (
+    ("trusted.overlay.",) if userids.rootless() is None else ("trusted.overlay.", "user.overlay.")
+)  # its own marks
 UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2  # <linux/stat.h>; what libfuse hands through
 
 Caller = Callable[[], tuple[int, int, int]]  # -> uid, gid, umask
 
 
 def to_attr(st: os.stat_result, mix: int = 0) -> Attr:
+    uid, gid = userids.shown(st.st_uid, st.st_gid)
     return Attr(
         mode=st.st_mode,
         size=st.st_size,
         ino=mix + st.st_ino,
         nlink=st.st_nlink,
-        uid=st.st_uid,
-        gid=st.st_gid,
+        uid=uid,
+        gid=gid,
         mtime_ns=st.st_mtime_ns,
         ctime_ns=st.st_ctime_ns,
         atime_ns=st.st_atime_ns,
@@ -185,10 +189,10 @@ class Loopback:
         if path and stat.S_ISLNK(self._lstat(path).st_mode):
             return []
         with self._by_proc(path) as name:
-            return [os.fsencode(key) for key in os.listxattr(name) if not key.startswith("trusted.overlay.")]
+            return [os.fsencode(key) for key in os.listxattr(name) if not key.startswith(OVERLAY)]
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
-        if name.startswith(b"trusted.overlay.") or not hasattr(os, "getxattr"):
+        if os.fsdecode(name).startswith(OVERLAY) or not hasattr(os, "getxattr"):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         if path and stat.S_ISLNK(self._lstat(path).st_mode):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
@@ -213,6 +217,8 @@ class Loopback:
         if self._caller is None or os.geteuid() != 0:
             return
         uid, gid, _ = self._caller()
+        if userids.rootless() is not None:
+            uid, gid = _inside(uid, gid)
         if (uid, gid) == (0, 0):
             return
         if os.fstat(fd).st_mode & stat.S_ISGID:
@@ -270,6 +276,7 @@ class Loopback:
             os.chmod(target, stat.S_IMODE(mode))
 
     def _chown(self, path: bytes, uid: int, gid: int) -> None:
+        uid, gid = userids.given(uid, gid)
         if not path:
             os.chown(self._root, uid, gid)
             return
@@ -301,7 +308,7 @@ class Loopback:
             os.removexattr(target, name)
 
     def _plain(self, path: bytes, name: bytes) -> None:
-        if name.startswith(b"trusted.overlay.") or not hasattr(os, "setxattr"):
+        if os.fsdecode(name).startswith(OVERLAY) or not hasattr(os, "setxattr"):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         if path and stat.S_ISLNK(self._lstat(path).st_mode):
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -323,6 +330,14 @@ _CHANGES: Mapping[str, Callable[..., Any]] = {
     "setxattr": Loopback._setxattr,
     "removexattr": Loopback._removexattr,
 }
+
+
+def _inside(uid: int, gid: int) -> tuple[int, int]:
+    """A caller outside the engine's namespace, in it. Whose group has no place there creates with the engine's."""
+    try:
+        return userids.given(uid, gid)
+    except PermissionError:
+        return userids.given(uid, -1)[0], 0
 
 
 def _kind(entry: os.DirEntry[str]) -> int:

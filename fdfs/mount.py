@@ -28,12 +28,14 @@ from engine import host
 from engine.errors import Busy, RuntimeFailure, Unsupported
 from fdfs.entry import Attr
 from fdfs.ops import Operations
+from fdfs.outside import Outside
 
 log = logging.getLogger(__name__)
 
 THREADS, MAX_THREADS = 6, 256
 LATIN = "latin-1"
 SUBTYPE = "dutchman"
+KERNEL_OPTIONS = ("fsname", "subtype", "default_permissions", "allow_other")  # of the mount; the others are libfuse's
 
 _lib = fuse._libfuse
 
@@ -62,6 +64,7 @@ fuse_new = _function(
     ctypes.c_size_t,
     ctypes.c_void_p,
 )
+fuse_kern_chan_new = _function("fuse_kern_chan_new", "FUSE_2.4", ctypes.c_void_p, ctypes.c_int)
 fuse_get_session = _function("fuse_get_session", "FUSE_2.6", ctypes.c_void_p, ctypes.c_void_p)
 fuse_session_loop = _function("fuse_session_loop", "FUSE_2.4", ctypes.c_int, ctypes.c_void_p)
 fuse_session_exit = _function("fuse_session_exit", "FUSE_2.4", None, ctypes.c_void_p)
@@ -125,10 +128,13 @@ class Adapter(fuse.FUSE):  # type: ignore[misc]
         return table, keep
 
 
+def option_text(options: dict[str, str | bool]) -> str:
+    return ",".join(key if value is True else f"{key}={value}" for key, value in options.items() if value is not False)
+
+
 def arguments(options: dict[str, str | bool]) -> tuple[FuseArgs, Any]:
     """struct fuse_args of mount options, and what must stay referenced."""
-    text = ",".join(key if value is True else f"{key}={value}" for key, value in options.items() if value is not False)
-    words = [b"dutchman", b"-o", os.fsencode(text)]
+    words = [b"dutchman", b"-o", os.fsencode(option_text(options))]
     argv = (_path * (len(words) + 1))(*words, None)
     return FuseArgs(len(words), argv, 0), argv
 
@@ -326,8 +332,11 @@ def detach(mount: Path) -> None:
 class Mount:
     """A control mount of `operations` at `mount`. `start` returns when requests are being served."""
 
-    def __init__(self, operations: Operations, mount: Path, *, allow_other: bool = False) -> None:
+    def __init__(
+        self, operations: Operations, mount: Path, *, allow_other: bool = False, outside: Outside | None = None
+    ) -> None:
         self._mount = mount
+        self._outside = outside
         self._options: dict[str, str | bool] = {
             "fsname": "dutchman",
             "subtype": SUBTYPE,
@@ -358,12 +367,15 @@ class Mount:
 
     def start(self) -> None:
         """Mount. RuntimeFailure when libfuse refuses; Busy when something alive is mounted there."""
-        clear_stale(self._mount)
-        self._mount.mkdir(parents=True, exist_ok=True)
-        self._args, self._argv = arguments(self._options)
         self._table, self._keep = self._adapter.table(self._binding.direct)
         name = os.fsencode(self._mount)
-        self._channel = fuse_mount(name, ctypes.byref(self._args))
+        if self._outside is not None:
+            self._channel = self._from_outside(self._outside)
+        else:
+            clear_stale(self._mount)
+            self._mount.mkdir(parents=True, exist_ok=True)
+            self._args, self._argv = arguments(self._options)
+            self._channel = fuse_mount(name, ctypes.byref(self._args))
         if not self._channel:
             raise RuntimeFailure(
                 f"cannot mount at {self._mount}", hint="is it an empty directory, and is /dev/fuse there?"
@@ -372,11 +384,22 @@ class Mount:
             self._channel, ctypes.byref(self._args), ctypes.byref(self._table), ctypes.sizeof(self._table), None
         )
         if not handle:
-            fuse_unmount(name, self._channel)
+            if self._outside is not None:
+                self._outside.unmount(self._mount)
+            else:
+                fuse_unmount(name, self._channel)
             raise RuntimeFailure(f"libfuse refused the options of {self._mount}")
         self._session = fuse_get_session(handle)
         for _ in range(THREADS):
             self._spawn()
+
+    def _from_outside(self, outside: Outside) -> int | None:
+        """A channel over a mount that is made outside this process's namespace. What the kernel is told goes there."""
+        told = {key: value for key, value in self._options.items() if key in KERNEL_OPTIONS}
+        self._args, self._argv = arguments({k: v for k, v in self._options.items() if k not in told})
+        descriptor = outside.mount(self._mount, option_text(told))
+        channel: int | None = fuse_kern_chan_new(descriptor)
+        return channel
 
     def _spawn(self) -> None:
         thread = threading.Thread(target=self._loop, name=f"fuse-{len(self._threads)}", daemon=True)
@@ -402,7 +425,9 @@ class Mount:
         if self._session is None:
             return
         fuse_session_exit(self._session)
-        if host.is_mounted(self._mount):
+        if self._outside is not None:
+            self._outside.unmount(self._mount)
+        elif host.is_mounted(self._mount):
             detach(self._mount)
         for thread in self._threads:
             thread.join(0.2)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine import userids
 from engine.errors import EngineError
 from engine.images.reference import Reference
 
@@ -65,7 +66,7 @@ def files(environ: Mapping[str, str] | None = None) -> list[Path]:
         if runtime := env.get("XDG_RUNTIME_DIR"):
             out.append(Path(runtime) / "containers" / "auth.json")
         else:
-            out.append(Path(f"/run/containers/{os.getuid()}/auth.json"))
+            out.append(Path(f"/run/containers/{userids.owner()[0]}/auth.json"))
         out.append(Path(env.get("XDG_CONFIG_HOME") or home / ".config") / "containers" / "auth.json")
     out.append(Path(env.get("DOCKER_CONFIG") or home / ".docker") / "config.json")
     out.append(home / ".dockercfg")

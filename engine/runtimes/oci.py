@@ -30,7 +30,7 @@ from engine import host
 from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
-from engine.runtimes import cgroups, conmon, probing, spec
+from engine.runtimes import cgroups, conmon, probing, rootless, spec
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.calls import call, first_line, words
 from engine.runtimes.conmon import Facts, Files
@@ -79,7 +79,7 @@ class OciRuntime:
         if not host.LINUX:
             return Probe(False, "needs a Linux host"), "", ""
         if not host.is_root():
-            return Probe(False, "needs root"), "", ""
+            return Probe(False, "needs root, or subordinate ids of your own (dutchman doctor)"), "", ""
         path = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
         monitor = shutil.which("conmon", path=path)
         if monitor is None:
@@ -183,6 +183,7 @@ class OciRuntime:
 
     def pause(self, id: str) -> None:
         self._expect(id, State.RUNNING)
+        rootless.refuse("pause")
         self._call(id, "pause")
 
     def resume(self, id: str) -> None:
@@ -191,6 +192,7 @@ class OciRuntime:
 
     def update(self, id: str, resources: Resources) -> None:
         self._expect(id, State.RUNNING, State.PAUSED)
+        rootless.refuse("update")
         files = self._files(id)
         new = self._limits(resources)
         aside = files.bundle / "resources.new"

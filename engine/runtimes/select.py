@@ -36,6 +36,7 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
     """(name, ok, detail, what to install or do) for everything containers need of this host."""
     if not host.LINUX:
         return [("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")]
+    from engine.runtimes import rootless
     from engine.runtimes.calls import first_line
     from engine.runtimes.oci import OciRuntime
     from engine.runtimes.spec import Cgroups, init_program
@@ -46,8 +47,13 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
         binary = shutil.which(name) or shutil.which(name, path=path)
         detail = f"{binary}: {first_line([binary, '--version'])}" if binary else "not installed"
         rows.append((name, binary is not None, detail, "" if binary else f"apt-get install {name}"))
-    probe = OciRuntime(containers or host.runtime_dir() / "none").probe()
-    rows.append(("runtime oci", probe.ok, probe.reason, "" if probe.ok else "apt-get install runc conmon; run as root"))
+    if rootless.possible():
+        ok, reason = rootless.probe_inside(host.runtime_dir())
+    else:
+        probe = OciRuntime(containers or host.runtime_dir() / "none").probe()
+        ok, reason = probe.ok, probe.reason
+    advice = "apt-get install runc conmon" + ("" if host.is_root() else "; and what is missing above, or run as root")
+    rows.append(("runtime oci", ok, reason, "" if ok else advice))
     profile = profile_path()
     rows.append(
         (

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine import userids
 from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument, Unsupported
 from engine.options import rlimits, security, sysctl_namespace, tmpfs
-from engine.runtimes import confine, devices
+from engine.runtimes import confine, devices, rootless
 from engine.runtimes.base import RunSpec
 from engine.runtimes.resources import Resources
 from engine.runtimes.users import extra_groups, identify, make_directory
@@ -279,7 +280,7 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
     if (selinux := confine.selinux_of(options)) is not None:
         process["selinuxLabel"] = selinux
     argv = [INIT, "--", *spec.argv] if config.init else list(spec.argv)
-    return {
+    document: dict[str, Any] = {
         "ociVersion": OCI_VERSION,
         "process": {
             "terminal": config.tty,
@@ -297,6 +298,9 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
         "mounts": _mounts(spec),
         "linux": linux,
     }
+    if userids.rootless() is not None:
+        rootless.adapt(config, document)
+    return document
 
 
 def prepare(spec: RunSpec) -> None:

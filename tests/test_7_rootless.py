@@ -1,0 +1,294 @@
+"""An ordinary user's engine: the tour, a killed daemon, what stays closed to others, what is refused and how.
+
+The user is made for the test, with subordinate ids, and removed after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dutchman import ROOT, demo_archive, needs_oci, wait_for
+
+from engine import host, userids
+from engine.errors import AccessDenied
+from engine.runtimes import rootless
+from engine.runtimes.conmon import start_time
+
+Done = subprocess.CompletedProcess[str]
+FUSE = Path("/dev/fuse")
+
+
+class Person:
+    """An ordinary user with a home and a shell in which `dutchman` is a command."""
+
+    def __init__(self, base: Path, name: str) -> None:
+        self.name, self.base, self.home = name, base, base / name
+        subprocess.run(
+            ["useradd", "--no-create-home", "--home-dir", self.home, "--shell", "/bin/sh", name], check=True, timeout=30
+        )
+        self.uid, self.gid = (int(self._id(flag)) for flag in ("-u", "-g"))
+        for table, option in (("/etc/subuid", "--add-subuids"), ("/etc/subgid", "--add-subgids")):
+            if not rootless.subordinate(Path(table), self.uid, name):  # most systems' useradd gives them
+                first = 400_000 + 65_536 * (self.uid % 1000)
+                subprocess.run(["usermod", option, f"{first}-{first + 65535}", name], check=True, timeout=30)
+        self.first = rootless.subordinate(Path("/etc/subuid"), self.uid, name)[0][0]
+        self.home.mkdir(mode=0o700)
+        os.chown(self.home, self.uid, self.gid)
+        self.mount = self.home / "FlyingDutchman"
+        self.store = self.home / ".local/share/dutchman"
+        self.runtime = Path(tempfile.gettempdir()) / f"dutchman-{self.uid}"
+
+    def _id(self, flag: str) -> str:
+        return subprocess.run(["id", flag, self.name], check=True, capture_output=True, text=True, timeout=10).stdout
+
+    def sh(self, script: str, *, code: int | None = 0, timeout: float = 60) -> Done:
+        """A shell script of this user's, in their home."""
+        environ = {
+            "HOME": str(self.home),
+            "USER": self.name,
+            "LC_ALL": "C.UTF-8",
+            "PATH": f"{self.base / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTHONPATH": f"{ROOT}:{sysconfig.get_paths()['purelib']}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = subprocess.run(
+            ["setpriv", "--reuid", str(self.uid), "--regid", str(self.gid), "--init-groups", "bash", "-c", script],
+            env=environ,
+            cwd=self.home.parent,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+        assert code is None or done.returncode == code, f"{script}: {done.returncode}\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def out(self, script: str) -> str:
+        return self.sh(f"cd {self.mount} && {script}").stdout.rstrip("\n")
+
+    def make(self, name: str, config: str) -> None:
+        self.out(f"mkdir containers/{name} && printf '%s' {shlex.quote(config)} > containers/{name}/config.yaml")
+
+    def await_state(self, name: str, state: str) -> None:
+        wait_for(lambda: self.out(f"cat containers/{name}/state") == state, 30, f"{name} {state}")
+
+    def processes(self) -> list[int]:
+        """What runs as this user or as one of their subordinate ids."""
+        out = []
+        for entry in Path("/proc").iterdir():
+            try:
+                owner = entry.stat().st_uid
+                ours = owner == self.uid or self.first <= owner < self.first + 65536
+                if entry.name.isdigit() and ours and start_time(int(entry.name)) is not None:  # and no zombie
+                    out.append(int(entry.name))
+            except FileNotFoundError:
+                continue
+        return out
+
+    def leave(self) -> None:
+        for pid in self.processes():
+            with_pidfd(pid)
+        wait_for(lambda: not self.processes(), what=f"{self.name}'s processes end")
+        for point, _, _ in reversed(host.mounts()):
+            if f"{point}/".startswith(f"{self.base}/"):
+                host.unmount(Path(point))
+        host.remove_tree(self.runtime)
+        subprocess.run(["userdel", self.name], check=True, timeout=30, capture_output=True)
+
+
+def with_pidfd(pid: int) -> None:
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def python_for(person: Person) -> str | None:
+    """An interpreter this user may run that has what the engine needs; None when there is none."""
+    for binary in (sys.executable, "/usr/bin/python3"):
+        if person.sh(f"{binary} -c 'import fdfs.cli_daemon, fdfs.mount, pydantic'", code=None).returncode == 0:
+            return binary
+    return None
+
+
+@pytest.fixture(scope="module")
+def people() -> Iterator[tuple[Person, Person]]:
+    needs_oci()
+    for program in ("useradd", "newuidmap", "setpriv"):
+        if rootless.tool(program) is None:
+            pytest.skip(f"needs {program}")
+    if reason := rootless.forbidden():
+        pytest.skip(reason.reason)
+    base = Path(tempfile.mkdtemp(prefix="dutchman-people-"))
+    base.chmod(0o755)
+    mode = stat.S_IMODE(FUSE.stat().st_mode)
+    FUSE.chmod(0o666)  # as udev makes it
+    made: list[Person] = []
+    try:
+        for letter in "ab":
+            made.append(Person(base, f"dutchman{letter}{os.getpid()}"))
+        binary = python_for(made[0])
+        if binary is None:
+            pytest.skip("no Python that an ordinary user may run has the packages of this one")
+        script = base / "bin" / "dutchman"
+        script.parent.mkdir()
+        script.write_text(f'#!/bin/sh\nexec "{binary}" -m fdfs "$@"\n')
+        script.chmod(0o755)
+        shutil.copy(demo_archive(), base / "demo.tar")
+        (base / "demo.tar").chmod(0o644)
+        yield made[0], made[1]
+    finally:
+        for person in made:
+            person.leave()
+        FUSE.chmod(mode)
+        host.remove_tree(base)
+
+
+def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Person]) -> None:
+    me, other = people
+    assert "up at" in me.sh("dutchman up").stdout
+    me.sh(f"dutchman load {me.base}/demo.tar")
+    status = me.out("cat status")
+    assert "runtime oci: runc works here" in status and "in a user namespace" in status
+    assert me.out("stat -c %u:%g ctl containers") == f"{me.uid}:{me.gid}\n{me.uid}:{me.gid}"
+
+    # run and logs; ids in the container are the user's subordinate ids, and shown as such
+    assert me.sh("dutchman run --name once demo:1 sh -c 'id -u; cat /proc/self/uid_map; exit 7'", code=7).stdout
+    assert me.out("head -1 containers/once/logs/stdout") == "0"
+    script = "rm -rf /etc/* /srv; mkdir /srv; echo up > /srv/new; mkfifo /f; trap 'exit 3' TERM; echo ready; read x </f"
+    me.make("web", json.dumps({"image": "demo:1", "command": ["sh", "-c", script]}))
+    me.out("echo start > containers/web/ctl")
+    wait_for(lambda: "ready" in me.out("cat containers/web/logs/stdout"), 30, "the container says that it is ready")
+    changes = me.out("cat containers/web/changes")
+    assert "D /etc/group" in changes and "A /srv/new" in changes, changes
+
+    # files of the container are readable and writable by its user, whatever id owns them
+    assert me.out("echo ahoy > containers/web/rootfs/tmp/x; cat containers/web/rootfs/tmp/x") == "ahoy"
+    assert me.out("stat -c %u:%g containers/web/rootfs/tmp/x") == f"{me.uid}:{me.gid}"
+    me.out(f"chown {me.first + 999} containers/web/rootfs/tmp/x")
+    assert me.out("stat -c %u containers/web/rootfs/tmp/x") == str(me.first + 999)
+    assert "not permitted" in me.sh(f"chown 5 {me.mount}/containers/web/rootfs/tmp/x", code=1).stderr
+    me.make("low", '{"image": "demo:1", "user": "1000:1000", "command": ["sh", "-c", "id -u > /tmp/mine"]}')
+    me.out("echo start > containers/low/ctl")
+    me.await_state("low", "stopped")
+    assert me.out("cat containers/low/rootfs/tmp/mine; stat -c %u containers/low/rootfs/tmp/mine") == (
+        f"1000\n{me.first + 999}"
+    )
+
+    # what an ordinary user cannot have is refused by name
+    me.make("limited", '{"image": "demo:1", "memory": "64MiB", "command": ["true"]}')
+    me.sh(f"echo start > {me.mount}/containers/limited/ctl", code=None)
+    wait_for(lambda: "memory: an engine without root" in me.out("cat containers/limited/error"), 20, "memory is named")
+    me.sh(f"echo pause > {me.mount}/containers/web/ctl", code=1)
+    assert "pause: an engine without root" in me.out("cat containers/web/error")
+
+    # closed to others: the mount, the store, the sockets; root may not look into the mount either
+    for path in (me.mount, me.store, me.runtime):
+        assert "Permission denied" in other.sh(f"ls {path}", code=2).stderr
+    with pytest.raises(PermissionError):
+        os.listdir(me.mount)
+    more = "--store ~/s --mount ~/m"
+    done = me.sh(f"grep -qx user_allow_other /etc/fuse.conf || dutchman up --allow-other {more}", code=None)
+    assert done.returncode == 0 or ("user_allow_other" in done.stderr and not (me.home / "m").exists())
+
+    # the daemon is killed: its mount is taken away, the container goes on and is taken up again
+    pid = int(re.findall(r"^pid (\d+)$", me.out("cat status"), re.M)[0])
+    process = int(me.out("cat containers/web/pid"))
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not host.is_mounted(me.mount), what="the dead mount is gone")
+    me.sh("dutchman up")
+    assert me.out("cat containers/web/state containers/web/pid").split() == ["running", str(process)]
+    assert me.out("cat containers/web/rootfs/srv/new") == "up"
+    me.sh("dutchman stop web")
+    assert me.out("cat containers/web/state containers/web/exit_code").split() == ["stopped", "3"]
+
+    # files of other ids can be removed with it, and nothing is left behind
+    me.sh("dutchman rm web low once limited")
+    assert not list((me.store / "run/trees").iterdir())
+    me.sh("dutchman down")
+    wait_for(lambda: not me.processes(), what="everything has ended")
+    assert not [point for point, _, _ in host.mounts() if f"{point}/".startswith(f"{me.home}/")]
+    assert not (me.runtime / "holder").exists()
+    alarms = [line for line in (me.store / "engine.log").read_text().splitlines() if " INFO " not in line]
+    assert not alarms, alarms
+    assert "uid=0" in me.sh("dutchman unshare id").stdout
+
+
+def test_doctor_says_what_an_ordinary_user_has_and_lacks(people: tuple[Person, Person]) -> None:
+    me, _ = people
+    said = me.sh("dutchman doctor").stdout
+    assert re.search(r"^ok +without root +.*65536 subordinate ids", said, re.M), said
+    assert re.search(r"^ok +runtime oci +runc works here", said, re.M), said
+    assert re.search(r"^no +limits .*memory", said, re.M), said
+    subprocess.run(["usermod", "--del-subuids", f"{me.first}-{me.first + 65535}", me.name], check=True, timeout=30)
+    try:
+        said = me.sh("dutchman doctor", code=1).stdout
+        assert re.search(rf"^no +/etc/subuid +/etc/subuid has no ids for {me.name}$", said, re.M), said
+        assert "usermod --add-subuids" in said
+    finally:
+        subprocess.run(["usermod", "--add-subuids", f"{me.first}-{me.first + 65535}", me.name], check=True, timeout=30)
+
+
+def test_a_runtime_directory_somebody_else_made_is_not_used(people: tuple[Person, Person]) -> None:
+    me, other = people
+    host.remove_tree(me.runtime)
+    other.sh(f"mkdir -m 777 {me.runtime}")
+    try:
+        done = me.sh("dutchman up", code=1)
+        assert "is not a directory of yours alone" in done.stderr and "XDG_RUNTIME_DIR" in done.stderr
+        assert not list(me.runtime.iterdir())
+    finally:
+        host.remove_tree(me.runtime)
+    assert not host.is_mounted(me.mount) and not me.processes()
+
+
+def test_a_private_directory_is_ours_alone(tmp_path: Path) -> None:
+    made = rootless.private_directory(tmp_path / "made")
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    made.chmod(0o750)
+    with pytest.raises(AccessDenied):
+        rootless.private_directory(made)
+    (tmp_path / "link").symlink_to(tmp_path / "made")
+    made.chmod(0o700)
+    with pytest.raises(AccessDenied):
+        rootless.private_directory(tmp_path / "link")
+
+
+def test_subordinate_ids_are_read_by_name_and_number(tmp_path: Path) -> None:
+    table = tmp_path / "subuid"
+    table.write_text("# ids\nann:100:5\nbob:200:7\n1000:300:9\nann:400:1\nbad\nann:x:3\nann:500:0\n")
+    assert rootless.subordinate(table, 1000, "ann") == [(100, 5), (300, 9), (400, 1)]
+    assert rootless.subordinate(table, 7, "carl") == []
+    assert rootless.subordinate(tmp_path / "none", 7, "carl") == []
+
+
+def test_ids_are_translated_both_ways() -> None:
+    ranges = ((0, 1000, 1), (1, 100000, 65536))
+    for inside, outside in ((0, 1000), (1, 100000), (33, 100032), (65536, 165535)):
+        assert userids.outward(inside, ranges) == outside
+        assert userids.inward(outside, ranges) == inside
+    assert userids.outward(65537, ranges) == userids.NOBODY
+    assert userids.inward(-1, ranges) == -1
+    for foreign in (0, 33, 999, 1001, 165536):
+        with pytest.raises(PermissionError):
+            userids.inward(foreign, ranges)
