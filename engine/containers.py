@@ -10,6 +10,7 @@ Threading: all methods from any thread. Readers never wait; verbs on one contain
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from engine import fields, host, lifecycle
 from engine.changes import changes
 from engine.config import ContainerConfig, MountKind
+from engine.console import Console
 from engine.drivers import Drivers
 from engine.errors import AlreadyExists, Busy, Gone, InvalidArgument, NotFound
 from engine.events import Journal
@@ -44,6 +46,7 @@ from engine.runtimes.base import Mount, parse_signal
 from engine.runtimes.select import NAMES as RUNTIMES
 from engine.runtimes.spec import capabilities
 from engine.scheduler import Clock
+from engine.sessions import Sessions
 from engine.stats import resources
 from engine.store.meta import Meta
 from engine.store.trees import Trees
@@ -82,6 +85,8 @@ class Containers:
         self._workers = Workers(failures)
         self.records = Records(meta, journal)
         self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers)
+        self.console = Console(self.records, self.execution)
+        self.sessions = Sessions(store, meta, journal, failures, self.records, self.execution)
         self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of)
         self.restarts = Restarts(meta, journal, self.records, self._start, clock)
         self.health = HealthChecks(meta, journal, self.records, self.execution, clock)
@@ -391,6 +396,7 @@ class Containers:
         """Carry out a removal; the state is `removing`. Every step may have been done before."""
         id = container.id
         with self.execution.locked(id, 5.0):
+            self.sessions.forget(id)
             self.execution.driver_of(container).delete(id)
             self._mounts.forget(id)
             with self._guard:
@@ -398,10 +404,8 @@ class Containers:
             if logs is not None:
                 logs.close()
             aside = self._tmp / f"removed-{id}"
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.rename(self._root / id, aside)
-            except FileNotFoundError:
-                pass
             self.records.move(id, State.REMOVED, only=State.REMOVING)
         self.monitor.forget(id)
         self.execution.forget(id)
@@ -428,6 +432,7 @@ class Containers:
         deadline = time.monotonic() + 1.0
         self.restarts.close()
         self.health.close()
+        self.sessions.close()
         self.monitor.close()
         self._workers.join(max(0.0, deadline - time.monotonic()))
         with self._guard:

@@ -90,6 +90,7 @@ class Execution:
         self._again: deque[Callable[[], None]] = deque()  # what could not be recorded; the monitor tries again
         self.before_exit: Callable[[str], None] = lambda id: None  # the monitor's: last output is told of first
         self.after_exit: Callable[[str], None] = lambda id: None
+        self.before_start: Callable[[str], None] = lambda id: None
 
     # --- handles ------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,13 @@ class Execution:
             except NotFound:
                 pass
         return self.find_image(container.config.image)
+
+    def image_env(self, container: Container) -> tuple[str, ...]:
+        """The variables of its image; none when that is gone."""
+        try:
+            return self._images.config(self.image_of(container).digest).runtime.env or ()
+        except EngineError:
+            return ()
 
     def find_image(self, text: str) -> Image:
         if not text:
@@ -205,6 +213,7 @@ class Execution:
 
     def _launch(self, container: Container, handle: Handle, known: dict[str, Any]) -> None:
         id = container.id
+        self.before_start(id)
         image = self.image_of(container)
         known["image"] = image.digest
         self._meta.used(image.digest)

@@ -53,7 +53,7 @@ def field_text(field: str, config: ContainerConfig) -> str:
     """The file: newline-terminated; empty when unset."""
     value = getattr(config, check_field(field))
     if field in ARGV:
-        return _argv_text(value)
+        return argv_text(value)
     if field in PAIRS:
         return _pairs_text(value)
     if field in LISTS:
@@ -151,7 +151,8 @@ def _mount(item: MountSpec) -> str | dict[str, Any]:
     return item.model_dump(mode="json")
 
 
-def _argv_text(value: tuple[str, ...] | None) -> str:
+def argv_text(value: tuple[str, ...] | None) -> str:
+    """One argument per line where that can be read back, else a JSON list."""
     if value is None:
         return ""
     plain = all(item and "\n" not in item and item == item.strip() for item in value) and value

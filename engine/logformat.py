@@ -14,7 +14,9 @@ A line that is no record (torn when a disk was full) shows as nothing. Works on 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from json.encoder import encode_basestring as _quoted
 
 STDOUT, STDERR, JSONL = "stdout", "stderr", "all.jsonl"
@@ -112,3 +114,10 @@ def _json_lines(lines: list[bytes]) -> bytes:
             out.append(_quoted(content.decode("utf-8", "replace")))
             out.append(',"partial":true}\n' if partial else "}\n")
     return "".join(out).encode()
+
+
+def log_line(stream: str, text: str, moment_ns: int | None = None) -> bytes:
+    """One record of the CRI log format as conmon writes it (kubernetes KEP: CRI logging; UTC, nanoseconds)."""
+    now = time.time_ns() if moment_ns is None else moment_ns
+    seconds = datetime.fromtimestamp(now // 10**9, UTC)
+    return f"{seconds:%Y-%m-%dT%H:%M:%S}.{now % 10**9:09d}+00:00 {stream} F {text}\n".encode()

@@ -46,6 +46,8 @@ def reconcile(containers: Containers) -> None:
     for container in rows:
         try:
             _one(containers, container)
+            if container.state is not State.REMOVING:
+                containers.sessions.reconcile(container)
         except (EngineError, OSError):
             log.exception("container %s (%s) could not be reconciled", container.name, container.state)
 

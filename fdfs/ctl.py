@@ -39,7 +39,8 @@ class Verb:
 
     UPPER is one word, `[UPPER]` an optional one, `UPPER…` one or more, `[key=…]` an option, `[KEY=VALUE…]` any
     options, `[key=…]*` one that may be given again (values joined by newlines), `[-- ARGV…]` words passed on as they
-    are. `run(engine, *keys, call)` returns the reply or None.
+    are, `ARGV…` the same from the first word on that is no option (or after `--`). `run(engine, *keys, call)` returns
+    the reply or None.
     """
 
     name: str
@@ -64,6 +65,7 @@ class _Shape:
     free_options: bool
     rest: bool
     again: frozenset[str]  # options that may be repeated
+    verbatim: bool  # from the first word on that is no option, words are passed on as they are
 
 
 def _shape(verb: Verb) -> _Shape:
@@ -71,6 +73,7 @@ def _shape(verb: Verb) -> _Shape:
     least, most, options, free, rest = 0, 0, set(), False, False
     endless = False
     again = set()
+    verbatim = False
     for token in re.findall(r"\[[^\]]*\]\*?|\S+", verb.args):
         inner = token.strip("[]*")
         if inner.startswith("--"):
@@ -85,7 +88,8 @@ def _shape(verb: Verb) -> _Shape:
             least += 0 if token.startswith("[") else 1
             most += 1
             endless = endless or inner.endswith("…")
-    return _Shape(least, None if endless else most, frozenset(options), free, rest, frozenset(again))
+            verbatim = verbatim or inner == "ARGV…"
+    return _Shape(least, None if endless else most, frozenset(options), free, rest, frozenset(again), verbatim)
 
 
 def parse(verb: Verb, words: list[str], who: str = "") -> Call:
@@ -97,6 +101,9 @@ def parse(verb: Verb, words: list[str], who: str = "") -> Call:
     rest: tuple[str, ...] | None = None
     for index, word in enumerate(words):
         key, equals, value = word.partition("=")
+        if shape.verbatim and (args or word == "--"):
+            args += words[index + (word == "--" and not args) :]
+            break
         if word == "--" and shape.rest:
             rest = tuple(words[index + 1 :])
             break

@@ -103,11 +103,12 @@ class File:
     valid: Handler | None = None  # (engine, *keys) -> names of the verbs that are valid now; None: all
     commit: Handler | None = None  # (engine, *keys, bytes): a whole document, applied at flush
     set: Handler | None = None  # (engine, *keys, str): one value, applied inside write(2)
+    feed: Handler | None = None  # (engine, *keys, bytes) -> how many were taken: a stream, inside write(2)
     object: Handler | None = None  # (engine, *keys) -> the object whose `error` records failed writes
 
     @property
     def writable(self) -> bool:
-        return self.verbs is not None or self.commit is not None or self.set is not None
+        return bool(self.verbs is not None or self.commit or self.set or self.feed)
 
     @property
     def readable(self) -> bool:

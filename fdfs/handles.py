@@ -1,4 +1,4 @@
-"""Open virtual files: snapshots, growing files, control files, documents, settings and editors' scratch files.
+"""Open virtual files: snapshots, growing files, control files, documents, settings, streams and editors' scratch files.
 
 Floor 5. Only here: what a read, write, truncate and flush mean for each kind of row. A handle is made per open(2);
 several threads may use one handle, so each that changes has its own lock.
@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from engine.errors import AccessDenied, InvalidArgument, TooLarge
+from engine.errors import AccessDenied, EngineError, InvalidArgument, TooLarge
 from fdfs import ctl
 from fdfs.entry import BLOCK, Attr, File, Keys, render
 
@@ -245,7 +245,39 @@ class Setting:
     def close(self) -> None: ...
 
 
-def open_row(engine: Any, row: File, keys: Keys, flags: int, who: Any) -> Reader | Control | Document | Setting:
+class Feed:
+    """A stream: bytes go on in the order they are written, whatever the offset. A short write says how many went."""
+
+    direct = True
+    keep = False
+
+    def __init__(self, engine: Any, row: File, keys: Keys) -> None:
+        self._engine, self._row, self._keys = engine, row, keys
+
+    def read(self, size: int, offset: int) -> bytes:
+        raise AccessDenied(f"{self._row.name} cannot be read")
+
+    def write(self, data: bytes, offset: int) -> int:
+        assert self._row.feed is not None
+        try:
+            return int(self._row.feed(self._engine, *self._keys, data))
+        except EngineError as error:
+            self._engine.failures.record(ctl.object_of(self._engine, self._row, self._keys), self._row.name, error)
+            raise
+
+    def truncate(self, size: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def fsync(self) -> None: ...
+
+    def attr(self) -> Attr | None:
+        return None
+
+    def close(self) -> None: ...
+
+
+def open_row(engine: Any, row: File, keys: Keys, flags: int, who: Any) -> Reader | Control | Document | Setting | Feed:
     """The handle for an open(2) of a virtual file. AccessDenied for a direction without a handler, for root too."""
     writing = flags & os.O_ACCMODE != os.O_RDONLY
     reading = flags & os.O_ACCMODE != os.O_WRONLY
@@ -257,6 +289,8 @@ def open_row(engine: Any, row: File, keys: Keys, flags: int, who: Any) -> Reader
         return Control(engine, row, keys, who)
     if writing and row.commit is not None:
         return Document(engine, row, keys, who, truncate=bool(flags & os.O_TRUNC))
+    if row.feed is not None:
+        return Feed(engine, row, keys)
     if writing:
         return Setting(engine, row, keys, who, append=bool(flags & os.O_APPEND))
     return Reader(engine, row, keys)

@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine import envfile
 from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument
 from engine.model import ImageConfig
 from engine.runtimes.resources import Resources
+
+if TYPE_CHECKING:
+    from engine.runtimes.sessions import Console, Sessions
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Docker's
 
@@ -100,6 +103,16 @@ class Runtime(Protocol):
     """
 
     name: str
+
+    @property
+    def sessions(self) -> Sessions:
+        """Further processes in its running containers."""
+        ...
+
+    @property
+    def console(self) -> Console:
+        """The input and terminals of the containers themselves."""
+        ...
 
     def probe(self) -> Probe:
         """Whether this host can, and which and why. Never raises."""

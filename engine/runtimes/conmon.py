@@ -46,6 +46,7 @@ class Files:
     directory: Path
     id: str
     exits: Path  # a directory that is not on the store's disk: the exit code gets there even when that is full
+    session: int = 0  # of a container's session: its number; `directory` is the session's then
 
     @property
     def bundle(self) -> Path:
@@ -77,7 +78,8 @@ class Files:
 
     @property
     def spare(self) -> Path:
-        return self.exits / self.id  # conmon's persist directory; it writes there first
+        name = f"{self.id}.{self.session}" if self.session else self.id
+        return self.exits / name  # conmon's persist directory; it writes there first
 
     @property
     def kept_exit(self) -> Path:
@@ -178,6 +180,7 @@ def launch(
     files: Files,
     *,
     terminal: bool,
+    stdin: bool = False,
     flags: Iterable[str] = FLAGS,
     deadline: float = CREATE_DEADLINE,
 ) -> Facts:
@@ -187,17 +190,8 @@ def launch(
     gone; what the runtime left is the caller's to delete.
     """
     read_end, write_end = os.pipe()
-    argv = [conmon, "--api-version", "1", "-c", files.id, "-u", files.id, "-n", files.id, "-r", runtime]
-    argv += ["-b", str(files.bundle), "-p", str(files.pid), "-P", str(files.conmon_pid), *flags]
-    argv += ["--exit-dir", str(files.kept_exit.parent), "--persist-dir", str(files.spare)]
-    relative = os.path.relpath(files.log, files.run)  # conmon splits this option at colons, and stays where it is
-    argv += ["-l", f"k8s-file:{relative}", "--log-level", "warning"]
-    argv += [word for arg in runtime_args for word in ("--runtime-arg", arg)]
-    if terminal:
-        argv.append("-t")
-    environment = {"PATH": os.environ.get("PATH") or os.defpath, "TZ": "UTC", "_OCI_SYNCPIPE": str(write_end)}
-    if "XDG_RUNTIME_DIR" in os.environ:
-        environment["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"]
+    argv = command(conmon, runtime, runtime_args, files, terminal=terminal, stdin=stdin, flags=flags)
+    environment = surroundings(_OCI_SYNCPIPE=write_end)
     until = time.monotonic() + deadline
     with os.fdopen(read_end, "rb", buffering=0) as sync:
         try:
@@ -217,13 +211,52 @@ def launch(
         finally:
             os.close(write_end)
         try:
-            line = _read_line(sync, until)
+            line = read_line(sync, until)
             process.wait(max(0.1, until - time.monotonic()))
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             kill_conmon(files)
             process.kill()
             process.wait()
             raise DeadlineExceeded(f"the runtime did not create the container within {deadline:.0f} s") from error
+    return found(runtime, files, reported(line, files, process.returncode))
+
+
+def command(
+    conmon: str,
+    runtime: str,
+    runtime_args: list[str],
+    files: Files,
+    *,
+    terminal: bool,
+    stdin: bool,
+    flags: Iterable[str] = FLAGS,
+) -> list[str]:
+    """conmon's command line, for a container or one of its sessions."""
+    argv = [conmon, "--api-version", "1", "-c", files.id, "-u", files.id, "-n", files.id, "-r", runtime]
+    argv += ["-b", str(files.bundle), "-p", str(files.pid), "-P", str(files.conmon_pid), *flags]
+    argv += ["--exit-dir", str(files.kept_exit.parent), "--persist-dir", str(files.spare)]
+    relative = os.path.relpath(files.log, files.run)  # conmon splits this option at colons, and stays where it is
+    argv += ["-l", f"k8s-file:{relative}", "--log-level", "warning"]
+    argv += [word for arg in runtime_args for word in ("--runtime-arg", arg)]
+    if stdin:
+        argv.append("-i")
+    if terminal:
+        argv += ["-t", "--leave-stdin-open"]  # else who detaches takes the terminal along
+    return argv
+
+
+def surroundings(**pipes: int) -> dict[str, str]:
+    """conmon's environment: what it needs of ours, and the pipes it is given by number."""
+    environment = {"PATH": os.environ.get("PATH") or os.defpath, "TZ": "UTC"}
+    environment.update({name: str(number) for name, number in pipes.items()})
+    if "XDG_RUNTIME_DIR" in os.environ:
+        environment["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"]
+    return environment
+
+
+def reported(line: bytes, files: Files, status: int | None) -> int:
+    """The pid in conmon's report. RuntimeFailure with the runtime's message, or when it is no report; conmon is gone
+    then. `status` is how conmon ended, for want of better words."""
     try:
         report = json.loads(line) if line else {}
         pid = int(report.get("pid", report.get("data", -1)))
@@ -231,9 +264,14 @@ def launch(
         kill_conmon(files)
         raise RuntimeFailure(f"conmon reported {line[:200]!r} instead of a pid") from error
     if pid <= 0:
-        message = str(report.get("message") or _tail(files.run / "conmon.log") or f"conmon exited {process.returncode}")
+        message = str(report.get("message") or _tail(files.run / "conmon.log") or f"conmon exited {status}")
         kill_conmon(files)
         raise RuntimeFailure(clean(message))
+    return pid
+
+
+def found(runtime: str, files: Files, pid: int) -> Facts:
+    """Facts of a run that conmon has reported."""
     conmon_pid = int(files.conmon_pid.read_text())
     # a start time of 0 stands for "already over": a process that waits for `start` can only have been killed
     return Facts(
@@ -246,7 +284,8 @@ def launch(
     )
 
 
-def _read_line(pipe: Any, until: float) -> bytes:
+def read_line(pipe: Any, until: float) -> bytes:
+    """A line conmon writes to a pipe; what there is of it when the pipe is closed. TimeoutError."""
     data = b""
     while b"\n" not in data and len(data) < MAX_MESSAGE:
         ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
@@ -256,7 +295,7 @@ def _read_line(pipe: Any, until: float) -> bytes:
         if not more:
             break
         data += more
-    return data
+    return data.partition(b"\n")[0]
 
 
 def _tail(path: Path) -> str:
@@ -277,7 +316,12 @@ def clean(message: str) -> str:
         except ValueError:
             message = found[-1].strip('"')
     text = " ".join(message.split())
-    for prefix in ("runc create failed: ", "runc start failed: ", "unable to start container process: "):
+    for prefix in (
+        "runc create failed: ",
+        "runc start failed: ",
+        "exec failed: ",
+        "unable to start container process: ",
+    ):
         text = text.removeprefix(prefix)
     return text[:2000]
 
@@ -299,16 +343,21 @@ def kill_conmon(files: Files) -> None:
 
 def reopen_log(files: Files) -> None:
     """Ask conmon to reopen its log by name. Asynchronous: the new file appears when it has. NotFound without conmon."""
+    control(files, REOPEN_LOG)
+
+
+def control(files: Files, line: bytes) -> None:
+    """Write a line to conmon's fifo. NotFound without conmon."""
     try:
         fd = os.open(files.ctl, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENOENT):  # nobody reads it: conmon has ended
-            raise NotFound("the container has no log writer: it is not running") from error
+            raise NotFound("it has no conmon: it is not running") from error
         raise
     try:
         if not stat.S_ISFIFO(os.fstat(fd).st_mode):
             raise RuntimeFailure(f"{files.ctl} is not conmon's fifo")
-        os.write(fd, REOPEN_LOG)
+        os.write(fd, line)
     finally:
         os.close(fd)
 

@@ -8,12 +8,14 @@ Floor 2. What argv means (nothing is executed):
     lines N                 N numbered lines, exit 0
     oom                     as if killed by the kernel for memory: 137, oom
     trap SECONDS            as `sleep inf`, but SIGTERM and SIGINT are ignored
-Anything else is an executable that is not there. SIGTERM, SIGINT, SIGKILL … end it with 128 + signal. Output goes to
-the log in conmon's format. One timer thread while anything sleeps; a restarted daemon finds nothing of it (`absent`).
+Anything else is an executable that is not there. Input (`stdin: true`) is taken and means nothing. SIGTERM, SIGINT,
+SIGKILL … end it with 128 + signal. Output goes to the log in conmon's format. One timer thread while anything sleeps;
+a restarted daemon finds nothing of it (`absent`).
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -23,12 +25,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
+from engine.logformat import log_line
 from engine.logs import mend
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status
+from engine.runtimes.fake_sessions import FakeSessions
 from engine.runtimes.resources import Resources
 from engine.upkeep import MAX_OUTPUT
 
@@ -51,25 +54,24 @@ class _Run:
     callback: Callable[[str, Exit], None] | None = None
     file: int = -1
     resources: Resources = field(default_factory=Resources)
-
-
-def log_line(stream: str, text: str, moment_ns: int | None = None) -> bytes:
-    """One record of the CRI log format as conmon writes it (kubernetes KEP: CRI logging; UTC, nanoseconds)."""
-    now = time.time_ns() if moment_ns is None else moment_ns
-    seconds = datetime.fromtimestamp(now // 10**9, UTC)
-    return f"{seconds:%Y-%m-%dT%H:%M:%S}.{now % 10**9:09d}+00:00 {stream} F {text}\n".encode()
+    input_ended: bool = False
 
 
 class FakeRuntime:
     name = "fake"
 
     def __init__(self) -> None:
+        self.sessions = FakeSessions()
         self._changed = threading.Condition()  # guards everything below
         self._runs: dict[str, _Run] = {}
         self._pids = itertools.count(FIRST_PID)
         self._thread: threading.Thread | None = None
         self._closed = False
         self._due: list[tuple[str, Exit, Callable[[str, Exit], None]]] = []  # callbacks to call
+
+    @property
+    def console(self) -> FakeRuntime:
+        return self
 
     def probe(self) -> Probe:
         return Probe(True, "in memory; nothing is really executed", "1")
@@ -182,6 +184,27 @@ class FakeRuntime:
             os.close(run.file)
             run.file = _open_log(run.spec.log)
 
+    def send(self, id: str, data: bytes) -> int:
+        with self._changed:
+            run = self._expect(id, State.CREATED, State.RUNNING, State.PAUSED)
+            if not run.spec.config.stdin or run.input_ended:
+                raise BrokenPipeError(errno.EPIPE, "its input has ended")
+            return len(data)
+
+    def end_input(self, id: str) -> None:
+        with self._changed:
+            run = self._expect(id, State.CREATED, State.RUNNING, State.PAUSED)
+            if run.input_ended:
+                raise BrokenPipeError(errno.EPIPE, "its input has ended")
+            run.input_ended = True
+
+    def resize(self, id: str, columns: int, rows: int) -> None:
+        with self._changed:
+            self._expect(id, State.CREATED, State.RUNNING, State.PAUSED)
+
+    def attach_path(self, id: str) -> Path | None:
+        return None
+
     def delete(self, id: str) -> None:
         with self._changed:
             self._drop(id)
@@ -238,6 +261,7 @@ class FakeRuntime:
         run.state, run.exit = State.STOPPED, Exit(code, oom, time.time_ns(), reason)
         os.close(run.file)
         run.file = -1
+        self.sessions.container_ended(run.spec.id)
         if run.callback is not None:
             self._due.append((run.spec.id, run.exit, run.callback))
             run.callback = None

@@ -30,10 +30,11 @@ from engine import host
 from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
-from engine.runtimes import cgroups, conmon, probing, rootless, spec
+from engine.runtimes import cgroups, conmon, probing, rootless, spec, stdio
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.calls import call, first_line, words
 from engine.runtimes.conmon import Facts, Files
+from engine.runtimes.oci_sessions import OciSessions
 from engine.runtimes.resources import Resources
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 RUNTIMES = ("runc", "crun")  # in order of preference: runc also does cgroup v1 and hybrid
 DEADLINE = 20.0  # seconds for one call of the runtime
 LAST_WORDS = 5.0  # seconds for a killed process, or conmon after it, to end
+LIVE = (State.CREATED, State.RUNNING, State.PAUSED)
 UNKNOWN = 255  # exit code when nobody saw it
 
 
@@ -63,6 +65,11 @@ class OciRuntime:
         self._selector: selectors.BaseSelector | None = None
         self._wake = -1
         self._closed = False
+        self.console = stdio.OciConsole(lambda id: (self._expect(id, *LIVE), self._files(id))[1])
+        tools = lambda: (*self._tools(), self._flags)  # noqa: E731
+        self.sessions = OciSessions(
+            self._state, self._exits, lambda id: self._files(id).directory, tools, self._cgroups
+        )
 
     # --- probing ------------------------------------------------------------------------------------------------
 
@@ -151,10 +158,12 @@ class OciRuntime:
         spec.prepare(spec_)
         (files.bundle / "config.json").write_text(json.dumps(config, separators=(",", ":")))
         files.resources.write_text(json.dumps(self._limits(Resources.of(spec_.config))))
+        stdio.note_terminal(files, spec_.config.tty)
         try:
             arguments = ["--root", str(self._state)]
             tty = spec_.config.tty
-            facts = conmon.launch(monitor, runtime, arguments, files, terminal=tty, flags=self._flags)
+            stdin = spec_.config.stdin
+            facts = conmon.launch(monitor, runtime, arguments, files, terminal=tty, stdin=stdin, flags=self._flags)
             facts.save(files.facts)
         except BaseException:
             self.delete(spec_.id, runtime)
@@ -168,7 +177,7 @@ class OciRuntime:
         self._call(id, "start")
 
     def signal(self, id: str, signum: int) -> None:
-        facts = self._expect(id, State.CREATED, State.RUNNING, State.PAUSED)
+        facts = self._expect(id, *LIVE)
         process = conmon.open_process(facts.pid, facts.pid_start)
         if process is None:
             raise Busy("the container's process has ended")
@@ -223,7 +232,7 @@ class OciRuntime:
         facts = self._facts(files)
         finished = conmon.exit_code(files)
         if finished is not None:
-            return Status(State.STOPPED, None, finished[0], self._oom(files), finished[1])
+            return Status(State.STOPPED, None, finished[0], files.oom.exists(), finished[1])
         if facts is None:
             return Status(State.ABSENT)
         if facts.boot != conmon.boot_id() or conmon.start_time(facts.pid) != facts.pid_start:
@@ -232,7 +241,7 @@ class OciRuntime:
                 return Status(State.RUNNING, facts.pid)
             finished = conmon.exit_code(files)  # it may have come between the two looks
             code, when = finished if finished is not None else (UNKNOWN, None)
-            return Status(State.STOPPED, None, code, self._oom(files), when)
+            return Status(State.STOPPED, None, code, files.oom.exists(), when)
         if (self._state / id / "exec.fifo").exists():  # runc and crun keep it from `create` to `start`
             return Status(State.CREATED, facts.pid)
         return Status(State.PAUSED if cgroups.frozen(self._cgroups, id) else State.RUNNING, facts.pid)
@@ -303,6 +312,7 @@ class OciRuntime:
         return code, output
 
     def close(self) -> None:
+        self.sessions.close()
         with self._lock:
             self._closed = True
             if self._selector is not None:
@@ -376,7 +386,7 @@ class OciRuntime:
             reason = files.reason.read_text()[:500]
         except FileNotFoundError:
             pass
-        oom = cgroups.oom_kills(self._cgroups, id) > 0 or self._oom(files)
+        oom = cgroups.oom_kills(self._cgroups, id) > 0 or files.oom.exists()
         if oom:
             try:
                 files.oom.parent.mkdir(parents=True, exist_ok=True)
@@ -410,9 +420,6 @@ class OciRuntime:
         except Unsupported:
             return None
         return Facts(runtime, pids[0], starts[0] or 0, pids[1], starts[1], conmon.boot_id())
-
-    def _oom(self, files: Files) -> bool:
-        return files.oom.exists()
 
     def _expect(self, id: str, *states: State) -> Facts:
         now = self.status(id).state

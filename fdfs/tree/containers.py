@@ -19,7 +19,9 @@ from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
+from fdfs.tree.console import CONSOLE, VERBS, console_verbs
 from fdfs.tree.errors import error_file
+from fdfs.tree.sessions import EXEC
 from fdfs.tree.text import flat, line, stamp
 
 WAIT_SECONDS = 0.9  # a blocked handler makes its caller unkillable: short
@@ -230,7 +232,7 @@ def valid(engine: Any, name: str) -> list[str]:
     container = engine.containers.get(name)
     if container.state in COMMITTABLE and (container.image or container.config.image):
         verbs.append("commit")
-    return verbs
+    return verbs + console_verbs(container)
 
 
 def _seconds(call: Call) -> float | None:
@@ -366,6 +368,7 @@ CONTAINER = Dir(
                     doc="make an image of it, paused meanwhile; change is a Dockerfile line: CMD, ENV… (a job)",
                     run=commit,
                 ),
+                *VERBS,
                 Verb(name="remove", doc="delete it and its changes, as rmdir does", run=remove),
             ),
         ),
@@ -398,6 +401,8 @@ CONTAINER = Dir(
         File(
             name="wait", doc="its exit code once it has stopped; empty after a second, read again to go on", wait=wait
         ),
+        *CONSOLE,
+        EXEC,
         Dir(name="logs", doc="what it printed", names=_log_names, find=_log, kinds=(LOG,)),
         Dir(name="rootfs", doc="its files, live and writable", graft=rootfs, bind=rootfs_source),
         Dir(name="diff", doc="only what differs from the image, read-only", graft=diff),

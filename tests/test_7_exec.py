@@ -1,0 +1,147 @@
+"""`exec` through the real mount and with the `dutchman` command: shells, pipes, terminals, a killed daemon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dutchman import Dutchman, demo_archive, needs_oci, wait_for
+
+LIVE = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dutchman]:
+    needs_oci()
+    with Dutchman(tmp_path_factory.mktemp("exec")) as engine:
+        engine.up()
+        engine.cli("load", str(demo_archive()))
+        engine.make("web", LIVE)
+        engine.write("containers/web/ctl", "start")
+        yield engine
+
+
+def run(engine: Dutchman, line: str, name: str = "web") -> str:
+    """`run LINE` in exec/ctl: the session's number."""
+    fd = os.open(engine.mount / "containers" / name / "exec" / "ctl", os.O_RDWR)
+    try:
+        os.write(fd, f"run {line}\n".encode())
+        return os.read(fd, 100).decode().strip().removeprefix("exec/")
+    finally:
+        os.close(fd)
+
+
+def ended(engine: Dutchman, number: str, name: str = "web") -> str:
+    """Its exit code once it is over."""
+    return str(wait_for(lambda: engine.read(f"containers/{name}/exec/{number}/wait"), 30, f"session {number}"))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_is_a_directory(engine: Dutchman) -> None:
+    number = run(engine, "env=A=1 env='B=x y' workdir=/etc sh -c 'pwd; echo $A $B; echo err >&2; exit 4' a=b")
+    assert ended(engine, number) == "4"
+    web = f"containers/web/exec/{number}"
+    assert engine.read(f"{web}/stdout") == "/etc\n1 x y" and engine.read(f"{web}/stderr") == "err"
+    assert engine.read(f"{web}/argv").split("\n")[-1] == "a=b"
+    assert engine.read(f"{web}/state") == "stopped" and engine.read(f"{web}/ctl") == "remove"
+    assert engine.read(f"{web}/started_at") < engine.read(f"{web}/finished_at")
+    events = engine.sh(f"grep '\"exec\":{number},' containers/web/events").stdout
+    assert "execStarted" in events and '"exit_code":4' in events
+    engine.sh(f"rmdir {web} && ! test -e {web}")
+    assert int(run(engine, "true")) == int(number) + 1
+
+
+def test_what_cannot_be_executed_fails_at_the_write(engine: Dutchman) -> None:
+    for line, code in (("nope x", "127"), ("/etc/passwd", "126")):
+        done = engine.sh(f"echo 'run {line}' > containers/web/exec/ctl", code=1)
+        assert "Remote I/O error" in done.stderr
+        number = max(os.listdir(engine.mount / "containers/web/exec"), key=lambda n: int(n) if n.isdigit() else 0)
+        web = f"containers/web/exec/{number}"
+        assert (engine.read(f"{web}/state"), engine.read(f"{web}/exit_code")) == ("failed", code)
+        assert line.split()[0] in engine.read(f"{web}/error") and line.split()[0] in engine.read(f"{web}/reason")
+    for line, word in (("tty=perhaps true", "tty"), ("workdir=etc true", "workdir"), ("user=nobody2 true", "user")):
+        engine.sh(f"echo 'run {line}' > containers/web/exec/ctl", code=1)
+        assert word in engine.read("containers/web/exec/error").split("\n\n")[0]
+
+
+def test_input_is_written_and_ended_and_never_blocks_the_mount(engine: Dutchman) -> None:
+    number = run(engine, "stdin=true sh -c 'while read x; do echo got $x; done; echo end'")
+    web = f"containers/web/exec/{number}"
+    engine.sh(f"echo one > {web}/stdin; printf 'two\\nthr' > {web}/stdin; echo ee >> {web}/stdin; echo eof > {web}/ctl")
+    assert ended(engine, number) == "0"
+    assert engine.read(f"{web}/stdout") == "got one\ngot two\ngot three\nend"
+    number = run(engine, "stdin=true sleep 1000")
+    web = f"containers/web/exec/{number}"
+    assert "timed out" in engine.sh(f"head -c 3000000 /dev/zero > {web}/stdin", code=1).stderr
+    assert "does not read" in engine.read(f"{web}/error")
+    engine.sh(f"echo kill > {web}/ctl")
+    assert ended(engine, number) == "137"
+    number = run(engine, "sleep 1000")
+    assert "busy" in engine.sh(f"echo x > containers/web/exec/{number}/stdin", code=1).stderr
+    engine.sh(f"echo kill TERM > containers/web/exec/{number}/ctl")
+    assert ended(engine, number) == "143"
+
+
+def test_sessions_that_are_over_are_kept_bounded_and_go_with_the_next_start(engine: Dutchman) -> None:
+    (engine.mount / "containers" / "brief").mkdir()
+    config = "{image: 'demo:1', command: [sleep, inf], runtime: fake}"  # forty real processes would take long
+    (engine.mount / "containers" / "brief" / "config.yaml").write_text(config)
+    engine.sh("echo start > containers/brief/ctl")
+    lines = "\n".join(["run true"] * 40)
+    engine.sh(f"echo '{lines}' > containers/brief/exec/ctl", timeout=120)
+    place = engine.mount / "containers" / "brief" / "exec"
+    wait_for(lambda: len([name for name in os.listdir(place) if name.isdigit()]) == 32, 30)
+    last = run(engine, "sleep 1000", "brief")
+    assert int(last) == 41
+    engine.sh("echo stop > containers/brief/ctl")
+    engine.await_state("brief", "stopped")
+    assert ended(engine, last, "brief") == "137"
+    engine.sh("echo 'run true' > containers/brief/exec/ctl", code=1)
+    engine.sh("echo start > containers/brief/ctl")
+    assert not [name for name in os.listdir(place) if name.isdigit()]
+    assert int(run(engine, "true", "brief")) == 42
+    engine.sh("echo stop 0 > containers/brief/ctl; rmdir containers/brief")
+
+
+def test_a_containers_own_input_through_the_mount(engine: Dutchman) -> None:
+    (engine.mount / "containers" / "fed").mkdir()
+    (engine.mount / "containers" / "fed" / "config.yaml").write_text("{image: 'demo:1', command: [cat], stdin: true}")
+    engine.sh("echo start > containers/fed/ctl; echo hello > containers/fed/stdin; grep -q eof containers/fed/ctl")
+    engine.sh("echo eof > containers/fed/ctl")
+    engine.await_state("fed", "stopped")
+    assert engine.read("containers/fed/logs/stdout") == "hello" and engine.read("containers/fed/exit_code") == "0"
+    engine.sh("rmdir containers/fed")
+
+
+def test_sessions_survive_a_killed_daemon(tmp_path: Path) -> None:
+    needs_oci()
+    with Dutchman(tmp_path) as engine:
+        engine.expect("was running, found|exec/|input")
+        engine.up()
+        engine.cli("load", str(demo_archive()))
+        engine.make("web", LIVE)
+        engine.sh("echo start > containers/web/ctl")
+        script = "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); sleep 0.005; done; exit 6"
+        counting = run(engine, f"sh -c '{script}'")
+        feeding = run(engine, "stdin=true cat")
+        engine.sh(f"echo before > containers/web/exec/{feeding}/stdin")
+        brief = run(engine, "sh -c 'sleep 0.2; exit 8'")
+        created = run(engine, "attach=true sh -c 'echo > /touched'")
+        engine.kill()
+        engine.up()
+        web = "containers/web/exec"
+        assert ended(engine, brief) == "8"
+        assert ended(engine, counting) == "6"
+        assert engine.read(f"{web}/{counting}/stdout") == "\n".join(f"line {i}" for i in range(300))
+        assert engine.read(f"{web}/{feeding}/state") == "running"
+        engine.sh(f"echo after > {web}/{feeding}/stdin; echo eof > {web}/{feeding}/ctl")
+        assert ended(engine, feeding) == "0"
+        assert engine.read(f"{web}/{feeding}/stdout") == "before\nafter"
+        assert engine.read(f"{web}/{created}/state") == "failed"  # nobody is left to start it
+        assert "nothing of it had run" in engine.read(f"{web}/{created}/reason")
+        engine.sh("test ! -e containers/web/rootfs/touched")
+        assert engine.sh("grep -c execEnded containers/web/events").stdout == "4\n"
