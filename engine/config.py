@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import InvalidArgument
 from engine.model import Argv, Frozen, Mapping, Seconds, Size, Text, load_yaml, one_line
+from engine.mountspec import MountKind as MountKind
+from engine.mountspec import MountSpec, VolumesFrom, parse_mounts
 from engine.options import (
     Cpuset,
     DeviceRules,
@@ -29,55 +30,6 @@ from engine.options import (
     parse_namespace,
 )
 from engine.upkeep import HealthSpec, Restart
-
-
-class MountKind(StrEnum):
-    VOLUME = "volume"
-    BIND = "bind"
-    TMPFS = "tmpfs"
-
-
-class MountSpec(Frozen):
-    """One mount: short form `source:target[:ro|rw]` (a source starting with / . or ~ is a bind) or a mapping."""
-
-    type: MountKind = MountKind.VOLUME
-    source: str = ""
-    target: str
-    read_only: bool = False
-
-    @field_validator("target")
-    @classmethod
-    def _target(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if not path.is_absolute() or ".." in path.parts or str(path) == "/" or "\0" in value:
-            raise ValueError("must be an absolute path inside the container, without '..', and not /")
-        return str(path)
-
-    @field_validator("source")
-    @classmethod
-    def _source(cls, value: str) -> str:
-        if value.startswith("~") and value[1:2] not in ("", "/"):
-            raise ValueError("only ~/ is expanded, not another user's home")
-        return value
-
-
-def parse_mounts(value: Any) -> Any:
-    if isinstance(value, str):
-        value = [line for line in value.splitlines() if line]
-    if not isinstance(value, list | tuple):
-        return value
-    out: list[Any] = []
-    for item in value:
-        if not isinstance(item, str):
-            out.append(item)
-            continue
-        parts = item.split(":")
-        if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
-            raise ValueError(f"source:target[:ro|rw] expected, not {item!r}")
-        kind = MountKind.BIND if parts[0][0] in "/.~" else MountKind.VOLUME
-        read_only = len(parts) == 3 and parts[2] == "ro"
-        out.append({"type": kind, "source": parts[0], "target": parts[1], "read_only": read_only})
-    return out
 
 
 class SeccompMode(StrEnum):
@@ -144,6 +96,7 @@ class ContainerConfig(Frozen):
     # storage
     tmpfs: Tmpfs = Field((), description="PATH[:OPTION,…] lines: size=, mode=, uid=, gid=, exec, …")
     volumes: Annotated[tuple[MountSpec, ...], BeforeValidator(parse_mounts)] = ()
+    volumes_from: VolumesFrom = Field((), description="containers whose mounts it gets too: NAME[:ro|rw]")
     # network
     # driver and logs
     runtime: Text = Field("", description="oci or fake; empty: the engine's default")

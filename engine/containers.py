@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine import fields, host, lifecycle
+from engine.attach import check_mounts
 from engine.changes import changes
-from engine.config import ContainerConfig, MountKind
+from engine.config import ContainerConfig
 from engine.console import Console
 from engine.drivers import Drivers
 from engine.errors import AlreadyExists, Busy, Gone, InvalidArgument, NotFound
@@ -38,8 +39,8 @@ from engine.logs import ContainerLogs
 from engine.model import check_name
 from engine.monitor import Monitor
 from engine.mounts import RootfsMounts
+from engine.mountspec import MountSpec
 from engine.names import random_name
-from engine.options import tmpfs
 from engine.records import Container, Records
 from engine.restarts import Restarts
 from engine.runtimes.base import Mount, parse_signal
@@ -160,18 +161,13 @@ class Containers:
             tree = self._trees.open(self.execution.image_of(container).chain_id)
         return changes(self._root / container.id / "upper", tree)
 
+    def mount_specs(self, name: str) -> list[MountSpec]:
+        """Its mounts: its config's, those of volumes_from, its image's VOLUMEs; anonymous volumes by their names."""
+        return self.execution.attachments.shown(self.get(name))
+
     def mounts_of(self, name: str) -> list[Mount]:
-        """The volumes and bind mounts in its config that exist on this host, tmpfs left out."""
-        out = []
-        for item in self.get(name).config.volumes:
-            try:
-                if item.type is MountKind.VOLUME:
-                    out.append(Mount(item.type, self._volumes.path(item.source), item.target, item.read_only))
-                elif item.type is MountKind.BIND:
-                    out.append(Mount(item.type, Path(item.source).expanduser(), item.target, item.read_only))
-            except NotFound:
-                continue  # made by the next start
-        return out
+        """The volumes and bind mounts that exist on this host, tmpfs left out."""
+        return self.execution.attachments.existing(self.get(name))
 
     def stats(self, name: str) -> dict[str, int]:
         """What it uses now; empty when it does not run or its driver does not count."""
@@ -270,20 +266,10 @@ class Containers:
                 f"runtime: unknown runtime {config.runtime!r}", at=config.runtime, hint=f"one of {', '.join(RUNTIMES)}"
             )
         capabilities(config)
-        targets = set()
         for path in config.env_file:
             if not Path(path).expanduser().is_absolute():
                 raise InvalidArgument(f"env_file: {path}: an absolute path expected", at=path)
-        for item in config.volumes:
-            if item.target in (tmpfs(text)[0] for text in config.tmpfs):
-                raise InvalidArgument(f"tmpfs: {item.target}: volumes has a mount there", at=item.target)
-            if item.target in targets:
-                raise InvalidArgument(f"volumes: two mounts at {item.target}", at=item.target)
-            targets.add(item.target)
-            if item.type is MountKind.VOLUME:
-                check_name(item.source, "volume")
-            elif item.type is MountKind.BIND and not Path(item.source).expanduser().is_absolute():
-                raise InvalidArgument(f"volumes: {item.source}: an absolute path expected", at=item.source)
+        check_mounts(config)
 
     # --- verbs --------------------------------------------------------------------------------------------------
 
@@ -407,6 +393,7 @@ class Containers:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self._root / id, aside)
             self.records.move(id, State.REMOVED, only=State.REMOVING)
+        self._volumes.remove_anonymous(id)
         self.monitor.forget(id)
         self.execution.forget(id)
         try:

@@ -41,7 +41,7 @@ from engine.store.meta import Meta
 from engine.store.policy import PolicyFile
 from engine.store.trees import Trees
 from engine.store.usage import Usage
-from engine.volumes import Volumes
+from engine.volumes import Volumes, unmount_litter
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class Engine:
         for name in DIRECTORIES:
             (self.store / name).mkdir(mode=0o700, exist_ok=True)
         undo.callback(self._log_to_file())
+        unmount_litter(self.store)
         self._empty_tmp()
         for name in DATABASE:  # SQLite gives its side files the mode of the database: that is set before, not after
             _make_private(self.store / name, create=name == DATABASE[0])
@@ -149,6 +150,7 @@ class Engine:
             "engineStarted", "engine", {"version": self.version, "pid": os.getpid(), "runtime": self._runtime}
         )
         reconcile(self.containers)
+        self.containers.execution.attachments.settle_all()
         self.containers.monitor.start()
         self.containers.health.begin()
         self.containers.restarts.begin()
@@ -159,6 +161,12 @@ class Engine:
     def _job_failed(self, job: Job, error: EngineError) -> None:
         """Whoever wrote the verb has long returned: the reason stands where it was written, and at the job."""
         self.failures.record(f"job/{job.id}", job.verb, error)
+        if job.verb.startswith("volumes/"):
+            self.failures.record(f"volume/{job.verb.split()[0].partition('/')[2]}", job.verb, error)
+            return
+        if job.verb.startswith("prune-volumes"):
+            self.failures.record("volumes", job.verb, error)
+            return
         self.failures.record(
             "store" if job.verb == "verify" or job.verb.startswith("gc") else "images", job.verb, error
         )

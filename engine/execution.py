@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.config import ContainerConfig, MountKind
+from engine.attach import Attachments
 from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, InvalidArgument, NoSpace, NotFound, RuntimeFailure, Unsupported
 from engine.images.catalog import Image, Images
@@ -31,7 +31,7 @@ from engine.model import ImageConfig
 from engine.mounts import RootfsMounts
 from engine.records import Container, Records
 from engine.runtimes import base
-from engine.runtimes.base import Exit, Mount, Runtime, make_spec, parse_signal
+from engine.runtimes.base import Exit, Runtime, make_spec, parse_signal
 from engine.store.meta import Meta
 from engine.volumes import Volumes
 
@@ -85,6 +85,7 @@ class Execution:
         self._volumes = volumes
         self._mounts = mounts
         self._drivers = drivers
+        self.attachments = Attachments(store, records, volumes, self.image_config)
         self._guard = threading.Lock()
         self._handles: dict[str, Handle] = {}
         self._again: deque[Callable[[], None]] = deque()  # what could not be recorded; the monitor tries again
@@ -155,25 +156,6 @@ class Execution:
         """Of the image it was started from."""
         return self._images.config(self.image_of(container).digest)
 
-    def mounts_of(self, config: ContainerConfig) -> list[Mount]:
-        """The mounts its config names, sources resolved and checked. A volume that is not there yet is created."""
-        out = []
-        for item in config.volumes:
-            source: Path | None = None
-            if item.type is MountKind.VOLUME:
-                try:
-                    source = self._volumes.path(item.source)
-                except NotFound:
-                    source = self._volumes.create(item.source).path
-            elif item.type is MountKind.BIND:
-                source = Path(item.source).expanduser()
-                if not source.is_absolute():
-                    raise InvalidArgument(f"volumes: {item.source}: an absolute path expected", at=item.source)
-                if not source.exists():
-                    raise NotFound(f"volumes: {item.source} does not exist", at=item.source)
-            out.append(Mount(item.type, source, item.target, item.read_only))
-        return out
-
     def rootfs(self, id: str, chain_id: str, driver: Runtime | None = None) -> Path:
         """The merged root filesystem, mounted. The fake driver does without one where this host cannot mount."""
         try:
@@ -209,6 +191,7 @@ class Execution:
                     **known,
                 )
             )
+            self.attachments.release(container)
             raise
 
     def _launch(self, container: Container, handle: Handle, known: dict[str, Any]) -> None:
@@ -221,19 +204,23 @@ class Execution:
         known["runtime"] = driver.name
         if container.runtime and container.runtime != driver.name:
             self._drivers.get(container.runtime).delete(id)  # what an earlier run left there
-        spec = make_spec(
-            id=id,
-            name=container.name,
-            directory=self._directory / id,
-            rootfs=self.rootfs(id, image.chain_id, driver),
-            config=container.config,
-            image=self._images.config(image.digest),
-            mounts=self.mounts_of(container.config),
-        )
-        handle.run += 1
-        handle.early = None
-        run = handle.run
-        pid = driver.create(spec)
+        rootfs = self.rootfs(id, image.chain_id, driver)
+        config = self._images.config(image.digest)
+        user = container.config.user or config.runtime.user
+        with self.attachments.attached(container, config, rootfs, user) as attached:
+            spec = make_spec(
+                id=id,
+                name=container.name,
+                directory=self._directory / id,
+                rootfs=rootfs,
+                config=container.config,
+                image=config,
+                mounts=attached.mounts,
+            )
+            handle.run += 1
+            handle.early = None
+            run = handle.run
+            pid = driver.create(spec)
         try:
             driver.watch(id, lambda _, result: self.exited(id, run, result))
             began = time.time_ns()
@@ -248,6 +235,7 @@ class Execution:
                 finished_ns=None,
                 exit_code=None,
                 oom=0,
+                reason=one_line("; ".join(attached.notes)),
                 **known,
             )
         except BaseException:
@@ -258,6 +246,7 @@ class Execution:
                 log.error("container %s could not be cleared after a failed start: %s", id, left)
             raise
         if after.state is State.STOPPED:
+            self.attachments.release(after)
             self.after_exit(id)
 
     def watch(self, container: Container) -> None:
@@ -285,7 +274,8 @@ class Execution:
                 return
             if state not in ALIVE:
                 return
-            self._records.move(id, State.STOPPED, **_ended(result))
+            after = self._records.move(id, State.STOPPED, **_ended(result))
+        self.attachments.release(after)
         self.after_exit(id)
 
     def recorded(self, write: Callable[[], object]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from engine.config import ContainerConfig, MountKind, MountSpec
+from engine.config import ContainerConfig
 from engine.errors import InvalidArgument, NotFound, TooLarge
 from engine.model import MAX_DOCUMENT, Frozen, load_yaml, one_line
 from engine.options import UNLIMITED
@@ -31,7 +31,17 @@ FIELDS = tuple(ContainerConfig.model_fields)
 ARGV = frozenset({"command", "entrypoint"})
 PAIRS = frozenset({"env", "labels", "sysctls", "ulimits"})
 LISTS = frozenset(
-    {"cap_add", "cap_drop", "env_file", "group_add", "security_opt", "devices", "device_cgroup_rules", "tmpfs"}
+    {
+        "cap_add",
+        "cap_drop",
+        "env_file",
+        "group_add",
+        "security_opt",
+        "devices",
+        "device_cgroup_rules",
+        "tmpfs",
+        "volumes_from",
+    }
 )
 FLAGS = frozenset({"tty", "stdin", "init", "read_only", "privileged"})
 LIMITS = frozenset(
@@ -59,7 +69,7 @@ def field_text(field: str, config: ContainerConfig) -> str:
     if field in LISTS:
         return "".join(f"{item}\n" for item in value)
     if field == "volumes":
-        return yaml.safe_dump([_mount(item) for item in value], sort_keys=False) if value else ""
+        return yaml.safe_dump([item.plain() for item in value], sort_keys=False) if value else ""
     if field == "healthcheck":
         return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True) if value is not None else ""
     if field in FLAGS:
@@ -125,7 +135,7 @@ def validated(data: dict[str, Any], document: str = "config") -> ContainerConfig
 def config_text(config: ContainerConfig) -> str:
     """config.yaml: every field in the order of the model, so that what can be set is seen."""
     data = config.model_dump(mode="json")
-    data["volumes"] = [_mount(item) for item in config.volumes]
+    data["volumes"] = [item.plain() for item in config.volumes]
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
     if any(char in text for char in "\x85\u2028\u2029\ufeff"):  # YAML reads these as line breaks, or drops them
         text = yaml.safe_dump(data, sort_keys=False, width=1000)
@@ -139,16 +149,6 @@ def _plain(value: Frozen) -> dict[str, Any]:
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
-
-
-def _mount(item: MountSpec) -> str | dict[str, Any]:
-    """The short form where it says the same."""
-    short = f"{item.source}:{item.target}{':ro' if item.read_only else ''}"
-    if item.type is not MountKind.TMPFS and item.source and ":" not in item.source and ":" not in item.target:
-        binds = item.source[0] in "/.~"
-        if binds == (item.type is MountKind.BIND):
-            return short
-    return item.model_dump(mode="json")
 
 
 def argv_text(value: tuple[str, ...] | None) -> str:

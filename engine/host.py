@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from engine import userids
+from engine import loops, userids
 from engine.errors import Busy, Unsupported
 
 LINUX = sys.platform.startswith("linux")
@@ -30,7 +30,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # mount(2), fsopen(2) and friends: <sys/mount.h>, <linux/mount.h>
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-MNT_DETACH = 2
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
@@ -41,9 +41,6 @@ _SYS_OPENAT2, _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 437, 4
 
 # openat2(2) resolve flags: <linux/openat2.h>
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
-
-_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_CLR_FD = 0x4C82, 0x4C0A, 0x4C01
-_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR = 1, 4
 
 FILE_BACKED_EROFS = (6, 12)  # first Linux that mounts EROFS from plain files
 
@@ -280,40 +277,13 @@ def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: boo
                     raise
         names = []
         for path in (meta, *devices):
-            fd, loop = _loop_attach(path)
+            fd, loop = loops.attach(path)
             fds.append(fd)
             names.append(loop.encode())
         mount(names)
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def _loop_attach(path: Path) -> tuple[int, str]:
-    """A read-only loop device over `path` that goes away with its last user: (open fd, device path)."""
-    for _ in range(16):
-        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-        finally:
-            os.close(control)
-        name = f"/dev/loop{number}"
-        device = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-        backing = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # struct loop_config { __u32 fd, block_size; struct loop_info64 info (232 bytes, lo_flags at 52); __u64[8] }
-            config = bytearray(8 + 232 + 64)
-            struct.pack_into("<II", config, 0, backing, 4096)
-            struct.pack_into("<I", config, 8 + 52, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR)
-            fcntl.ioctl(device, _LOOP_CONFIGURE, config)
-            return device, name
-        except OSError as error:
-            os.close(device)
-            if error.errno != errno.EBUSY:  # another process took it between the two calls
-                raise
-        finally:
-            os.close(backing)
-    raise OSError(errno.EBUSY, "no free loop device", str(path))
 
 
 def mount_overlay(lower: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
@@ -349,6 +319,21 @@ def unmount(target: Path) -> None:
         _check(result, target)
 
 
+def unmount_unused(target: Path) -> None:
+    """Take down the topmost mount at `target` unless something in it is in use: OSError EBUSY."""
+    if not LINUX:
+        raise Unsupported("unmount by system call needs a Linux host")
+    _check(_libc.umount2(os.fsencode(target), UMOUNT_NOFOLLOW), target)
+
+
+def sync_file_system(fd: int) -> None:
+    """syncfs(2): everything written to the file system `fd` lies on is durable."""
+    if not LINUX:
+        os.sync()
+        return
+    _check(_libc.syncfs(fd))
+
+
 def mounts() -> list[tuple[str, str, str]]:
     """(mount point, filesystem type, source) of every mount of this process, in mount order."""
     out = []
@@ -356,11 +341,11 @@ def mounts() -> list[tuple[str, str, str]]:
         for line in table:
             left, _, right = line.partition(" - ")
             kind, source = right.split(" ")[:2]
-            out.append((_unescape(left.split(" ")[4]), kind, _unescape(source)))
+            out.append((unescape(left.split(" ")[4]), kind, unescape(source)))
     return out
 
 
-def _unescape(field: str) -> str:
+def unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
@@ -442,7 +427,9 @@ def _empty(top: int, device: int, path: str) -> None:
                         name, f".deep-{os.getpid()}-{moved}-{os.urandom(6).hex()}", src_dir_fd=here, dst_dir_fd=top
                     )
                     continue
-                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+                below = open_in_root(  # EXDEV also where a directory of the same file system is bound
+                    here, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, resolve=RESOLVE_NO_XDEV | RESOLVE_BENEATH
+                )
                 opened.append(below)
                 stack.append((below, iter(os.listdir(below)), name))
                 break

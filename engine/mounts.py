@@ -42,6 +42,20 @@ def mounted_at(path: Path) -> bool:
         return False
 
 
+def mount_of(path: Path) -> tuple[str, list[str]]:
+    """(mount point, optional fields such as `shared:1`) of the mount that `path`, links resolved, lies on."""
+    where = os.path.realpath(path)
+    found: tuple[str, list[str]] = ("/", [])
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            words = line.partition(" - ")[0].split()
+            point = host.unescape(words[4])
+            below = where == point or where.startswith(point.rstrip("/") + "/")
+            if below and len(point) >= len(found[0]):  # a later one at the same place covers the earlier
+                found = (point, words[6:])
+    return found
+
+
 class RootfsMounts:
     """The mounts of the store at `store`."""
 

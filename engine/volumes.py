@@ -13,22 +13,25 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import host
-from engine.config import MountKind
-from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound, TooLarge
+from engine import host, volumedrivers, volumefill, volumeusers
+from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, TooLarge
 from engine.events import Journal
+from engine.jobs import Task
 from engine.model import check_name
 from engine.store.meta import Meta
+from engine.treecopy import copy_tree
+from engine.volumefill import covered
 from engine.walk import usage
 
 log = logging.getLogger(__name__)
 
-DRIVERS = ("local",)
 MAX_LABELS = 256
 MAX_TEXT = 64 << 10  # bytes of all options and labels of a volume
 SIZE_FRESH = 5.0  # seconds a measured size is good for
@@ -43,6 +46,10 @@ class Volume:
     labels: Mapping[str, str]
     created_ns: int
     path: Path  # of its data directory
+
+    @property
+    def read_only(self) -> bool:
+        return self.options.get(volumedrivers.READ_ONLY) == "true"
 
 
 @dataclass(slots=True)
@@ -63,6 +70,8 @@ class Volumes:
         self._journal = journal
         self._guard = threading.Lock()
         self._sizes: dict[str, _Size] = {}
+        self._locks: dict[str, threading.RLock] = {}
+        self._held: Counter[str] = Counter()  # by jobs and starts
         for path in (self._root, self._tmp):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -75,32 +84,87 @@ class Volumes:
     ) -> Volume:
         """Make an empty volume. AlreadyExists when the name is taken; InvalidArgument names what cannot be."""
         check_name(name, "volume")
-        if driver not in DRIVERS:
-            raise InvalidArgument(f"driver: unknown driver {driver!r}", at=driver, hint=f"one of {', '.join(DRIVERS)}")
+        found = volumedrivers.find(driver)
         options, labels = dict(options or {}), dict(labels or {})
-        for key in options:
-            raise InvalidArgument(f"the local driver takes no option {key!r}", at=key)
+        volumedrivers.check(found, options)
         _check_labels(labels)
-        path = self._root / name
-        with self._meta.tx() as db:
-            if db.execute("SELECT 1 FROM volumes WHERE name = ?", (name,)).fetchone():
-                raise AlreadyExists(f"a volume named {name} exists", at=name)
-            now = time.time_ns()
-            db.execute(
-                "INSERT INTO volumes (name, driver, options, labels, created_ns) VALUES (?, ?, ?, ?, ?)",
-                (name, driver, json.dumps(options), json.dumps(labels), now),
-            )
-            data: dict[str, Any] = {"name": name, "driver": driver}
-            if labels:
-                data["labels"] = labels
-            self._journal.append("volumeCreated", f"volume/{name}", data)
-            self._discard(name)  # litter of a crash must not become content
-            path.mkdir(mode=0o700)
-            (path / "data").mkdir()
-            os.chmod(path / "data", 0o755)  # whatever the umask
-            host.fsync_dir(path)
-            host.fsync_dir(self._root)
+        if sum(len(key) + len(value) for key, value in options.items()) > MAX_TEXT:
+            raise TooLarge(f"options: more than {MAX_TEXT} characters")
+        with self._changing(name):
+            return self._create(name, found, options, labels)
+
+    def _create(
+        self,
+        name: str,
+        driver: volumedrivers.Driver,
+        options: Mapping[str, str],
+        labels: Mapping[str, str],
+        *,
+        owner: str = "",
+        fill: Callable[[Path], None] | None = None,
+    ) -> Volume:
+        """Its directory is made aside, filled, and in place with the row: a crash leaves both or litter."""
+        if self._meta.row("SELECT 1 FROM volumes WHERE name = ?", (name,)):
+            raise AlreadyExists(f"a volume named {name} exists", at=name)
+        aside = self._tmp / f"volume-new-{time.time_ns()}-{name}"
+        aside.mkdir(mode=0o700)
+        try:
+            (aside / "data").mkdir()
+            os.chmod(aside / "data", 0o755)  # whatever the umask
+            driver.create(aside, options)
+            if fill is not None:
+                self._fill_aside(driver, aside, options, fill)
+            host.fsync_dir(aside)
+            with self._meta.tx() as db:
+                if db.execute("SELECT 1 FROM volumes WHERE name = ?", (name,)).fetchone():
+                    raise AlreadyExists(f"a volume named {name} exists", at=name)
+                db.execute(
+                    "INSERT INTO volumes (name, driver, options, labels, created_ns) VALUES (?, ?, ?, ?, ?)",
+                    (name, driver.name, json.dumps(dict(options)), json.dumps(dict(labels)), time.time_ns()),
+                )
+                if owner:
+                    volumeusers.own(db, name, owner)
+                data: dict[str, Any] = {"name": name, "driver": driver.name}
+                if labels:
+                    data["labels"] = dict(labels)
+                self._journal.append("volumeCreated", f"volume/{name}", data)
+                self._discard(name)  # litter of a crash must not become content
+                os.rename(aside, self._root / name)
+                host.fsync_dir(self._root)
+        except BaseException:
+            host.remove_tree(aside)
+            raise
         return self.get(name)
+
+    def _fill_aside(
+        self, driver: volumedrivers.Driver, aside: Path, options: Mapping[str, str], fill: Callable[[Path], None]
+    ) -> None:
+        mounts = driver.mounts(options)
+        if mounts:
+            driver.mount(aside, options)
+        try:
+            fill(aside / "data")
+            with host.directory_fd(aside / "data") as fd:
+                host.sync_file_system(fd)
+        finally:
+            if mounts:
+                driver.unmount(aside)
+
+    def clone(self, name: str, new: str, task: Task, *, read_only: bool = False) -> Volume:
+        """A volume with what is in `name` now. Options go along, but for those of a place that both would share."""
+        check_name(new, "volume")
+        with self.using(name) as source, self._changing(new):
+            driver = volumedrivers.find(source.driver)
+            options = {key: value for key, value in source.options.items() if key != volumedrivers.READ_ONLY}
+            if driver.name == "local":
+                options = {}
+            if read_only:
+                options[volumedrivers.READ_ONLY] = "true"
+            labels = {key: value for key, value in source.labels.items() if key != "anonymous"}
+            skip = volumefill.OURS
+            return self._create(
+                new, driver, options, labels, fill=lambda data: void(copy_tree(source.path, data, task, skip=skip))
+            )
 
     def get(self, name: str) -> Volume:
         """NotFound when there is none of that name."""
@@ -138,41 +202,148 @@ class Volumes:
                 raise NotFound(f"no volume named {name[:140]!r}", at=name[:140])
             self._journal.append("volumeConfigured", f"volume/{name}", {"name": name, "labels": dict(labels)})
 
+    # --- who uses it --------------------------------------------------------------------------------------------
+
     def users(self, name: str) -> list[str]:
-        """Names of the containers whose config mounts it, sorted."""
-        rows = self._meta.query("SELECT name, config FROM containers WHERE instr(config, ?) ORDER BY name", (name,))
-        return [row["name"] for row in rows if _mounts(row["config"], name)]
+        """Names of the containers that mount it, by their configs; sorted."""
+        return volumeusers.users(self._meta.query, name)
+
+    def ensure(self, name: str) -> Volume:
+        """The volume, made empty when it is not there."""
+        with self._changing(name):
+            try:
+                return self.get(name)
+            except NotFound:
+                return self._create(check_name(name, "volume"), volumedrivers.find("local"), {}, {})
+
+    def anonymous(self, id: str, target: str) -> Volume:
+        """The volume of the container `id` at `target`, made when it is not there."""
+        name = volumeusers.anonymous_name(id, target)
+        with self._changing(name):
+            try:
+                return self.get(name)
+            except NotFound:
+                return self._create(name, volumedrivers.find("local"), {}, {"anonymous": "true"}, owner=id)
+
+    def remove_anonymous(self, id: str) -> list[str]:
+        """With the container `id`, which is gone: its anonymous volumes that no other container uses."""
+        removed = []
+        for name in volumeusers.owned(self._meta.query, id):
+            try:
+                self.remove(name)
+                removed.append(name)
+            except NotFound:
+                with self._meta.tx() as db:
+                    volumeusers.disown(db, name)
+            except Busy as error:
+                log.info("anonymous volume %s stays: %s", name, error.reason)
+        return removed
+
+    # --- in use -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def mounts(volume: Volume) -> bool:
+        """Whether its driver mounts its files on the first use."""
+        return volumedrivers.find(volume.driver).mounts(volume.options)
+
+    def mounted(self, volume: Volume) -> bool:
+        """Whether its files are at `path` now."""
+        return not self.mounts(volume) or covered(volume.path)
+
+    def acquire(self, name: str) -> Volume:
+        """The volume with its files at `path`. `settle` after the use."""
+        with self._changing(name):
+            volume = self.get(name)
+            driver = volumedrivers.find(volume.driver)
+            if driver.mounts(volume.options) and not covered(volume.path):
+                driver.mount(volume.path.parent, volume.options)
+                log.info("volume %s (%s) is mounted", name, volume.driver)
+            volumefill.recover(volume.path)
+            return volume
+
+    def settle(self, name: str) -> None:
+        """After a use: take down what the driver mounted when nobody uses it any more. Raises nothing."""
+        try:
+            with self._changing(name):
+                volume = self.get(name)
+                driver = volumedrivers.find(volume.driver)
+                if not driver.mounts(volume.options) or not covered(volume.path) or self._held[name]:
+                    return
+                if volumeusers.users(self._meta.query, name, alive=True):
+                    return
+                driver.unmount(volume.path.parent)
+                log.info("volume %s is unmounted", name)
+        except NotFound:
+            pass
+        except (EngineError, OSError) as error:
+            log.warning("volume %s stays mounted: %s", name, error)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Volume]:
+        """Its files, for the time of the block. Removing it is Busy meanwhile."""
+        with self._guard:
+            self._held[name] += 1
+        try:
+            yield self.acquire(name)
+        finally:
+            with self._guard:
+                self._held[name] -= 1
+            self.settle(name)
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """One change of a volume at a time."""
+        with self._guard:
+            lock = self._locks.setdefault(name, threading.RLock())
+        with lock:
+            yield
+
+    # --- removing -----------------------------------------------------------------------------------------------
 
     def remove(self, name: str) -> None:
         """Delete a volume and its data. Busy, naming the containers, while a container's config mounts it."""
-        with self._meta.tx() as db:
-            if not db.execute("DELETE FROM volumes WHERE name = ?", (name,)).rowcount:
-                raise NotFound(f"no volume named {name[:140]!r}", at=name[:140])
-            rows = db.execute("SELECT name, config FROM containers WHERE instr(config, ?)", (name,)).fetchall()
-            users = sorted(row["name"] for row in rows if _mounts(row["config"], name))
+        with self._changing(name):
+            volume = self.get(name)
+            driver = volumedrivers.find(volume.driver)
+            users = self.users(name)
             if users:
                 raise Busy(
                     f"volume {name} is used by {', '.join(users[:10])}{' …' if len(users) > 10 else ''}",
                     at=name,
                     hint="remove those containers, or take it out of their config/volumes",
                 )
-            db.execute("DELETE FROM failures WHERE object = ?", (f"volume/{name}",))
-            self._journal.append("volumeRemoved", f"volume/{name}", {"name": name})
-        with self._guard:
-            self._sizes.pop(name, None)
-        self._discard(name)
+            if self._held[name]:
+                raise Busy(f"volume {name} is being copied, read or filled", at=name, hint="see jobs/")
+            if driver.mounts(volume.options) and covered(volume.path):
+                try:
+                    driver.unmount(volume.path.parent)
+                except OSError as error:
+                    raise Busy(f"volume {name}: {error.strerror}", at=name, hint="close what is open in it") from error
+            with self._meta.tx() as db:
+                if users := self.users(name):
+                    raise Busy(f"volume {name} is used by {', '.join(users[:10])}", at=name)
+                db.execute("DELETE FROM volumes WHERE name = ?", (name,))
+                db.execute("DELETE FROM failures WHERE object = ?", (f"volume/{name}",))
+                volumeusers.disown(db, name)
+                self._journal.append("volumeRemoved", f"volume/{name}", {"name": name})
+            driver.remove(volume.path.parent, volume.options)
+            with self._guard:
+                self._sizes.pop(name, None)
+            self._discard(name)
+
+    def unused(self) -> list[Volume]:
+        """What no container uses and no job works on."""
+        return [volume for volume in self.all() if not self._held[volume.name] and not self.users(volume.name)]
 
     def prune(self) -> list[str]:
         """Remove every volume no container's config mounts; their names."""
         removed = []
-        for name in self.names():
-            if self.users(name):
-                continue
+        for volume in self.unused():
             try:
-                self.remove(name)
+                self.remove(volume.name)
             except (Busy, NotFound):
                 continue  # taken into use, or removed, since we looked
-            removed.append(name)
+            removed.append(volume.name)
         return removed
 
     def _discard(self, name: str) -> None:
@@ -189,7 +360,7 @@ class Volumes:
             log.warning("could not delete all of %s; the next start clears tmp/", aside, exc_info=True)
 
     def reconcile(self) -> None:
-        """Clear directories without a row; make the directory of a row that lost it."""
+        """Clear directories without a row; make the directory of a row that lost it; finish what was being filled."""
         names = set(self.names())
         for path in list(self._root.iterdir()):
             if path.name not in names:
@@ -200,29 +371,48 @@ class Volumes:
             if not data.is_dir():
                 log.warning("volume %s lost its data directory: made anew, empty", name)
                 data.mkdir(parents=True, mode=0o755)
+            if not volumedrivers.find(self.get(name).driver).mounts(self.get(name).options):
+                volumefill.recover(data)
+
+    def known_size(self, name: str) -> int | None:
+        """As last measured, without waiting; measured anew by the way. None: never measured yet."""
+        self._ask_size(self.get(name))
+        with self._guard:
+            size = self._sizes.get(name)
+            return size.value if size else None
 
     def size(self, name: str) -> int:
         """Bytes of its regular files. Readers wait a fifth of a second at most; a large volume's is the last known.
 
         The first answer for a volume that takes longer to measure is 0.
         """
-        path = self.path(name)
+        size, fresh = self._ask_size(self.get(name))
+        if not fresh:
+            size.done.wait(SIZE_PATIENCE)
+        return size.value or 0
+
+    def _ask_size(self, volume: Volume) -> tuple[_Size, bool]:
+        """What is known of its size, and whether that is fresh; if not, a thread measures."""
+        name = volume.name
         with self._guard:
             size = self._sizes.setdefault(name, _Size())
             fresh = size.value is not None and time.monotonic() - size.at < SIZE_FRESH
             if not fresh and not size.running:
                 size.running = True
                 size.done.clear()
-                threading.Thread(target=self._measure, args=(path, size), name=f"size-{name}"[:15], daemon=True).start()
-        if not fresh:
-            size.done.wait(SIZE_PATIENCE)
-        return size.value or 0
+                threading.Thread(
+                    target=self._measure, args=(volume, size), name=f"size-{name}"[:15], daemon=True
+                ).start()
+        return size, fresh
 
-    def _measure(self, path: Path, size: _Size) -> None:
+    def _measure(self, volume: Volume, size: _Size) -> None:
         try:
-            size.value = usage(path)
+            if self.mounted(volume):
+                size.value = usage(volume.path)
+            else:
+                size.value = volumedrivers.find(volume.driver).usage(volume.path.parent, volume.options)
         except (OSError, TooLarge) as error:
-            log.info("size of %s: %s", path, error)
+            log.info("size of volume %s: %s", volume.name, error)
         finally:
             size.at = time.monotonic()
             with self._guard:
@@ -232,6 +422,14 @@ class Volumes:
     def free_bytes(self) -> int:
         """Room on the file system that holds the volumes."""
         return shutil.disk_usage(self._root).free
+
+
+def unmount_litter(store: Path) -> None:
+    """Take down what a killed daemon mounted for a volume in the making; before tmp/ is emptied."""
+    prefix = f"{os.path.abspath(store / 'tmp')}/volume-new-"
+    for point, _, _ in host.mounts() if host.LINUX else ():
+        if point.startswith(prefix):
+            host.unmount(Path(point))
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:
@@ -244,8 +442,5 @@ def _check_labels(labels: Mapping[str, str]) -> None:
         raise TooLarge(f"labels: more than {MAX_TEXT} characters")
 
 
-def _mounts(config: str, name: str) -> bool:
-    return any(
-        mount.get("type") == MountKind.VOLUME and mount.get("source") == name
-        for mount in json.loads(config).get("volumes", ())
-    )
+def void(_: object) -> None:
+    """For a callable whose answer nobody wants."""

@@ -20,15 +20,15 @@ FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 RESOLVE = host.RESOLVE_BENEATH | host.RESOLVE_NO_SYMLINKS | host.RESOLVE_NO_XDEV
 
 
-def walk(root: Path, limit: int = MAX_ENTRIES) -> Iterator[tuple[bytes, int, list[tuple[bytes, os.stat_result]]]]:
+def walk(root: Path | int, limit: int = MAX_ENTRIES) -> Iterator[tuple[bytes, int, list[tuple[bytes, os.stat_result]]]]:
     """(path relative to `root`, b'' first, an open fd of it, its entries sorted by name), parents before children.
 
     The fd is valid until the next step. Directories that vanish meanwhile, that cannot be opened, or whose path is
-    beyond PATH_MAX are left out. TooLarge beyond `limit` entries.
+    beyond PATH_MAX are left out. TooLarge beyond `limit` entries. `root` may be an open directory.
     """
     count = 0
     with ExitStack() as stack:
-        top = os.open(root, FLAGS)
+        top = os.dup(root) if isinstance(root, int) else os.open(root, FLAGS)
         stack.callback(os.close, top)
         pending = [b""]
         while pending:

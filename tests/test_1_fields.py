@@ -59,7 +59,7 @@ CONFIGS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(CONFIGS)
 def test_every_field_written_back_as_read_changes_nothing(data: dict[str, object]) -> None:
     config = validated(dict(data))

@@ -16,6 +16,7 @@ from typing import Any
 from engine import userids
 from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument, Unsupported
+from engine.mountspec import Propagation
 from engine.options import rlimits, security, sysctl_namespace, tmpfs
 from engine.runtimes import confine, devices, rootless
 from engine.runtimes.base import RunSpec
@@ -29,6 +30,7 @@ INIT_PROGRAMS = tuple(  # statically linked, taking `-- ARGV…`, in order of pr
 )
 INIT_PACKAGE = "tini"  # of Debian and Ubuntu
 INIT = "/dev/init"  # in the container, where Podman has it: the file it is mounted on is in a tmpfs
+PROPAGATIONS = frozenset(Propagation)
 
 CAPABILITIES = tuple(  # linux/capability.h, in bit order
     "CAP_" + name
@@ -201,7 +203,8 @@ def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
         else:
             if mount.source is None:
                 raise InvalidArgument(f"volumes: {mount.target}: a {mount.kind} mount needs a source", at=mount.target)
-            mounts.append(_mount(mount.target, "bind", str(mount.source), "rbind", "rprivate", access, *mount.options))
+            spread = () if PROPAGATIONS.intersection(mount.options) else ("rprivate",)
+            mounts.append(_mount(mount.target, "bind", str(mount.source), "rbind", *spread, access, *mount.options))
     return sorted(mounts, key=lambda item: str(item["destination"]).count("/"))  # a parent before what lies in it
 
 
@@ -280,6 +283,11 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
     if (selinux := confine.selinux_of(options)) is not None:
         process["selinuxLabel"] = selinux
     argv = [INIT, "--", *spec.argv] if config.init else list(spec.argv)
+    asked = {option for mount in spec.mounts for option in mount.options}
+    if asked & {"shared", "rshared"}:  # the runtime makes all mounts slaves unless told (moby oci_linux.go WithMounts)
+        linux["rootfsPropagation"] = "shared"
+    elif asked & {"slave", "rslave"}:
+        linux["rootfsPropagation"] = "rslave"
     document: dict[str, Any] = {
         "ociVersion": OCI_VERSION,
         "process": {

@@ -207,7 +207,7 @@ def changes(engine: Any, name: str) -> bytes:
 
 
 def _mounts(engine: Any, name: str) -> list[Any]:
-    return list(engine.containers.get(name).config.volumes)
+    return list(engine.containers.mount_specs(name))
 
 
 def _mount_names(engine: Any, name: str) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from engine.errors import InvalidArgument, NotFound
+from engine import volumeplan
+from engine.errors import AlreadyExists, InvalidArgument, NotFound
+from engine.model import check_name
+from engine.volumedrivers import shown
 from fdfs.ctl import Call, Verb, table
-from fdfs.entry import BindSource, Dir, File, Row
+from fdfs.entry import BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.errors import error_file
@@ -30,12 +34,7 @@ def labels(engine: Any, name: str) -> str:
 
 
 def set_labels(engine: Any, name: str, text: str) -> None:
-    values = {}
-    for item in text.splitlines():
-        key, _, value = item.partition("=")
-        if item.strip():
-            values[key.strip()] = value
-    engine.volumes.set_labels(name, values)
+    engine.volumes.set_labels(name, _labels(text))
 
 
 def created(engine: Any, name: str) -> str:
@@ -46,23 +45,87 @@ def size_bytes(engine: Any, name: str) -> str:
     return line(engine.volumes.size(name))
 
 
-def used_by(engine: Any, name: str) -> str:
-    return lines(engine.volumes.users(name))
+def options(engine: Any, name: str) -> str:
+    return lines(f"{key}={value}" for key, value in shown(engine.volumes.get(name).options).items())
+
+
+def mounted(engine: Any, name: str) -> str:
+    return line(engine.volumes.mounted(engine.volumes.get(name)))
+
+
+def _users(engine: Any, name: str) -> list[str]:
+    return list(engine.volumes.users(name))
+
+
+def _user(engine: Any, name: str, container: str) -> Row | None:
+    return USER if container in _users(engine, name) else None
+
+
+def user_target(engine: Any, name: str, container: str) -> str:
+    return f"../../../containers/{container}"
 
 
 def data(engine: Any, name: str) -> Loopback:
-    return Loopback(engine.volumes.path(name), writable=True, caller=caller)
+    """What is not mounted cannot be written to: it would be hidden by the mount."""
+    volume = engine.volumes.get(name)
+    return Loopback(volume.path, writable=engine.volumes.mounted(volume) and not volume.read_only, caller=caller)
 
 
 def data_source(engine: Any, name: str) -> BindSource:
-    return BindSource(directory=str(engine.volumes.path(name)))
+    """Not of what a driver mounts: a bind would keep it mounted after its last use."""
+    volume = engine.volumes.get(name)
+    plain = not engine.volumes.mounts(volume) and not volume.read_only
+    return BindSource(directory=str(volume.path) if plain else "")
+
+
+def _labels(text: str) -> dict[str, str]:
+    values = {}
+    for item in text.split("\n"):
+        key, _, value = item.partition("=")
+        if item.strip():
+            values[key.strip()] = value
+    return values
 
 
 def create(engine: Any, call: Call) -> str:
-    options = dict(call.options)
-    chosen = options.pop("driver", "local")
-    engine.volumes.create(call.args[0], chosen, options)
+    """`opt.KEY=VALUE` and `KEY=VALUE` are the same: the first also for keys this verb has itself."""
+    given = dict(call.options)
+    chosen, labels = given.pop("driver", "local"), _labels(given.pop("label", ""))
+    options = {key.removeprefix("opt."): value for key, value in given.items()}
+    engine.volumes.create(call.args[0], chosen, options, labels)
     return call.args[0]
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------
+
+
+def _job(engine: Any, name: str, verb: str, work: Callable[[Any], str]) -> str:
+    engine.volumes.get(name)
+    return f"jobs/{engine.jobs.start(f'volumes/{name} {verb}', work)}"
+
+
+def _copy(engine: Any, name: str, call: Call, verb: str, *, read_only: bool) -> str:
+    new = call.args[0]
+    check_name(new, "volume")
+    if new in engine.volumes.names():
+        raise AlreadyExists(f"a volume named {new} exists", at=new)
+
+    def work(task: Any) -> str:
+        return str(engine.volumes.clone(name, new, task, read_only=read_only).name)
+
+    return _job(engine, name, f"{verb} {new}", work)
+
+
+def clone(engine: Any, name: str, call: Call) -> str:
+    return _copy(engine, name, call, "clone", read_only=False)
+
+
+def snapshot(engine: Any, name: str, call: Call) -> str:
+    return _copy(engine, name, call, "snapshot", read_only=True)
+
+
+def plan(engine: Any) -> str:
+    return volumeplan.text(engine.volumes)
 
 
 def make(engine: Any, name: str) -> None:
@@ -74,7 +137,11 @@ def remove(engine: Any, name: str, call: Call | None = None) -> None:
 
 
 def prune(engine: Any, call: Call) -> str:
-    return "\n".join(engine.volumes.prune())
+    """The hash is checked now, so that the writer hears of a changed plan, and again when the job runs."""
+    digest = call.arg(0) or ""
+    volumeplan.check(engine.volumes, digest)
+    number = engine.jobs.start(f"prune-volumes {digest}", lambda task: volumeplan.run(engine.volumes, digest, task))
+    return f"jobs/{number}"
 
 
 def _names(engine: Any) -> list[str]:
@@ -89,6 +156,8 @@ def _find(engine: Any, name: str) -> Row | None:
     return VOLUME
 
 
+USER = Link(name="<container>", doc="a container that uses it", target=user_target)
+
 VOLUME = Dir(
     name="<name>",
     doc="one volume",
@@ -96,16 +165,22 @@ VOLUME = Dir(
     object=object_of,
     rows=(
         Dir(name="data", doc="its files, writable", graft=data, bind=data_source),
-        File(name="driver", doc="where its bytes are kept", show=driver),
+        File(name="driver", doc="where its bytes are kept: local or ext4", show=driver),
+        File(name="options", doc="KEY=VALUE lines: what its driver was given; passwords are not shown", show=options),
+        File(name="mounted", doc="1 when its files are at data/; 0 for a driver that mounts on use", show=mounted),
         File(name="labels", doc="KEY=VALUE lines", show=labels, set=set_labels, object=object_of),
         File(name="created", doc="when it was created", show=created),
         File(name="size_bytes", doc="sum of its files, as last measured", show=size_bytes),
-        File(name="used_by", doc="containers whose config mounts it, one per line", show=used_by),
+        Dir(name="used_by", doc="a link to each container that uses it", names=_users, find=_user, kinds=(USER,)),
         File(
             name="ctl",
             doc="what to do with it",
             object=object_of,
-            verbs=table(Verb(name="remove", doc="delete it and its data, as rmdir does", run=remove)),
+            verbs=table(
+                Verb(name="clone", args="NEW", doc="a new volume with what is in this one (a job)", run=clone),
+                Verb(name="snapshot", args="NEW", doc="the same, to be read only (a job)", run=snapshot),
+                Verb(name="remove", doc="delete it and its data, as rmdir does", run=remove),
+            ),
         ),
         error_file(object_of),
     ),
@@ -127,13 +202,14 @@ VOLUMES = Dir(
             verbs=table(
                 Verb(
                     name="create",
-                    args="NAME [driver=…] [KEY=VALUE…]",
-                    doc="an empty volume, with options for its driver",
+                    args="NAME [driver=…] [label=…]* [KEY=VALUE…]",
+                    doc="an empty volume, with options for its driver (opt.KEY= too); label is KEY=VALUE",
                     run=create,
                 ),
-                Verb(name="prune", doc="remove every volume no container uses", run=prune),
+                Verb(name="prune", args="[HASH]", doc="remove what the plan with this hash lists (a job)", run=prune),
             ),
         ),
         error_file(volumes_object),
+        File(name="plan", doc="what prune would remove: volumes no container uses; ends with what runs it", show=plan),
     ),
 )
