@@ -43,7 +43,7 @@ from engine.mountspec import MountSpec
 from engine.names import random_name
 from engine.records import Container, Records
 from engine.restarts import Restarts
-from engine.runtimes.base import Mount, parse_signal
+from engine.runtimes.base import Mount, check_names_of_host, parse_signal
 from engine.runtimes.select import NAMES as RUNTIMES
 from engine.runtimes.spec import capabilities
 from engine.scheduler import Clock
@@ -265,6 +265,7 @@ class Containers:
             raise InvalidArgument(
                 f"runtime: unknown runtime {config.runtime!r}", at=config.runtime, hint=f"one of {', '.join(RUNTIMES)}"
             )
+        check_names_of_host(config.hostname or "", config.domainname or "")
         capabilities(config)
         for path in config.env_file:
             if not Path(path).expanduser().is_absolute():

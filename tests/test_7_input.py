@@ -69,6 +69,8 @@ WRITES = [
     ("containers/idle/config/cpus", "-1", "EINVAL", "cpus"),
     ("containers/idle/config/stop_grace_period", "soon", "EINVAL", "stop_grace_period"),
     ("containers/idle/config/volumes", "data:relative", "EINVAL", "volumes"),
+    ("containers/idle/config/hostname", "two words", "EINVAL", "hostname"),
+    ("containers/idle/config/hostname", "h" * 65, "EINVAL", "hostname"),
     ("images/ctl", "pull", "EINVAL", "argument missing"),
     ("images/ctl", "pull a b", "EINVAL", "too many arguments"),
     ("images/ctl", "pull Not/A/Reference", "EINVAL", "Not"),

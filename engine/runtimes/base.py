@@ -202,6 +202,13 @@ def environment(config: ContainerConfig, image: ImageConfig, hostname: str) -> t
     return tuple(f"{key}={value}" for key, value in merged.items())
 
 
+def check_names_of_host(hostname: str, domainname: str) -> None:
+    """InvalidArgument for what the kernel (64 bytes) or /etc/hosts (words in lines) cannot hold."""
+    for field, value in (("hostname", hostname), ("domainname", domainname)):
+        if len(value.encode()) > 64 or not value.isprintable() or any(c in value for c in " /\0"):
+            raise InvalidArgument(f"{field}: at most 64 printable characters without spaces", at=value[:80])
+
+
 def make_spec(
     *,
     id: str,
@@ -220,9 +227,7 @@ def make_spec(
             if value:
                 raise InvalidArgument(f"{field}: would change the host: uts is host", at=field)
         hostname = os.uname().nodename
-    for field, value in (("hostname", hostname), ("domainname", config.domainname or "")):
-        if len(value) > 64 or not value.isprintable() or any(c in value for c in " /\0"):
-            raise InvalidArgument(f"{field}: at most 64 printable characters without spaces", at=field)
+    check_names_of_host(hostname, config.domainname or "")
     return RunSpec(
         id=id,
         name=name,
