@@ -11,11 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from engine import host
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 SKIPPED: list[str] = []
+
+# how long an example takes is the machine's affair; in CI hypothesis' own profile says so already
+settings.register_profile("patient", settings.default, deadline=None)
+settings.load_profile("patient")
 
 
 def skipped(node: str, why: object) -> None:
