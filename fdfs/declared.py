@@ -178,7 +178,8 @@ class Declared:
     def change(self, operation: str, path: bytes, *arguments: Any) -> Any:
         """Every modifying operation by its FUSE name."""
         if operation == "create":
-            return self.create(path, arguments[0], arguments[1])
+            mode, flags, *umask = arguments
+            return self.create(path, mode & ~sum(umask), flags)
         if operation == "mkdir":
             return self.mkdir(path)
         if operation in ("rmdir", "unlink", "rename"):

@@ -20,7 +20,9 @@ from typing import Any
 
 from engine import host, userids
 from engine.errors import ReadOnly
-from fdfs.entry import HIDDEN, Attr
+from fdfs import unlinked
+from fdfs.entry import Attr
+from fdfs.hostfile import HostFile, to_attr
 
 O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
 BENEATH = host.RESOLVE_BENEATH | host.RESOLVE_NO_SYMLINKS
@@ -30,59 +32,6 @@ OVERLAY = (
 UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2  # <linux/stat.h>; what libfuse hands through
 
 Caller = Callable[[], tuple[int, int, int]]  # -> uid, gid, umask
-
-
-def to_attr(st: os.stat_result, mix: int = 0) -> Attr:
-    uid, gid = userids.shown(st.st_uid, st.st_gid)
-    return Attr(
-        mode=st.st_mode,
-        size=st.st_size,
-        ino=mix + st.st_ino,
-        nlink=st.st_nlink,
-        uid=uid,
-        gid=gid,
-        mtime_ns=st.st_mtime_ns,
-        ctime_ns=st.st_ctime_ns,
-        atime_ns=st.st_atime_ns,
-        rdev=st.st_rdev,
-        blocks=st.st_blocks,
-        blksize=st.st_blksize,
-    )
-
-
-class HostFile:
-    """An open host file."""
-
-    direct = False
-    keep = False
-
-    def __init__(self, fd: int, mix: int, *, append: bool = False) -> None:
-        self._fd = fd
-        self._mix = mix
-        self._append = append
-
-    def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._fd, size, offset)
-
-    def write(self, data: bytes, offset: int) -> int:
-        if self._append:  # the offset the kernel computed may be stale: a container appends behind our back
-            return os.write(self._fd, data)
-        return os.pwrite(self._fd, data, offset)
-
-    def truncate(self, size: int) -> None:
-        os.ftruncate(self._fd, size)
-
-    def flush(self) -> None:
-        os.close(os.dup(self._fd))  # where close reports what write could not (NFS, quota)
-
-    def fsync(self) -> None:
-        os.fsync(self._fd)
-
-    def attr(self) -> Attr | None:
-        return to_attr(os.fstat(self._fd), self._mix)
-
-    def close(self) -> None:
-        os.close(self._fd)
 
 
 class Loopback:
@@ -108,6 +57,9 @@ class Loopback:
             os.close(fd)
 
     def _open_fd(self, path: bytes, flags: int, mode: int = 0) -> int:
+        with unlinked.held(path) as kept:
+            if kept is not None:
+                return os.open(f"/proc/self/fd/{kept}", flags | os.O_CLOEXEC)
         root = os.open(self._root, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         if not path:
             if not flags & O_PATH:
@@ -135,6 +87,9 @@ class Loopback:
     def _lstat(self, path: bytes) -> os.stat_result:
         if not path:
             return os.stat(self._root)
+        with unlinked.held(path) as kept:
+            if kept is not None:
+                return os.fstat(kept)
         with self._parent(path) as (fd, name):
             st = os.stat(name, dir_fd=fd, follow_symlinks=False)
         if not self._shown(st):
@@ -144,15 +99,16 @@ class Loopback:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def getattr(self, path: bytes) -> Attr:
-        return to_attr(self._lstat(path), self._mix)
+        attr = to_attr(self._lstat(path), self._mix)
+        if unlinked.name_in(path):
+            return attr._replace(nlink=attr.nlink + 1)  # libfuse takes the name it made up off again
+        return attr
 
     def readdir(self, path: bytes) -> list[tuple[bytes, int, int]]:
         out = []
         with self._open(path, os.O_RDONLY | os.O_DIRECTORY) as fd, os.scandir(fd) as entries:
             for entry in entries:
                 name = os.fsencode(entry.name)
-                if name.startswith(HIDDEN):
-                    continue
                 if self._upper:
                     st = entry.stat(follow_symlinks=False)
                     if not self._shown(st):
@@ -172,32 +128,75 @@ class Loopback:
             raise ReadOnly("this view is read-only")
         self._lstat(path)
         wanted = flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | getattr(os, "O_NOATIME", 0)) | os.O_NONBLOCK
-        return HostFile(self._open_fd(path, wanted), self._mix, append=bool(flags & os.O_APPEND))
+        fd = self._open_fd(path, wanted)
+        try:
+            if flags & os.O_TRUNC:
+                self._drop_set_id(fd)
+            return HostFile(fd, self._mix, append=bool(flags & os.O_APPEND))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _drop_set_id(self, fd: int) -> None:
+        """Truncated by others than root, a file loses its set-id bits; the kernel above leaves that to us (O_TRUNC)."""
+        if self._caller is None or self._caller()[0] == 0:
+            return
+        mode = os.fstat(fd).st_mode
+        bits = mode & stat.S_ISUID | (mode & stat.S_ISGID if mode & stat.S_IXGRP else 0)
+        if bits:
+            os.fchmod(fd, stat.S_IMODE(mode) & ~bits)
+
+    def sync(self, path: bytes) -> None:
+        """fsync(2) of a directory."""
+        with self._open(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            os.fsync(fd)
+
+    def access(self, path: bytes, wanted: int) -> bool:
+        """Whether the daemon's own user may: what access(2) tells where the kernel above checks nothing itself."""
+        with self._by_proc(path) as target:
+            return os.access(target, wanted)
 
     @contextmanager
     def _by_proc(self, path: bytes) -> Iterator[str]:
         """A path for calls that take no descriptor: it names what was resolved, even if that is swapped meanwhile."""
+        with unlinked.held(path) as kept:
+            if kept is not None:
+                yield f"/proc/self/fd/{kept}"
+                return
         with self._open(path, O_PATH) as fd:
             if not host.LINUX:
                 yield os.fsdecode(os.path.join(os.fsencode(self._root), path))
                 return
             yield f"/proc/self/fd/{fd}"
 
+    @contextmanager
+    def _for_xattrs(self, path: bytes, name: bytes = b"") -> Iterator[str]:
+        """A path whose last component may be a symlink, which then is what the attributes are of."""
+        if os.fsdecode(name).startswith(OVERLAY) or not hasattr(os, "listxattr"):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        if not path or unlinked.name_in(path):
+            with self._by_proc(path) as target:
+                yield f"{target}/." if not path else target
+            return
+        with self._parent(path) as (fd, last):
+            yield f"/proc/self/fd/{fd}/{os.fsdecode(last)}"
+
     def listxattr(self, path: bytes) -> list[bytes]:
         if not hasattr(os, "listxattr"):
             return []
-        if path and stat.S_ISLNK(self._lstat(path).st_mode):
-            return []
-        with self._by_proc(path) as name:
-            return [os.fsencode(key) for key in os.listxattr(name) if not key.startswith(OVERLAY)]
+        hidden: tuple[str, ...] = OVERLAY
+        if self._caller is not None and self._caller()[0] != 0:
+            hidden = (
+                "trusted.",
+                *OVERLAY,
+            )  # only root sees these (xattr(7)); the kernel leaves that to the file system
+        with self._for_xattrs(path) as target:
+            names = os.listxattr(target, follow_symlinks=unlinked.name_in(path) is not None)
+        return [os.fsencode(name) for name in names if not name.startswith(hidden)]
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
-        if os.fsdecode(name).startswith(OVERLAY) or not hasattr(os, "getxattr"):
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        if path and stat.S_ISLNK(self._lstat(path).st_mode):
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        with self._by_proc(path) as target:
-            return os.getxattr(target, name)
+        with self._for_xattrs(path, name) as target:
+            return os.getxattr(target, name, follow_symlinks=unlinked.name_in(path) is not None)
 
     def statfs(self) -> Mapping[str, int]:
         st = os.statvfs(self._root)
@@ -225,32 +224,60 @@ class Loopback:
             gid = -1
         os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
 
-    def _create(self, path: bytes, mode: int, flags: int) -> HostFile:
+    @staticmethod
+    def _inherits(parent: int) -> bool:
+        """Whether a directory has a default ACL, which decides in place of the umask (acl(5))."""
+        if not hasattr(os, "getxattr"):
+            return False
+        try:
+            return bool(os.getxattr(f"/proc/self/fd/{parent}", "system.posix_acl_default"))
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+            return False
+
+    def _create(self, path: bytes, mode: int, flags: int, umask: int = 0) -> HostFile:
+        append = bool(flags & os.O_APPEND)
         with self._parent(path) as (parent, name):
-            wanted = flags & (os.O_ACCMODE | os.O_APPEND | os.O_EXCL | os.O_TRUNC) | os.O_CREAT | os.O_NOFOLLOW
-            fd = os.open(name, wanted | os.O_CLOEXEC, 0o600, dir_fd=parent)
+            inherits = self._inherits(parent)
+            wanted = flags & (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC) | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                made = stat.S_IMODE(mode) if inherits else 0o600
+                fd = os.open(name, wanted | os.O_CREAT | os.O_EXCL, made, dir_fd=parent)
+            except FileExistsError:
+                if flags & os.O_EXCL:
+                    raise
+                # a container was faster: the file is not ours to give away
+                return HostFile(os.open(name, wanted | os.O_NONBLOCK, dir_fd=parent), self._mix, append=append)
             try:
                 self._own(parent, name)
-                os.fchmod(fd, stat.S_IMODE(mode))  # the umask was applied by the kernel; chown clears set-id bits
+                if not inherits:
+                    os.fchmod(fd, stat.S_IMODE(mode) & ~umask)  # chown clears set-id bits
+                return HostFile(fd, self._mix, append=append)
             except BaseException:
                 os.close(fd)
                 raise
-        return HostFile(fd, self._mix, append=bool(flags & os.O_APPEND))
 
-    def _mknod(self, path: bytes, mode: int, device: int) -> None:
+    def _mknod(self, path: bytes, mode: int, device: int, umask: int = 0) -> None:
         with self._parent(path) as (parent, name):
             os.mknod(name, mode, device, dir_fd=parent)
             self._own(parent, name)
-            os.chmod(name, stat.S_IMODE(mode), dir_fd=parent)
+            if not self._inherits(parent):
+                os.chmod(name, stat.S_IMODE(mode) & ~umask, dir_fd=parent)
 
-    def _mkdir(self, path: bytes, mode: int) -> None:
+    def _mkdir(self, path: bytes, mode: int, umask: int = 0) -> None:
         with self._parent(path) as (parent, name):
-            os.mkdir(name, 0o700, dir_fd=parent)
+            inherits = self._inherits(parent)
+            os.mkdir(name, stat.S_IMODE(mode) if inherits else 0o700, dir_fd=parent)
             self._own(parent, name)
-            inherited = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode & stat.S_ISGID
-            os.chmod(name, stat.S_IMODE(mode) | inherited, dir_fd=parent)
+            if not inherits:
+                group = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode & stat.S_ISGID
+                os.chmod(name, stat.S_IMODE(mode) & ~umask | group, dir_fd=parent)
 
     def _unlink(self, path: bytes) -> None:
+        name_of_open = unlinked.name_in(path)
+        if name_of_open is not None and unlinked.drop(name_of_open):
+            return
         with self._parent(path) as (parent, name):
             os.unlink(name, dir_fd=parent)
 
@@ -264,6 +291,16 @@ class Loopback:
             self._own(parent, name)
 
     def _rename(self, path: bytes, to: bytes) -> None:
+        name_of_open = unlinked.name_in(to)
+        if name_of_open is not None:
+            with self._open(path, O_PATH) as fd:
+                if unlinked.keep(name_of_open, fd):
+                    try:
+                        self._unlink(path)
+                    except BaseException:
+                        unlinked.drop(name_of_open)
+                        raise
+                    return
         with self._parent(path) as (here, name), self._parent(to) as (there, new):
             os.rename(name, new, src_dir_fd=here, dst_dir_fd=there)
 
@@ -280,6 +317,10 @@ class Loopback:
         if not path:
             os.chown(self._root, uid, gid)
             return
+        with unlinked.held(path) as kept:
+            if kept is not None:
+                os.chown(f"/proc/self/fd/{kept}", uid, gid)
+                return
         with self._parent(path) as (parent, name):
             os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
 
@@ -294,24 +335,27 @@ class Loopback:
         if not path:
             os.utime(self._root, ns=times)
             return
+        with unlinked.held(path) as kept:
+            if kept is not None:
+                os.utime(f"/proc/self/fd/{kept}", ns=times)
+                return
         with self._parent(path) as (parent, name):
             os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _setxattr(self, path: bytes, name: bytes, value: bytes, flags: int) -> None:
-        self._plain(path, name)
-        with self._by_proc(path) as target:
-            os.setxattr(target, name, value, flags)
+        self._settable(name)
+        with self._for_xattrs(path, name) as target:
+            os.setxattr(target, name, value, flags, follow_symlinks=unlinked.name_in(path) is not None)
 
     def _removexattr(self, path: bytes, name: bytes) -> None:
-        self._plain(path, name)
-        with self._by_proc(path) as target:
-            os.removexattr(target, name)
+        self._settable(name)
+        with self._for_xattrs(path, name) as target:
+            os.removexattr(target, name, follow_symlinks=unlinked.name_in(path) is not None)
 
-    def _plain(self, path: bytes, name: bytes) -> None:
+    @staticmethod
+    def _settable(name: bytes) -> None:
         if os.fsdecode(name).startswith(OVERLAY) or not hasattr(os, "setxattr"):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-        if path and stat.S_ISLNK(self._lstat(path).st_mode):
-            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
 
 _CHANGES: Mapping[str, Callable[..., Any]] = {

@@ -20,13 +20,31 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fuse
 
 from engine import host
 from engine.errors import Busy, RuntimeFailure, Unsupported
-from fdfs.entry import Attr
+from fdfs.libfuse import (
+    DONT_MASK,
+    INT,
+    PATH,
+    PROTOTYPES,
+    RESULTS,
+    WANT,
+    CallerContext,
+    Table,
+    fill_stat,
+    fuse_get_session,
+    fuse_kern_chan_new,
+    fuse_mount,
+    fuse_new,
+    fuse_session_exit,
+    fuse_session_loop,
+    fuse_unmount,
+    lib,
+)
 from fdfs.ops import Operations
 from fdfs.outside import Outside
 
@@ -37,67 +55,11 @@ LATIN = "latin-1"
 SUBTYPE = "dutchman"
 KERNEL_OPTIONS = ("fsname", "subtype", "default_permissions", "allow_other")  # of the mount; the others are libfuse's
 
-_lib = fuse._libfuse
-
-
-def _function(name: str, version: str, result: Any, *args: Any) -> Any:
-    """A libfuse function of the 2.6 API. By symbol version where there are any: plain lookup finds a 2.2 relic."""
-    kind = ctypes.CFUNCTYPE(result, *args)
-    try:
-        dlvsym = ctypes.CDLL(None).dlvsym
-    except AttributeError:
-        return kind((name, _lib))
-    dlvsym.restype = ctypes.c_void_p
-    dlvsym.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
-    address = dlvsym(_lib._handle, name.encode(), version.encode())
-    return kind(address) if address else kind((name, _lib))
-
-
-fuse_mount = _function("fuse_mount", "FUSE_2.6", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-fuse_new = _function(
-    "fuse_new",
-    "FUSE_2.6",
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_void_p,
-)
-fuse_kern_chan_new = _function("fuse_kern_chan_new", "FUSE_2.4", ctypes.c_void_p, ctypes.c_int)
-fuse_get_session = _function("fuse_get_session", "FUSE_2.6", ctypes.c_void_p, ctypes.c_void_p)
-fuse_session_loop = _function("fuse_session_loop", "FUSE_2.4", ctypes.c_int, ctypes.c_void_p)
-fuse_session_exit = _function("fuse_session_exit", "FUSE_2.4", None, ctypes.c_void_p)
-fuse_unmount = _function("fuse_unmount", "FUSE_2.6", None, ctypes.c_char_p, ctypes.c_void_p)
-
-_pointer = ctypes.c_void_p
-_int = ctypes.c_int
-_path = ctypes.c_char_p
-_size = ctypes.c_size_t
-_offset = ctypes.c_longlong
-Filler = ctypes.CFUNCTYPE(_int, _pointer, _path, _pointer, _offset)
-
-# the direct callbacks: name -> C arguments after the result
-PROTOTYPES: dict[str, tuple[Any, ...]] = {
-    "getattr": (_path, _pointer),
-    "fgetattr": (_path, _pointer, _pointer),
-    "readdir": (_path, _pointer, Filler, _offset, _pointer),
-    "open": (_path, _pointer),
-    "create": (_path, ctypes.c_uint, _pointer),
-    "read": (_path, _pointer, _size, _offset, _pointer),
-    "write": (_path, _pointer, _size, _offset, _pointer),
-    "flush": (_path, _pointer),
-    "release": (_path, _pointer),
-    "fsync": (_path, _int, _pointer),
-    "ftruncate": (_path, _offset, _pointer),
-    "utimens": (_path, _pointer),
-}
-
 
 class FuseArgs(ctypes.Structure):
     """struct fuse_args: <fuse_opt.h>"""
 
-    _fields_ = (("argc", _int), ("argv", ctypes.POINTER(_path)), ("allocated", _int))
+    _fields_ = (("argc", INT), ("argv", ctypes.POINTER(PATH)), ("allocated", INT))
 
 
 class Adapter(fuse.FUSE):  # type: ignore[misc]
@@ -111,12 +73,12 @@ class Adapter(fuse.FUSE):  # type: ignore[misc]
 
     def table(self, direct: dict[str, Any]) -> tuple[Any, list[Any]]:
         """(struct fuse_operations, what must stay referenced). `direct` are the direct callbacks by name."""
-        table = fuse.fuse_operations()
+        table = Table()
         keep: list[Any] = []
-        for entry in fuse.fuse_operations._fields_:
+        for entry in Table._fields_:
             name, kind = entry[:2]
             if name in direct:
-                value = ctypes.cast(direct[name], kind)
+                value = ctypes.cast(direct[name], cast(Any, kind))
             elif hasattr(kind, "argtypes") and hasattr(self.operations, name):
                 value = kind(fuse.partial(self._wrapper, getattr(self, name)))
             elif name.startswith("flag_") and hasattr(self.operations, name):
@@ -135,23 +97,8 @@ def option_text(options: dict[str, str | bool]) -> str:
 def arguments(options: dict[str, str | bool]) -> tuple[FuseArgs, Any]:
     """struct fuse_args of mount options, and what must stay referenced."""
     words = [b"dutchman", b"-o", os.fsencode(option_text(options))]
-    argv = (_path * (len(words) + 1))(*words, None)
+    argv = (PATH * (len(words) + 1))(*words, None)
     return FuseArgs(len(words), argv, 0), argv
-
-
-def fill_stat(address: int, attr: Attr) -> None:
-    """Write `attr` as the platform's struct stat."""
-    ctypes.memset(address, 0, ctypes.sizeof(fuse.c_stat))
-    st = fuse.c_stat.from_address(address)
-    st.st_mode, st.st_size, st.st_ino, st.st_nlink = attr.mode, attr.size, attr.ino, attr.nlink
-    st.st_uid, st.st_gid, st.st_rdev = attr.uid, attr.gid, attr.rdev
-    st.st_blocks, st.st_blksize = attr.blocks, attr.blksize
-    for spec, value in (
-        (st.st_mtimespec, attr.mtime_ns),
-        (st.st_ctimespec, attr.ctime_ns),
-        (st.st_atimespec, attr.atime_ns),
-    ):
-        spec.tv_sec, spec.tv_nsec = divmod(value, 1_000_000_000)
 
 
 class Binding:
@@ -185,7 +132,10 @@ class Binding:
             finally:
                 self._busy(-1)
 
-        return ctypes.CFUNCTYPE(_int, *args)(guarded)
+        return ctypes.CFUNCTYPE(RESULTS.get(name, INT), *args)(guarded)
+
+    def _init(self, connection: int) -> None:
+        ctypes.c_uint.from_address(connection + WANT).value |= DONT_MASK
 
     # --- direct callbacks: bytes paths, raw addresses ---------------------------------------------------------------
 
@@ -221,7 +171,7 @@ class Binding:
         self._opened(info, *self._ops.open(path, fuse.fuse_file_info.from_address(info).flags))
 
     def _create(self, path: bytes, mode: int, info: int) -> None:
-        self._opened(info, *self._ops.create(path, mode, fuse.fuse_file_info.from_address(info).flags))
+        self._opened(info, *self._ops.create(path, mode, fuse.fuse_file_info.from_address(info).flags, umask()))
 
     def _read(self, path: bytes | None, buffer: int, size: int, offset: int, info: int) -> int:
         data = self._ops.read(fuse.fuse_file_info.from_address(info).fh, size, offset)
@@ -244,6 +194,9 @@ class Binding:
     def _ftruncate(self, path: bytes | None, size: int, info: int) -> None:
         self._ops.ftruncate(fuse.fuse_file_info.from_address(info).fh, size)
 
+    def _fallocate(self, path: bytes | None, mode: int, offset: int, length: int, info: int) -> None:
+        self._ops.fallocate(fuse.fuse_file_info.from_address(info).fh, mode, offset, length)
+
     def _utimens(self, path: bytes, times: int) -> None:
         values = struct.unpack("llll", ctypes.string_at(times, struct.calcsize("llll")))
         self._ops.change("utimens", path, values[:2], values[2:])
@@ -254,10 +207,10 @@ class Binding:
         return self._ops.readlink(path.encode(LATIN)).decode(LATIN)
 
     def mknod(self, path: str, mode: int, device: int) -> None:
-        self._ops.change("mknod", path.encode(LATIN), mode, device)
+        self._ops.change("mknod", path.encode(LATIN), mode, device, umask())
 
     def mkdir(self, path: str, mode: int) -> None:
-        self._ops.change("mkdir", path.encode(LATIN), mode)
+        self._ops.change("mkdir", path.encode(LATIN), mode, umask())
 
     def unlink(self, path: str) -> None:
         self._ops.change("unlink", path.encode(LATIN))
@@ -283,6 +236,13 @@ class Binding:
     def truncate(self, path: str, size: int, info: Any = None) -> None:
         self._ops.change("truncate", path.encode(LATIN), size)
 
+    def access(self, path: str, wanted: int) -> None:
+        self._ops.access(path.encode(LATIN), wanted)
+
+    def fsyncdir(self, path: str | None, datasync: int, number: int) -> None:
+        if path is not None:  # None: removed meanwhile, nothing to keep
+            self._ops.fsyncdir(path.encode(LATIN))
+
     def statfs(self, path: str) -> Any:
         return self._ops.statfs(path.encode(LATIN))
 
@@ -303,6 +263,12 @@ def context() -> tuple[int, int, int]:
     """(uid, gid, pid) of the caller of the operation this thread is carrying out."""
     uid, gid, pid = fuse.fuse_get_context()
     return int(uid), int(gid), int(pid)
+
+
+def umask() -> int:
+    """The caller's."""
+    address = ctypes.addressof(lib.fuse_get_context().contents)
+    return int(CallerContext.from_address(address).umask)
 
 
 def clear_stale(mount: Path) -> bool:

@@ -193,8 +193,8 @@ class Operations:
         handle = self.declared.open(where, flags) if isinstance(where, Found) else where[0].open(where[1], flags)
         return self.opened(handle), handle
 
-    def create(self, path: bytes, mode: int, flags: int) -> tuple[int, Handle]:
-        handle: Handle = self.change("create", path, mode, flags)
+    def create(self, path: bytes, mode: int, flags: int, umask: int = 0) -> tuple[int, Handle]:
+        handle: Handle = self.change("create", path, mode, flags, umask)
         return self.opened(handle), handle
 
     def read(self, number: int, size: int, offset: int) -> bytes:
@@ -214,6 +214,32 @@ class Operations:
 
     def ftruncate(self, number: int, size: int) -> None:
         self.handle(number).truncate(size)
+
+    def fallocate(self, number: int, mode: int, offset: int, length: int) -> None:
+        allocate = getattr(self.handle(number), "allocate", None)
+        if allocate is None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        allocate(mode, offset, length)
+
+    def fsyncdir(self, path: bytes) -> None:
+        where = self.route(path)
+        sync = None if isinstance(where, Found) else getattr(where[0], "sync", None)
+        if sync is not None and not isinstance(where, Found):
+            sync(where[1])
+
+    def access(self, path: bytes, wanted: int) -> None:
+        """access(2) and chdir(2), where the kernel does not check permissions itself: EACCES."""
+        where = self._route_or_scratch(path)
+        allowed = None if where is None or isinstance(where, Found) else getattr(where[0], "access", None)
+        if allowed is not None and where is not None and not isinstance(where, Found):
+            fine = allowed(where[1], wanted)
+        else:
+            mode = self.getattr(
+                path
+            ).mode  # everything is there to be looked at; root may write, but not run what none may
+            fine = not wanted & os.X_OK or stat.S_ISDIR(mode) or bool(mode & 0o111)
+        if not fine:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def release(self, number: int) -> None:
         handle = self._handles.pop(number, None)
