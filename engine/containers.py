@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from engine import fields, host, lifecycle
+from engine import fields, host, lifecycle, updates
 from engine.attach import check_mounts
 from engine.changes import changes
 from engine.config import ContainerConfig
@@ -41,11 +41,13 @@ from engine.monitor import Monitor
 from engine.mounts import RootfsMounts
 from engine.mountspec import MountSpec
 from engine.names import random_name
+from engine.processes import Process, processes
 from engine.records import Container, Records
 from engine.restarts import Restarts
 from engine.runtimes.base import Mount, check_names_of_host, parse_signal
 from engine.runtimes.select import NAMES as RUNTIMES
 from engine.runtimes.spec import capabilities
+from engine.runtimes.users import user_names
 from engine.scheduler import Clock
 from engine.sessions import Sessions
 from engine.stats import resources
@@ -172,7 +174,18 @@ class Containers:
     def stats(self, name: str) -> dict[str, int]:
         """What it uses now; empty when it does not run or its driver does not count."""
         container = self.get(name)
-        return resources(container.id) if container.state in ALIVE and container.runtime == "oci" else {}
+        if container.state not in ALIVE or container.runtime != "oci":
+            return {}
+        return resources(container.id, container.pid)
+
+    def processes(self, name: str) -> list[tuple[Process, str]]:
+        """Those that run in it, each with its user's name in the container."""
+        container = self.get(name)
+        if container.state not in ALIVE or container.runtime != "oci":
+            return []
+        names = user_names(self._mounts.merged(container.id))
+        found = processes(container.id, container.pid)
+        return [(process, names.get(process.uid, str(process.uid))) for process in found]
 
     def field_text(self, name: str, field: str) -> str:
         """The file `config/<field>`."""
@@ -224,7 +237,7 @@ class Containers:
         raise AlreadyExists("no free name was found", hint="give one: run IMAGE name=NAME")
 
     def configure(self, name: str, config: ContainerConfig) -> Container:
-        """Replace the whole config. Busy while it runs, unless only labels, stop or log settings change."""
+        """Replace the whole config. Busy while it runs, unless only labels, stop, log settings or limits change."""
         return self._configure(name, lambda _: config)
 
     def set_field(self, name: str, field: str, text: str) -> Container:
@@ -233,21 +246,11 @@ class Containers:
         return self._configure(name, lambda now: fields.with_field(now.config, field, text))
 
     def _configure(self, name: str, new: Callable[[Container], ContainerConfig]) -> Container:
-        def change(now: Container) -> ContainerConfig:
-            config = new(now)
-            if config != now.config:
-                self._check(config)
-                if now.state not in (State.CREATED, State.STOPPED):
-                    for field in fields.FIELDS:
-                        if field not in fields.LIVE and getattr(config, field) != getattr(now.config, field):
-                            raise Busy(
-                                f"{field}: cannot change while the container is {now.state}",
-                                at=field,
-                                hint="stop it first",
-                            )
-            return config
+        return updates.configure(self.records, self.execution, self.get(name).id, new, self._check)
 
-        return self.records.configure(self.get(name).id, change)
+    def rename(self, name: str, to: str) -> Container:
+        """Give it another name; it may run. AlreadyExists when that is taken."""
+        return self.records.rename(self.get(name).id, check_name(to, "container"))
 
     def _check(self, config: ContainerConfig) -> None:
         """What can be said of a config before it runs. InvalidArgument names the field."""

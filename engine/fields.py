@@ -49,7 +49,9 @@ LIMITS = frozenset(
     | {"stop_grace_period", "log_max_size", "log_max_age"}
 )
 
-# what may change while a container runs: read anew each time they matter
+# what its driver changes while a container runs or is paused: updates.py
+RESOURCES = frozenset({"memory", "memory_swap", "memory_reservation", "cpus", "cpu_shares", "cpuset", "pids"})
+# what may change at any time: read anew each time they matter
 LIVE = frozenset({"labels", "restart", "stop_signal", "stop_grace_period", "log_max_size", "log_max_age"})
 
 

@@ -1,8 +1,9 @@
 """The thread that looks after running containers. Floor 3.
 
 Only here: what happens by the clock: about once a second it tells of new output (logOutput, one event per container
-and second, with byte ranges), rotates logs, and every half minute tells of resources (resourceUpdate). After a
-container ended it tells of the last output and clears what the driver keeps. Sleeps without limit while nothing runs.
+and second, with byte ranges), rotates logs, every other second samples what is used (for pictures), and every half
+minute tells of resources (resourceUpdate). After a container ended it tells of the last output and clears what the
+driver keeps. Sleeps without limit while nothing runs.
 
     logOutput        {"name", "stdout": [from, to], "stderr": [from, to], "stdout_end", "stderr_end"}
     resourceUpdate   {"name", "memory_bytes", "cpu_usec", "pids", ...}: what the cgroup has
@@ -23,7 +24,8 @@ from engine.execution import Execution
 from engine.lifecycle import ALIVE, State
 from engine.logs import ContainerLogs
 from engine.records import Container, Records
-from engine.stats import resources
+from engine.samples import Samples
+from engine.stats import quick, resources
 from engine.store.meta import Meta
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Monitor:
         self._ended: list[str] = []
         self._resources_at: dict[str, float] = {}
         self._telling = threading.Lock()  # one teller at a time, so that ranges neither overlap nor leave gaps
+        self.samples = Samples()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         execution.before_exit = self.before_exit
         execution.after_exit = self.after_exit
@@ -79,6 +82,7 @@ class Monitor:
         with self._guard:
             self._told.pop(id, None)
             self._resources_at.pop(id, None)
+        self.samples.forget(id)
 
     def close(self) -> None:
         self._closing = True
@@ -118,6 +122,7 @@ class Monitor:
             self._rotate(container)
         for container in over:
             self._clear(container)
+        self._sample(alive)
         self._resources(alive)
         return waiting or bool(alive) or bool(over)
 
@@ -179,6 +184,12 @@ class Monitor:
         except (EngineError, OSError) as error:
             log.info("container %s: not cleared yet, the next start or remove does: %s", container.id, error)
 
+    def _sample(self, alive: list[Container]) -> None:
+        for container in alive:
+            now = time.monotonic()
+            if self.samples.due(container.id, now) and (found := quick(container.id)) is not None:
+                self.samples.add(container.id, now, *found)
+
     def _resources(self, alive: list[Container]) -> None:
         now = time.monotonic()
         due = []
@@ -187,7 +198,7 @@ class Monitor:
                 if now - self._resources_at.get(container.id, -RESOURCES_EVERY) >= RESOURCES_EVERY:
                     self._resources_at[container.id] = now
                     due.append(container)
-        found = [(container, resources(container.id)) for container in due]
+        found = [(container, resources(container.id, container.pid)) for container in due]
         if any(values for _, values in found):
             with self._meta.tx():
                 for container, values in found:

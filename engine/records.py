@@ -23,6 +23,7 @@ from engine.events import Journal
 from engine.lifecycle import State, Verb
 from engine.store.meta import Meta
 
+PINNED = "@"  # begins no name
 COLUMNS = frozenset({"image", "runtime", "pid", "exit_code", "oom", "restarts", "started_ns", "finished_ns", "reason"})
 
 
@@ -95,7 +96,9 @@ class Records:
     # --- reading ------------------------------------------------------------------------------------------------
 
     def get(self, name: str) -> Container:
-        row = self._meta.row("SELECT * FROM containers WHERE name = ?", (name,))
+        """By name, or by PINNED and its id: what an open file has, so that it follows a rename."""
+        key, value = ("id", name[1:]) if name.startswith(PINNED) else ("name", name)
+        row = self._meta.row(f"SELECT * FROM containers WHERE {key} = ?", (value,))
         if row is None:
             raise _missing(name)
         return _container(row)
@@ -151,6 +154,20 @@ class Records:
                 "UPDATE containers SET config = ?, image = ? WHERE id = ?", (config.model_dump_json(), image, id)
             )
             self._journal.append("containerConfigured", before.object, {"name": before.name, "fields": fields})
+            self._meta.after_commit(self.notify)
+            return self._row(db, id)
+
+    def rename(self, id: str, name: str) -> Container:
+        """AlreadyExists when the name is taken, also by itself; Busy while it is being removed."""
+        with self._meta.tx() as db:
+            before = self._row(db, id)
+            if before.state is State.REMOVING:
+                raise Busy("the container is being removed", at="rename")
+            taken = db.execute("SELECT 1 FROM containers WHERE name = ?", (name,)).fetchone()
+            if taken is not None:
+                raise AlreadyExists(f"a container named {name} exists", at=name)
+            db.execute("UPDATE containers SET name = ? WHERE id = ?", (name, id))
+            self._journal.append("containerRenamed", before.object, {"name": name, "from": before.name})
             self._meta.after_commit(self.notify)
             return self._row(db, id)
 

@@ -278,6 +278,9 @@ class Binder:
                     self._wish(path, "unbind")
                 elif event.data.get("to") == "running":
                     self._wish(path + b"/rootfs")
+            elif event.type == "containerRenamed":  # what is mounted may have gone along; it is found by its descriptor
+                self._wish(f"/containers/{event.data['from']}".encode(), "unbind")
+                self._wish(path + b"/rootfs")
         elif kind == "volume":
             path = f"/volumes/{name}".encode()
             if event.type == "volumeCreated":

@@ -2,7 +2,7 @@
 
 Floor 7. Only here: the table of commands (each loaded when it is used, so that `dutchman ps` starts quickly) and the
 one place where a Failure becomes text on stderr and an exit code. Commands live in cli_daemon, cli_images,
-cli_containers, cli_store.
+cli_containers, cli_verbs, cli_store.
 """
 
 from __future__ import annotations
@@ -40,6 +40,18 @@ COMMANDS = {
     "start": "fdfs.cli_containers",
     "stop": "fdfs.cli_containers",
     "rm": "fdfs.cli_containers",
+    "kill": "fdfs.cli_verbs",
+    "pause": "fdfs.cli_verbs",
+    "resume": "fdfs.cli_verbs",
+    "unpause": "fdfs.cli_verbs",
+    "restart": "fdfs.cli_verbs",
+    "rename": "fdfs.cli_verbs",
+    "update": "fdfs.cli_verbs",
+    "wait": "fdfs.cli_verbs",
+    "top": "fdfs.cli_verbs",
+    "stats": "fdfs.cli_verbs",
+    "diff": "fdfs.cli_verbs",
+    "inspect": "fdfs.cli_verbs",
 }
 
 

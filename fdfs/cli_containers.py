@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from fdfs.cli_limits import fields_of, spec_options
 from fdfs.cli_mount import Failure, Follower, Mount, absolute, tail_offset
 from fdfs.cli_options import columns, mount_option
 
@@ -65,9 +66,7 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.option("--hostname", metavar="NAME")
 @click.option("--entrypoint", metavar="WORDS", help="Replaces the image's ENTRYPOINT.")
 @click.option("-l", "--label", multiple=True, metavar="KEY=VALUE")
-@click.option("-m", "--memory", metavar="SIZE", help="Memory limit, such as 512m.")
-@click.option("--cpus", type=float, metavar="N", help="CPU limit, such as 1.5.")
-@click.option("--pids", type=int, metavar="N", help="Limit of processes.")
+@spec_options
 @click.option("--read-only", is_flag=True, help="Mount the root filesystem read-only.")
 @click.option("--privileged", is_flag=True, help="All capabilities, no seccomp: as root on this host.")
 @click.option("--restart", metavar="POLICY", help="no, on-failure[:n], always or unless-stopped.")
@@ -102,7 +101,7 @@ def run_command(
     config: dict[str, Any] = {"image": image}
     if check := _healthcheck(fields):
         config["healthcheck"] = check
-    config.update({key: value for key, value in fields.items() if value not in (None, False)})
+    config.update(fields_of(fields))
     # -e KEY without a value passes on ours, as Docker does
     variables = [
         item if "=" in item else f"{item}={os.environ[item]}" for item in env if "=" in item or item in os.environ
@@ -294,7 +293,7 @@ def ps_command(mount: str | None, everything: bool, quiet: bool) -> None:
     columns(("NAME", "IMAGE", "STATE", "PID", "STARTED"), rows)
 
 
-def _each(mount: str | None, names: tuple[str, ...], line: str, what: str) -> int:
+def each(mount: str | None, names: tuple[str, ...], line: str, what: str) -> int:
     """One command to several containers; each failure is told, the exit code says whether there was one."""
     where = Mount.find(mount)
     failed = 0
@@ -314,7 +313,7 @@ def _each(mount: str | None, names: tuple[str, ...], line: str, what: str) -> in
 @click.argument("names", nargs=-1, required=True)
 def start_command(mount: str | None, names: tuple[str, ...]) -> int:
     """Start containers that are created or stopped."""
-    return _each(mount, names, "start", "start")
+    return each(mount, names, "start", "start")
 
 
 @click.command("stop")
@@ -323,7 +322,7 @@ def start_command(mount: str | None, names: tuple[str, ...]) -> int:
 @click.argument("names", nargs=-1, required=True)
 def stop_command(mount: str | None, seconds: int | None, names: tuple[str, ...]) -> int:
     """Stop running containers: the stop signal, a grace period, SIGKILL."""
-    return _each(mount, names, "stop" if seconds is None else f"stop {seconds}", "stop")
+    return each(mount, names, "stop" if seconds is None else f"stop {seconds}", "stop")
 
 
 @click.command("rm")
@@ -338,4 +337,4 @@ def rm_command(mount: str | None, force: bool, names: tuple[str, ...]) -> int:
             if where.field("containers", where.container(name), "state") not in ENDED:
                 with contextlib.suppress(Failure):  # it may end by itself meanwhile; removing says what is wrong
                     where.command(("containers", name), "stop 0", what="rm")
-    return _each(mount, names, "remove", "rm")
+    return each(mount, names, "remove", "rm")

@@ -28,6 +28,7 @@ from fdfs.entry import (
     is_litter,
     listing,
     mode_of,
+    pinned,
     render,
     walk,
 )
@@ -83,7 +84,10 @@ class Declared:
         if isinstance(row, Link):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         who = self.who()
-        return open_row(self._engine, row, found.keys, flags, lambda: who)
+        keys = found.keys
+        if row.read is not None or row.wait is not None:  # these are read for long
+            keys = pinned(self._engine, found)
+        return open_row(self._engine, row, keys, flags, lambda: who)
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +151,11 @@ class Declared:
         here, old = posixpath.split(path)
         file = self._scratch.get(here, old)
         if file is None:
-            self._set_aside(path, there, new)
+            found = self.find(path)
+            if isinstance(found.row, Dir) and found.row.rename is not None and here == there:
+                self._rename_object(found, found.row, path, new)
+            else:
+                self._set_aside(path, there, new)
             return
         try:
             target = self.find(to)
@@ -161,6 +169,18 @@ class Declared:
             raise AccessDenied(f"{row.name} is not a document")
         apply(self._engine, row, target.keys, bytes(file.buffer.content), self.who())
         self._scratch.pop(here, old)
+
+    def _rename_object(self, found: Found, row: Dir, path: bytes, new: bytes) -> None:
+        assert row.rename is not None
+        try:
+            name = new.decode()
+        except UnicodeDecodeError:
+            raise InvalidArgument("names here are UTF-8", at=ascii(new)) from None
+        if is_litter(new):
+            raise AccessDenied(f"{name!r} is no name for it")
+        with self._engine.command(object_of(self._engine, row, found.keys), f"rename {name}", who=self.who()):
+            row.rename(self._engine, *found.keys, name)
+        self._scratch.forget(path)
 
     def _set_aside(self, path: bytes, there: bytes, new: bytes) -> None:
         """`mv config.yaml config.yaml~` as editors do before they write anew: the copy appears, the document stays."""

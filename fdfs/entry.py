@@ -136,6 +136,8 @@ class Dir:
     kinds: tuple[Row, ...] = ()  # every row `find` can give: for the documentation and the tests
     mkdir: Handler | None = None  # (engine, *keys, name)
     rmdir: Handler | None = None  # (engine, *keys): removes this very directory's object
+    rename: Handler | None = None  # (engine, *keys, name): gives this very directory's object another name
+    pin: Handler | None = None  # (engine, *keys) -> keys that an open file below it keeps: they survive a rename
     object: Handler | None = None  # (engine, *keys) -> the object whose `error` records a failed mkdir or rmdir
     graft: Handler | None = None  # (engine, *keys) -> Graft
     bind: Handler | None = None  # (engine, *keys) -> BindSource: what may be bound over the graft to make it faster
@@ -156,6 +158,7 @@ class Found(NamedTuple):
     row: Row
     keys: Keys
     rest: bytes | None = None  # None: the row itself; b"" is the root of its graft
+    pin: tuple[Handler, int] | None = None  # the `pin` met last on the way, and how many keys it takes
 
     @property
     def grafted(self) -> bool:
@@ -182,6 +185,7 @@ def walk(engine: Any, root: Dir, path: bytes) -> Found:
     """The row at `path`. NotFound; symlinks are not followed (the kernel does that)."""
     row: Row = root
     keys: Keys = ()
+    pin: tuple[Handler, int] | None = None
     parts = split(path)
     for position, part in enumerate(parts):
         if not isinstance(row, Dir):
@@ -193,9 +197,19 @@ def walk(engine: Any, root: Dir, path: bytes) -> Found:
         except UnicodeDecodeError:
             raise NotFound("names here are UTF-8", at=ascii(part)) from None
         row, keys = child(engine, row, keys, name)
+        if isinstance(row, Dir) and row.pin is not None:
+            pin = row.pin, len(keys)
     if isinstance(row, Dir) and row.graft is not None:
         return Found(row, keys, b"")
-    return Found(row, keys)
+    return Found(row, keys, None, pin)
+
+
+def pinned(engine: Any, found: Found) -> Keys:
+    """The keys for an open file: those of a `pin` in place of names that may change."""
+    if found.pin is None:
+        return found.keys
+    handler, count = found.pin
+    return (*handler(engine, *found.keys[:count]), *found.keys[count:])
 
 
 def listing(engine: Any, row: Dir, keys: Keys) -> list[tuple[str, Row]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import AccessDenied, EngineError, InvalidArgument, TooLarge
 from fdfs import ctl
-from fdfs.entry import BLOCK, Attr, File, Keys, render
+from fdfs.entry import BLOCK, Attr, File, Found, Keys, attr_of, render
 
 MAX_DOCUMENT = 4 << 20  # bytes a document or scratch file may hold while it is written
 MAX_SETTING = 1 << 20
@@ -33,6 +33,7 @@ class Reader:
 
     def __init__(self, engine: Any, row: File, keys: Keys) -> None:
         self._engine, self._row, self._keys = engine, row, keys
+        self.path = b""  # where it was opened
         self._content: bytes | None = None
         if row.read is None and row.wait is None:
             self._content = render(engine, row, keys)
@@ -66,6 +67,10 @@ class Reader:
 
     def attr(self) -> Attr | None:
         return None
+
+    def kept(self, path: bytes) -> Attr:
+        """What fstat(2) says of a file that is open while its path has gone: its object has another name."""
+        return attr_of(self._engine, Found(self._row, self._keys), path)
 
     def close(self) -> None: ...
 

@@ -22,6 +22,7 @@ from typing import Any
 from engine.errors import EngineError, Gone, NotFound
 from fdfs.declared import Context, Declared, errno_of
 from fdfs.entry import Attr, Dir, Found, Graft, Handle, Keys
+from fdfs.handles import Reader
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Operations:
         self._on_graft = on_graft
         self._before_follow = before_follow
         self._handles: dict[int, Handle] = {}
+        self._readers: dict[bytes, tuple[Reader, ...]] = {}  # open ones, by the path they were opened at
         self._numbers = itertools.count(1)
         self._grafts: dict[bytes, tuple[Graft, float]] = {}
         self._depths: set[int] = set()
@@ -129,6 +131,8 @@ class Operations:
         try:
             where = self.route(path)
         except NotFound:
+            for reader in self._readers.get(path, ()):  # fstat(2) of what has another name now; gone too: NotFound
+                return reader.kept(path)
             scratch = self.declared.scratch(path)
             attr = scratch.attr() if scratch is not None else None
             if attr is None:
@@ -191,6 +195,10 @@ class Operations:
                 scratch.truncate(0)
             return self.opened(scratch), scratch
         handle = self.declared.open(where, flags) if isinstance(where, Found) else where[0].open(where[1], flags)
+        if isinstance(handle, Reader):
+            with self._lock:
+                self._readers[path] = (*self._readers.get(path, ()), handle)
+                handle.path = path
         return self.opened(handle), handle
 
     def create(self, path: bytes, mode: int, flags: int, umask: int = 0) -> tuple[int, Handle]:
@@ -243,6 +251,13 @@ class Operations:
 
     def release(self, number: int) -> None:
         handle = self._handles.pop(number, None)
+        if isinstance(handle, Reader):
+            with self._lock:
+                left = tuple(other for other in self._readers[handle.path] if other is not handle)
+                if left:
+                    self._readers[handle.path] = left
+                else:
+                    del self._readers[handle.path]
         if handle is not None:
             handle.close()
 
@@ -284,8 +299,10 @@ class Operations:
             if operation in ("rename", "link") and not self._declared(arguments[0]):
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
             result = self.declared.change(operation, path, *arguments)
-            if operation == "rmdir":
+            if operation in ("rmdir", "rename"):
                 self.forget(path)
+            if operation == "rename":
+                self._moved(path, arguments[0])
             return result
         graft, rest = where
         if operation in ("rename", "link"):
@@ -300,6 +317,16 @@ class Operations:
         if not rest and operation in ("rmdir", "unlink", "rename", "mkdir", "create"):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         return graft.change(operation, rest, *arguments)
+
+    def _moved(self, old: bytes, new: bytes) -> None:
+        """A directory was renamed through the mount: the kernel knows open files below it by their new paths."""
+        with self._lock:
+            for path in [path for path in self._readers if path.startswith(old + b"/")]:
+                readers = self._readers.pop(path)
+                path = new + path.removeprefix(old)
+                for reader in readers:
+                    reader.path = path
+                self._readers[path] = (*self._readers.get(path, ()), *readers)
 
     def _declared(self, path: bytes) -> bool:
         try:

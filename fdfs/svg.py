@@ -30,6 +30,10 @@ STYLE = """
   .own { fill: #2f6fb2; } .shared { fill: #8fbf6a; }
   .a { fill: #e0962f; } .b { fill: #2f6fb2; } .c { fill: #8b6bb8; } .rest { fill: #dfe4e8; }
   .mark { stroke: #c0392b; stroke-width: 2; }
+  .grid { stroke: #d5dbe1; stroke-width: 1; }
+  .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .area { opacity: 0.22; }
+  .cpu { stroke: #2f6fb2; } .cpu.area { fill: #2f6fb2; stroke: none; }
+  .memory { stroke: #8b6bb8; } .memory.area { fill: #8b6bb8; stroke: none; }
   @media (prefers-color-scheme: dark) {
     text { fill: #e4e9ee; }
     .dim { fill: #9aa6b2; }
@@ -37,7 +41,9 @@ STYLE = """
     .track { fill: #232b33; }
     .own { fill: #5b9bdc; } .shared { fill: #7fae5b; }
     .a { fill: #e3a24a; } .b { fill: #5b9bdc; } .c { fill: #a78bd0; } .rest { fill: #36414b; }
-    .mark { stroke: #ff7566; }
+    .mark { stroke: #ff7566; } .grid { stroke: #36414b; }
+    .cpu { stroke: #5b9bdc; } .cpu.area { fill: #5b9bdc; }
+    .memory { stroke: #a78bd0; } .memory.area { fill: #a78bd0; }
   }
 """
 
@@ -83,7 +89,7 @@ def text(value: str, width: int) -> str:
     return escape(clean, {'"': "&quot;", "'": "&apos;"})
 
 
-class _Page:
+class Page:
     """Elements from the top down; `y` is where the next one goes."""
 
     def __init__(self, title: str) -> None:
@@ -102,6 +108,10 @@ class _Page:
                 f'<rect x="{x:.2f}" y="{y}" width="{max(width, 1):.2f}" height="{height}" rx="{round}" class="{kind}">'
                 f"{title}</rect>"
             )
+
+    def add(self, element: str) -> None:
+        """An element as it is; whatever is not ours in it has gone through `text`."""
+        self._out.append(element)
 
     def line(self, x: float, y1: int, y2: int, kind: str) -> None:
         self._out.append(f'<line x1="{x:.2f}" y1="{y1}" x2="{x:.2f}" y2="{y2}" class="{kind}"/>')
@@ -129,7 +139,7 @@ def layers(name: str, stack: Sequence[Layer]) -> str:
     """The layers of an image, lowest first: how large each is, and which other images have too."""
     total = sum(layer.size for layer in stack)
     shared = sum(layer.size for layer in stack if layer.shared_with)
-    page = _Page(f"Layers of {name}")
+    page = Page(f"Layers of {name}")
     page.y = MARGIN + 16
     page.say(MARGIN, name, "title", width=(WIDTH - 2 * MARGIN) * 7 // 10)
     page.y += 24
@@ -163,7 +173,7 @@ def layers(name: str, stack: Sequence[Layer]) -> str:
     return page.done()
 
 
-def _strip(page: _Page, stack: Sequence[Layer], total: int) -> None:
+def _strip(page: Page, stack: Sequence[Layer], total: int) -> None:
     """All layers side by side, as wide as they are large."""
     x, width = float(MARGIN), WIDTH - 2 * MARGIN
     page.bar(x, page.y, width, 16, "track")
@@ -186,7 +196,7 @@ def usage(sizes: Mapping[str, int], *, free: int, limit: int | None, images: Seq
     `sizes` has blobs, layers and trees; `free` is the disk's; `images` come largest first. All in bytes.
     """
     total = sum(sizes.values())
-    page = _Page("Bytes of the store")
+    page = Page("Bytes of the store")
     page.y = MARGIN + 16
     page.say(MARGIN, f"The store takes {human(total)}", "title")
     page.y += 24

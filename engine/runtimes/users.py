@@ -106,6 +106,20 @@ def identify(rootfs: Path, text: str) -> Identity:
     return Identity(uid, gid, tuple(groups), home)
 
 
+def user_names(rootfs: Path) -> dict[int, str]:
+    """The names of uids in the root filesystem; the first of several wins. Empty when it is not there."""
+    try:
+        passwd = read_in_root(rootfs, "/etc/passwd")
+    except OSError:
+        return {}
+    out: dict[int, str] = {}
+    for row in _rows(passwd, 7):
+        uid = _number(row[2])
+        if uid is not None and row[0].isprintable() and " " not in row[0]:
+            out.setdefault(uid, row[0])
+    return out
+
+
 def extra_groups(rootfs: Path, names: Sequence[str]) -> list[int]:
     """The gids of `group_add`: numbers, or names in the root filesystem's /etc/group. InvalidArgument if unknown."""
     out: list[int] = []

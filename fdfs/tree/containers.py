@@ -15,6 +15,7 @@ from engine.config import parse_config
 from engine.errors import Busy, InvalidArgument, NotFound
 from engine.images.newimage import check as check_change
 from engine.images.reference import parse as parse_reference
+from engine.records import PINNED
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback
@@ -22,7 +23,8 @@ from fdfs.tree.caller import caller
 from fdfs.tree.console import CONSOLE, VERBS, console_verbs
 from fdfs.tree.errors import error_file
 from fdfs.tree.sessions import EXEC
-from fdfs.tree.text import flat, line, stamp
+from fdfs.tree.text import line, stamp
+from fdfs.tree.usage import USAGE
 
 WAIT_SECONDS = 0.9  # a blocked handler makes its caller unkillable: short
 MAX_WAITING = 128  # reads of `wait` that wait at the same time: half of the mount's threads
@@ -106,10 +108,6 @@ def health_log(engine: Any, name: str) -> str:
 
 def runtime(engine: Any, name: str) -> str:
     return line(engine.containers.get(name).runtime)
-
-
-def stats(engine: Any, name: str) -> str:
-    return flat(engine.containers.stats(name))
 
 
 # --- configuration ----------------------------------------------------------------------------------------------
@@ -227,11 +225,13 @@ def mount_target(engine: Any, name: str, number: str) -> str:
 
 
 def valid(engine: Any, name: str) -> list[str]:
-    """`commit` is no verb of the lifecycle: it leaves the state as it is."""
+    """`commit` and `rename` are no verbs of the lifecycle: they leave the state as it is."""
     verbs = [str(verb) for verb in engine.containers.verbs(name)]
     container = engine.containers.get(name)
     if container.state in COMMITTABLE and (container.image or container.config.image):
         verbs.append("commit")
+    if container.state != "removing":
+        verbs.append("rename")
     return verbs + console_verbs(container)
 
 
@@ -270,6 +270,14 @@ def pause(engine: Any, name: str, call: Call) -> None:
 
 def resume(engine: Any, name: str, call: Call) -> None:
     engine.containers.resume(name)
+
+
+def rename(engine: Any, name: str, to: str | Call) -> None:
+    engine.containers.rename(name, to if isinstance(to, str) else to.args[0])
+
+
+def pin(engine: Any, name: str) -> tuple[str, ...]:
+    return (PINNED + engine.containers.get(name).id,)
 
 
 def remove(engine: Any, name: str, call: Call | None = None) -> None:
@@ -320,6 +328,8 @@ def _names(engine: Any) -> list[str]:
 
 
 def _find(engine: Any, name: str) -> Row | None:
+    if name.startswith(PINNED):
+        return None
     try:
         engine.containers.get(name)
     except (NotFound, InvalidArgument):
@@ -347,6 +357,8 @@ CONTAINER = Dir(
     name="<name>",
     doc="one container",
     rmdir=remove,
+    rename=rename,
+    pin=pin,
     object=object_of,
     scratch=True,
     rows=(
@@ -369,6 +381,7 @@ CONTAINER = Dir(
                     run=commit,
                 ),
                 *VERBS,
+                Verb(name="rename", args="NAME", doc="another name, as mv gives it; it may run", run=rename),
                 Verb(name="remove", doc="delete it and its changes, as rmdir does", run=remove),
             ),
         ),
@@ -396,7 +409,7 @@ CONTAINER = Dir(
         File(name="health", doc="none starting healthy unhealthy, as its healthcheck finds it", show=health),
         File(name="health.jsonl", doc="the last probes: start, end, exit_code, output", show=health_log),
         File(name="runtime", doc="the driver that runs it", show=runtime),
-        File(name="stats", doc="what it uses now, flat-keyed; empty when it does not run", show=stats),
+        *USAGE,
         File(name="events", doc="its part of the journal: JSON Lines; grows", read=events, size=events_size),
         File(
             name="wait", doc="its exit code once it has stopped; empty after a second, read again to go on", wait=wait

@@ -1,0 +1,70 @@
+"""The processes of a container, from its cgroup and /proc. Floor 3, stateless, thread-safe.
+
+Only here: which facts of a process are shown and how. Nothing is executed. Sources: proc_pid_stat(5),
+proc_pid_status(5), proc_pid_cmdline(5); kernel documentation admin-guide/cgroup-v2.rst (cgroup.procs).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.runtimes import cgroups
+from engine.runtimes.spec import Cgroups
+
+MAX_PROCESSES = 4096  # that are shown
+MAX_COMMAND = 4096  # bytes of a command line that are shown
+TICKS = os.sysconf("SC_CLK_TCK")  # per second
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    pid: int  # on the host
+    inside: int  # its pid in the container
+    parent: int  # on the host
+    uid: int
+    state: str  # one letter, as ps has it
+    cpu_seconds: float
+    memory_bytes: int  # resident
+    command: str  # its words, control characters written as \\n, \\x1b …; [name] when it has none
+
+
+def processes(id: str, pid: int | None) -> list[Process]:
+    """Those in the container's cgroup, nested groups too, by pid. `pid`, its first process, counts without a cgroup."""
+    here = Cgroups.detect()
+    pids = {pid} if pid is not None else set()
+    group = cgroups.path(here, "pids" if here.version == 1 else "", id)
+    for base, _, _ in os.walk(group):
+        try:
+            pids.update(int(word) for word in (Path(base) / "cgroup.procs").read_text().split())
+        except OSError:
+            continue  # it went away meanwhile
+    found = (process(number) for number in sorted(pids)[:MAX_PROCESSES])
+    return [item for item in found if item is not None]
+
+
+def process(pid: int) -> Process | None:
+    """One process; None when it has ended."""
+    place = Path(f"/proc/{pid}")
+    try:
+        stat = (place / "stat").read_text(errors="replace")
+        status = (place / "status").read_text(errors="replace")
+        with (place / "cmdline").open("rb") as file:
+            words = file.read(MAX_COMMAND).rstrip(b"\0")
+    except OSError:
+        return None
+    name, _, rest = stat.partition("(")[2].rpartition(") ")
+    fields = rest.split()  # from field 3, the state, on
+    facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    command = words.decode(errors="replace").replace("\0", " ") or f"[{name}]"
+    return Process(
+        pid=pid,
+        inside=int(facts.get("NSpid", str(pid)).split()[-1]),
+        parent=int(fields[1]),
+        uid=int(facts["Uid"].split()[1]),
+        state=fields[0],
+        cpu_seconds=(int(fields[11]) + int(fields[12])) / TICKS,
+        memory_bytes=int(facts.get("VmRSS", "0 kB").split()[0]) * 1024,
+        command="".join(char if char.isprintable() else repr(char)[1:-1] for char in command),
+    )

@@ -1,0 +1,77 @@
+"""Options of `run` and `update` that are fields of a container's config: limits, security, devices. Floor 7.
+
+Only here: how they are named on a command line (as Docker names them) and which field each one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from fdfs.cli_mount import absolute
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LIMITS = (
+    click.option("-m", "--memory", metavar="SIZE", help="Memory limit, such as 512m; max for none."),
+    click.option("--memory-swap", metavar="SIZE", help="Memory and swap together; -1 for no limit."),
+    click.option("--memory-reservation", metavar="SIZE", help="Kept for it when memory is short."),
+    click.option("--cpus", metavar="N", help="CPU limit, such as 1.5."),
+    click.option("-c", "--cpu-shares", metavar="N", help="Weight against others; 1024 is usual."),
+    click.option("--cpuset-cpus", "cpuset", metavar="LIST", help="The CPUs it may run on, such as 0-3,7."),
+    click.option("--pids", "--pids-limit", "pids", metavar="N", help="Limit of processes."),
+)
+SPEC = (
+    click.option("--domainname", metavar="NAME"),
+    click.option("--env-file", multiple=True, metavar="FILE", help="KEY=VALUE lines, read at each start."),
+    click.option("--group-add", multiple=True, metavar="GROUP", help="A further group, name or number."),
+    click.option("--init", is_flag=True, help="A small init as process 1: reaps zombies, passes signals on."),
+    click.option("--tmpfs", multiple=True, metavar="PATH[:OPTIONS]", help="A tmpfs, such as /run:size=1m."),
+    click.option("--shm-size", metavar="SIZE", help="Size of /dev/shm (64m)."),
+    click.option("--ulimit", "ulimits", multiple=True, metavar="NAME=SOFT[:HARD]"),
+    click.option("--oom-score-adj", type=click.IntRange(-1000, 1000), metavar="N"),
+    click.option("--device", "devices", multiple=True, metavar="HOST[:PATH[:rwm]]", help="A device of this host."),
+    click.option("--device-cgroup-rule", "device_cgroup_rules", multiple=True, metavar="RULE"),
+    click.option("--cap-add", multiple=True, metavar="CAP"),
+    click.option("--cap-drop", multiple=True, metavar="CAP"),
+    click.option("--security-opt", multiple=True, metavar="OPTION", help="no-new-privileges, seccomp=FILE, …"),
+    click.option("--sysctl", "sysctls", multiple=True, metavar="NAME=VALUE"),
+    click.option("--pid", metavar="MODE", help="host: it sees the host's processes."),
+    click.option("--ipc", metavar="MODE", help="host: shared memory of the host."),
+    click.option("--uts", metavar="MODE", help="host: the host's name."),
+    click.option("--stop-signal", metavar="SIGNAL"),
+    click.option("--stop-timeout", "stop_grace_period", metavar="SECONDS", help="From the stop signal to SIGKILL."),
+)
+
+
+def _applied(function: F, options: tuple[Callable[[F], F], ...]) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def limit_options(function: F) -> F:
+    return _applied(function, LIMITS)
+
+
+def spec_options(function: F) -> F:
+    return _applied(limit_options(function), SPEC)
+
+
+def fields_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The config fields that were given. Paths of this host become absolute: the daemon runs elsewhere."""
+    given = {key: value for key, value in options.items() if value not in (None, False, ())}
+    if "env_file" in given:
+        given["env_file"] = [str(absolute(path)) for path in given["env_file"]]
+    if "security_opt" in given:
+        given["security_opt"] = [_security(option) for option in given["security_opt"]]
+    return given
+
+
+def _security(option: str) -> str:
+    key, sign, value = option.partition("=")
+    if key == "seccomp" and sign and value not in ("unconfined", "builtin"):
+        return f"seccomp={absolute(value)}"
+    return option

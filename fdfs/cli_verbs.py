@@ -1,0 +1,179 @@
+"""`dutchman kill pause resume restart rename update wait top stats diff inspect`: one container, one file each.
+
+Floor 7. Only here: these short commands. One thread.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+
+from fdfs.cli_containers import ENDED, each
+from fdfs.cli_limits import fields_of, limit_options
+from fdfs.cli_mount import Failure, Mount
+from fdfs.cli_options import columns, human, mount_option
+
+SAMPLE = 1.0  # seconds over which CPU use is measured
+SHOWN = (
+    "id", "state", "reason", "image", "pid", "exit_code", "oom", "restarts", "created_at", "started_at",
+    "finished_at", "runtime",
+)  # fmt: skip
+
+
+@click.command("kill")
+@mount_option
+@click.option("-s", "--signal", default="KILL", metavar="SIGNAL", help="Another signal than KILL.")
+@click.argument("names", nargs=-1, required=True)
+def kill_command(mount: str | None, signal: str, names: tuple[str, ...]) -> int:
+    """Send a signal to the first process of containers."""
+    return each(mount, names, f"kill {signal}", "kill")
+
+
+@click.command("pause")
+@mount_option
+@click.argument("names", nargs=-1, required=True)
+def pause_command(mount: str | None, names: tuple[str, ...]) -> int:
+    """Freeze the processes of containers."""
+    return each(mount, names, "pause", "pause")
+
+
+@click.command("resume")
+@mount_option
+@click.argument("names", nargs=-1, required=True)
+def resume_command(mount: str | None, names: tuple[str, ...]) -> int:
+    """Let paused containers go on."""
+    return each(mount, names, "resume", "resume")
+
+
+unpause_command = resume_command
+
+
+@click.command("restart")
+@mount_option
+@click.argument("names", nargs=-1, required=True)
+def restart_command(mount: str | None, names: tuple[str, ...]) -> int:
+    """Stop containers that run, and start them."""
+    return each(mount, names, "restart", "restart")
+
+
+@click.command("rename")
+@mount_option
+@click.argument("name")
+@click.argument("new")
+def rename_command(mount: str | None, name: str, new: str) -> None:
+    """Give a container another name; it may run."""
+    where = Mount.find(mount)
+    where.command(("containers", where.container(name)), f"rename {new}", what=f"rename {name}")
+
+
+@click.command("update")
+@mount_option
+@limit_options
+@click.argument("names", nargs=-1, required=True)
+def update_command(mount: str | None, names: tuple[str, ...], **options: Any) -> int:
+    """Change limits of containers, at once where they run."""
+    import yaml
+
+    where = Mount.find(mount)
+    fields = fields_of(options)
+    if not fields:
+        raise click.UsageError("nothing to change: give a limit, such as --memory 512m")
+    failed = 0
+    for name in names:
+        try:
+            container = ("containers", where.container(name))
+            config = yaml.safe_load(where.read(*container, "config.yaml")) | fields
+            document = json.dumps(config, ensure_ascii=False).encode()
+            where.write(container, "config.yaml", document, what=f"update {name}")
+            click.echo(name)
+        except Failure as failure:
+            failed = 1
+            click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
+    return failed
+
+
+@click.command("wait")
+@mount_option
+@click.argument("names", nargs=-1, required=True)
+def wait_command(mount: str | None, names: tuple[str, ...]) -> None:
+    """Wait until containers have stopped; print their exit codes."""
+    where = Mount.find(mount)
+    for name in names:
+        path = ("containers", where.container(name), "wait")
+        while not (code := where.read(*path)):  # each read waits about a second
+            pass
+        click.echo(code)
+
+
+@click.command("top")
+@mount_option
+@click.argument("name")
+def top_command(mount: str | None, name: str) -> None:
+    """The processes of a container: pid on the host and inside, user, CPU time, memory, command."""
+    where = Mount.find(mount)
+    click.echo(where.read("containers", where.container(name), "top"))
+
+
+@click.command("diff")
+@mount_option
+@click.argument("name")
+def diff_command(mount: str | None, name: str) -> None:
+    """What differs from its image: A added, M modified, D deleted."""
+    where = Mount.find(mount)
+    text = where.read("containers", where.container(name), "changes")
+    if text:
+        click.echo(text)
+
+
+@click.command("inspect")
+@mount_option
+@click.argument("names", nargs=-1, required=True)
+def inspect_command(mount: str | None, names: tuple[str, ...]) -> None:
+    """Everything about containers, as YAML: what they are now, and their whole config."""
+    where = Mount.find(mount)
+    for name in names:
+        container = ("containers", where.container(name))
+        config = where.read(*container, "config.yaml")
+        click.echo(f"---\nname: {name}")
+        for key in SHOWN:
+            value = where.field(*container, key)
+            click.echo(f"{key}: {value if value.isdigit() and len(value) < 16 else json.dumps(value)}")
+        click.echo("config:\n" + "\n".join(f"  {line}" for line in config.splitlines()))
+
+
+@click.command("stats")
+@mount_option
+@click.argument("names", nargs=-1)
+def stats_command(mount: str | None, names: tuple[str, ...]) -> None:
+    """What containers use: CPU over a second, memory, network and disk since their start, processes."""
+    where = Mount.find(mount)
+    running = [name for name in where.names("containers") if where.field("containers", name, "state") not in ENDED]
+    chosen = [where.container(name) for name in names] or running
+    before = {name: (time.monotonic(), _stats(where, name)) for name in chosen}
+    if chosen:
+        time.sleep(SAMPLE)
+    rows = []
+    for name in chosen:
+        now, (then, old) = _stats(where, name), before[name]
+        cpu = ""
+        if "cpu_usec" in now and "cpu_usec" in old:
+            used = int(now["cpu_usec"]) - int(old["cpu_usec"])
+            cpu = f"{max(0, used) / (time.monotonic() - then) / 1e4:.1f} %"
+
+        def pair(first: str, second: str, now: dict[str, str] = now) -> str:
+            return f"{human(now[first])} / {human(now[second])}" if first in now and second in now else ""
+
+        memory = human(now.get("memory_bytes", ""))
+        limit = human(now.get("memory_limit_bytes", ""))
+        network = pair("network_received_bytes", "network_sent_bytes")
+        disk = pair("io_read_bytes", "io_written_bytes")
+        rows.append((name, cpu, memory, limit, network, disk, now.get("pids", "")))
+    columns(("NAME", "CPU", "MEMORY", "LIMIT", "NET IN / OUT", "DISK R / W", "PIDS"), rows)
+
+
+def _stats(where: Mount, name: str) -> dict[str, str]:
+    lines = where.field("containers", name, "stats").splitlines()
+    return dict(line.split(" ", 1) for line in lines if " " in line)
