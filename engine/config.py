@@ -16,6 +16,7 @@ from engine.errors import InvalidArgument
 from engine.model import Argv, Frozen, Mapping, Seconds, Size, Text, load_yaml, one_line
 from engine.mountspec import MountKind as MountKind
 from engine.mountspec import MountSpec, VolumesFrom, parse_mounts
+from engine.netconfig import HOST, NONE, Addresses, ExtraHosts, Networks, Ports, Words
 from engine.options import (
     Cpuset,
     DeviceRules,
@@ -98,6 +99,14 @@ class ContainerConfig(Frozen):
     volumes: Annotated[tuple[MountSpec, ...], BeforeValidator(parse_mounts)] = ()
     volumes_from: VolumesFrom = Field((), description="containers whose mounts it gets too: NAME[:ro|rw]")
     # network
+    networks: Networks = Field(
+        default_factory=dict, description="names, or name: {aliases, ipv4_address, …}; host, none; empty: the default"
+    )
+    ports: Ports = Field((), description="[HOSTIP:][HOST[-LAST]:]CONTAINER[-LAST][/tcp|udp|sctp]")
+    dns: Addresses = Field((), description="resolvers instead of the host's")
+    dns_search: Words = ()
+    dns_options: Words = ()
+    extra_hosts: ExtraHosts = Field((), description="NAME:ADDRESS, NAME:host-gateway")
     # driver and logs
     runtime: Text = Field("", description="oci or fake; empty: the engine's default")
     log_max_size: Size = Field(16 << 20, description="bytes of a log segment before it is rotated")
@@ -117,6 +126,13 @@ class ContainerConfig(Frozen):
             if "\0" in key or "\0" in item or "=" in key or not key:
                 raise ValueError(f"bad key {key!r}")
         return value
+
+    @model_validator(mode="after")
+    def _published(self) -> ContainerConfig:
+        for name in (HOST, NONE):
+            if self.ports and name in self.networks:
+                raise ValueError(f"ports: none can be published with networks: {name}")
+        return self
 
     @model_validator(mode="after")
     def _plain_texts(self) -> ContainerConfig:

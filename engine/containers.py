@@ -25,6 +25,7 @@ from engine import fields, host, lifecycle, updates
 from engine.attach import check_mounts
 from engine.changes import changes
 from engine.config import ContainerConfig
+from engine.connections import Connections
 from engine.console import Console
 from engine.drivers import Drivers
 from engine.errors import AlreadyExists, Busy, Gone, InvalidArgument, NotFound
@@ -75,6 +76,7 @@ class Containers:
         volumes: Volumes,
         mounts: RootfsMounts,
         drivers: Drivers,
+        connections: Connections,
         clock: Clock | None = None,
     ) -> None:
         self._root = store / "containers"
@@ -83,11 +85,12 @@ class Containers:
         self._trees = trees
         self._volumes = volumes
         self._mounts = mounts
+        self._connections = connections
         self._guard = threading.Lock()  # of the logs
         self._logs: dict[str, ContainerLogs] = {}
         self._workers = Workers(failures)
         self.records = Records(meta, journal)
-        self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers)
+        self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers, connections)
         self.console = Console(self.records, self.execution)
         self.sessions = Sessions(store, meta, journal, failures, self.records, self.execution)
         self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of)
@@ -388,6 +391,7 @@ class Containers:
         with self.execution.locked(id, 5.0):
             self.sessions.forget(id)
             self.execution.driver_of(container).delete(id)
+            self._connections.release(id)
             self._mounts.forget(id)
             with self._guard:
                 logs = self._logs.pop(id, None)

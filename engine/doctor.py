@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from engine import host
 from engine.errors import EngineError
 from engine.runtimes import rootless
+from engine.runtimes.netavark import find
 from engine.runtimes.select import host_report
 from engine.runtimes.spec import Cgroups
 
@@ -163,6 +164,22 @@ def _fuse() -> list[Check]:
     return checks
 
 
+def _networks() -> list[Check]:
+    """What puts containers into networks: without it they have loopback alone."""
+    if not host.LINUX:
+        return []
+    checks = []
+    for name, what in (
+        ("netavark", "containers have the loopback interface only"),
+        ("aardvark-dns", "containers do not find each other by name"),
+        ("iptables", "no networks and no published ports"),
+    ):
+        found = find(name)
+        advice = f"without it {what}: apt-get install {name}"
+        checks.append(Check(name, found is not None, found or "not installed", advice, needed=False))
+    return checks
+
+
 def _store() -> Check:
     """Room where the store is, or will be."""
     place = host.default_store()
@@ -186,7 +203,7 @@ def _mount() -> Check:
 
 def examine() -> list[Check]:
     """Every fact, in the order in which to repair them."""
-    checks = [_python(), *_kernel(), *_rootless(), *_fuse(), _store(), _mount()]
+    checks = [_python(), *_kernel(), *_rootless(), *_fuse(), *_networks(), _store(), _mount()]
     for name, ok, found, advice in host_report():
         checks.append(Check(name, ok, found, advice, needed=name not in OPTIONAL and not (name == "runc" and _crun())))
     return checks

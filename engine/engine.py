@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from engine import host, userids
+from engine.connections import Connections, state_directory
 from engine.containers import Containers
 from engine.drivers import Drivers
 from engine.errors import EngineError, NoSpace
@@ -30,8 +31,10 @@ from engine.images.remote import Remotes
 from engine.jobs import Job, Jobs
 from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
+from engine.networks import Networks
 from engine.reconcile import reconcile
 from engine.reserve import FREEING, Reserve
+from engine.runtimes.netavark import Netavark
 from engine.scheduler import Clock
 from engine.store import check
 from engine.store.blobs import Blobs
@@ -128,6 +131,10 @@ class Engine:
         self.contents = Contents(self.meta, self.layers, self.trees)
         self.gc = Collector(self.images, self.policy, self.usage, self.jobs)
         self.images.after_store = self.gc.after_store
+        self.networks = Networks(self.meta, self.journal)
+        place = state_directory(self.store)
+        backend = Netavark(place / "netavark")
+        self.connections = Connections(self.meta, self.journal, self.networks, backend, place)
         self.containers = Containers(
             self.store,
             self.meta,
@@ -138,9 +145,11 @@ class Engine:
             self.volumes,
             self.mounts,
             self.drivers,
+            self.connections,
             self._clock,
         )
         undo.callback(self.drivers.close)
+        undo.callback(self.connections.close)
         undo.callback(self.containers.close)
         self._check_files()
         self.volumes.reconcile()
@@ -151,6 +160,9 @@ class Engine:
         )
         reconcile(self.containers)
         self.containers.execution.attachments.settle_all()
+        self.connections.reconcile({container.id for container in self.containers.all() if container.state in ALIVE})
+        if self.drivers.default == "oci" and self.connections.usable:
+            self.networks.ensure_default()
         self.containers.monitor.start()
         self.containers.health.begin()
         self.containers.restarts.begin()
@@ -229,6 +241,7 @@ class Engine:
             "mount": str(self.mount or ""),
             "runtime": self._runtime,
             "rootfs": self._rootfs(),
+            "networks": self.connections.summary(),
             "images": str(self._count("images")),
             "layers": str(self._count("layers")),
             "volumes": str(self._count("volumes")),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.attach import Attachments
+from engine.connections import Connections
 from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, InvalidArgument, NoSpace, NotFound, RuntimeFailure, Unsupported
 from engine.images.catalog import Image, Images
@@ -77,6 +78,7 @@ class Execution:
         volumes: Volumes,
         mounts: RootfsMounts,
         drivers: Drivers,
+        connections: Connections,
     ) -> None:
         self._directory = store / "containers"
         self._meta = meta
@@ -86,6 +88,7 @@ class Execution:
         self._mounts = mounts
         self._drivers = drivers
         self.attachments = Attachments(store, records, volumes, self.image_config)
+        self._connections = connections
         self._guard = threading.Lock()
         self._handles: dict[str, Handle] = {}
         self._again: deque[Callable[[], None]] = deque()  # what could not be recorded; the monitor tries again
@@ -113,6 +116,7 @@ class Execution:
     def forget(self, id: str) -> None:
         with self._guard:
             self._handles.pop(id, None)
+        self._connections.forget(id)
 
     def driver_of(self, container: Container) -> Runtime:
         """The driver it runs (or last ran) on."""
@@ -220,7 +224,7 @@ class Execution:
             handle.run += 1
             handle.early = None
             run = handle.run
-            pid = driver.create(spec)
+            pid = self._connections.create(driver, spec)
         try:
             driver.watch(id, lambda _, result: self.exited(id, run, result))
             began = time.time_ns()
@@ -244,9 +248,11 @@ class Execution:
                 driver.delete(id)
             except EngineError as left:
                 log.error("container %s could not be cleared after a failed start: %s", id, left)
+            self._connections.release(id)
             raise
         if after.state is State.STOPPED:
             self.attachments.release(after)
+            self._connections.release_later(id)
             self.after_exit(id)
 
     def watch(self, container: Container) -> None:
@@ -276,6 +282,7 @@ class Execution:
                 return
             after = self._records.move(id, State.STOPPED, **_ended(result))
         self.attachments.release(after)
+        self._connections.release_later(id)
         self.after_exit(id)
 
     def recorded(self, write: Callable[[], object]) -> None:

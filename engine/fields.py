@@ -10,6 +10,8 @@ Only here: how each field reads and is written back (`parse_field(f, field_text(
     cap_add, devices, tmpfs …   one per line
     memory_swap                 as a limit, but empty is the default and `max` no limit
     healthcheck                 YAML: a mapping of test, interval, timeout, start_period…
+    ports, dns …, extra_hosts   one per line, ports in their short form
+    networks                    names, one per line; YAML (name: {aliases: …}) where one has options
     volumes                     YAML: a list of source:target[:ro], or of mappings
 """
 
@@ -24,7 +26,8 @@ from pydantic import ValidationError
 
 from engine.config import ContainerConfig
 from engine.errors import InvalidArgument, NotFound, TooLarge
-from engine.model import MAX_DOCUMENT, Frozen, load_yaml, one_line
+from engine.model import MAX_DOCUMENT, NAME, Frozen, load_yaml, one_line
+from engine.netconfig import plain_networks
 from engine.options import UNLIMITED
 
 FIELDS = tuple(ContainerConfig.model_fields)
@@ -42,6 +45,7 @@ LISTS = frozenset(
         "tmpfs",
         "volumes_from",
     }
+    | {"ports", "dns", "dns_search", "dns_options", "extra_hosts"}
 )
 FLAGS = frozenset({"tty", "stdin", "init", "read_only", "privileged"})
 LIMITS = frozenset(
@@ -74,6 +78,10 @@ def field_text(field: str, config: ContainerConfig) -> str:
         return yaml.safe_dump([item.plain() for item in value], sort_keys=False) if value else ""
     if field == "healthcheck":
         return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True) if value is not None else ""
+    if field == "networks":
+        shown = plain_networks(value)
+        named = isinstance(shown, list)
+        return "".join(f"{name}\n" for name in shown) if named else yaml.safe_dump(shown, sort_keys=False)
     if field in FLAGS:
         return "true\n" if value else "false\n"
     if field == "memory_swap":  # unset and unlimited are two things here
@@ -101,6 +109,9 @@ def parse_field(field: str, text: str) -> Any:
         return text.strip() if isinstance(value, str) else value
     if field == "healthcheck":
         return load_yaml(text, field)
+    if field == "networks":
+        names = text.split()
+        return names if all(NAME.match(name) for name in names) else load_yaml(text, "networks")
     value = text.strip()
     if "\n" in value:
         raise InvalidArgument(f"{field}: one value expected, not several lines", at=value.split("\n")[1][:80] or field)
@@ -138,6 +149,7 @@ def config_text(config: ContainerConfig) -> str:
     """config.yaml: every field in the order of the model, so that what can be set is seen."""
     data = config.model_dump(mode="json")
     data["volumes"] = [item.plain() for item in config.volumes]
+    data["ports"], data["networks"] = [str(item) for item in config.ports], plain_networks(config.networks)
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
     if any(char in text for char in "\x85\u2028\u2029\ufeff"):  # YAML reads these as line breaks, or drops them
         text = yaml.safe_dump(data, sort_keys=False, width=1000)

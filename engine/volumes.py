@@ -87,7 +87,7 @@ class Volumes:
         found = volumedrivers.find(driver)
         options, labels = dict(options or {}), dict(labels or {})
         volumedrivers.check(found, options)
-        _check_labels(labels)
+        check_labels(labels)
         if sum(len(key) + len(value) for key, value in options.items()) > MAX_TEXT:
             raise TooLarge(f"options: more than {MAX_TEXT} characters")
         with self._changing(name):
@@ -195,7 +195,7 @@ class Volumes:
         return self.get(name).path
 
     def set_labels(self, name: str, labels: Mapping[str, str]) -> None:
-        _check_labels(labels)
+        check_labels(labels)
         with self._meta.tx() as db:
             changed = db.execute("UPDATE volumes SET labels = ? WHERE name = ?", (json.dumps(dict(labels)), name))
             if not changed.rowcount:
@@ -432,7 +432,7 @@ def unmount_litter(store: Path) -> None:
             host.unmount(Path(point))
 
 
-def _check_labels(labels: Mapping[str, str]) -> None:
+def check_labels(labels: Mapping[str, str]) -> None:
     if len(labels) > MAX_LABELS:
         raise TooLarge(f"labels: more than {MAX_LABELS}")
     for key, value in labels.items():

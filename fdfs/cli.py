@@ -34,6 +34,7 @@ COMMANDS = {
     "save": "fdfs.cli_images",
     "export": "fdfs.cli_images",
     "commit": "fdfs.cli_images",
+    "network": "fdfs.cli_networks",
     "run": "fdfs.cli_containers",
     "ps": "fdfs.cli_containers",
     "logs": "fdfs.cli_containers",

@@ -21,7 +21,7 @@ import click
 
 from fdfs.cli_limits import fields_of, spec_options
 from fdfs.cli_mount import Failure, Follower, Mount, absolute, tail_offset
-from fdfs.cli_options import columns, mount_option
+from fdfs.cli_options import columns, mount_option, network_options
 
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
 NOT_EXECUTED = ("126", "127")  # exit codes of a program that cannot be executed, and of one that is not there
@@ -77,6 +77,7 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.option("--health-start-period", metavar="TIME", help="Time at first in which failures do not count (none).")
 @click.option("--health-start-interval", metavar="TIME", help="Between two checks in that time (5s).")
 @click.option("--no-healthcheck", is_flag=True, help="Not the image's health check either.")
+@network_options
 @click.option("--runtime", metavar="NAME", help="oci or fake, instead of the engine's default.")
 @click.argument("image")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
@@ -101,6 +102,9 @@ def run_command(
     config: dict[str, Any] = {"image": image}
     if check := _healthcheck(fields):
         config["healthcheck"] = check
+    aliases = fields.pop("network_alias")
+    if aliases:
+        fields["networks"] = {item: {"aliases": aliases} for item in fields["networks"] or ("dutchman",)}
     config.update(fields_of(fields))
     # -e KEY without a value passes on ours, as Docker does
     variables = [

@@ -22,6 +22,27 @@ def store_option(function: F) -> F:
     return click.option("--store", metavar="DIR", help=STORE_HELP)(function)
 
 
+def network_options(function: F) -> F:
+    """Of `run`: each named as its field of config.yaml."""
+    for option in reversed(
+        (
+            click.option("-p", "--publish", "ports", multiple=True, metavar="[IP:][HOST:]PORT[/udp]", help="A port."),
+            click.option("--network", "networks", multiple=True, metavar="NAME", help="A network; host or none."),
+            click.option("--network-alias", multiple=True, metavar="NAME", help="A further name in its networks."),
+            click.option("--dns", multiple=True, metavar="ADDRESS", help="A resolver instead of the host's."),
+            click.option(
+                "--dns-search", multiple=True, metavar="DOMAIN", help="A search domain instead of the host's."
+            ),
+            click.option("--dns-option", "dns_options", multiple=True, metavar="OPTION"),
+            click.option(
+                "--add-host", "extra_hosts", multiple=True, metavar="NAME:ADDRESS", help="A line of /etc/hosts."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for people and for awk: columns two spaces apart, no lines; `-` where there is nothing."""
     table = [list(header), *([cell or "-" for cell in row] for row in rows)]

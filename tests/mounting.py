@@ -35,7 +35,10 @@ def can_mount() -> str | None:
 
 
 class Daemon:
-    """`python -m fdfs.daemon` on `place`/store and `place`/mnt. `env` is added to the environment."""
+    """`python -m fdfs.daemon` on `place`/store and `place`/mnt. `env` is added to the environment.
+
+    `within` is put before every command: a program that runs another in its own place, such as nsenter.
+    """
 
     def __init__(
         self,
@@ -45,11 +48,13 @@ class Daemon:
         binds: bool = True,
         allow_other: bool = False,
         env: dict[str, str] | None = None,
+        within: list[str] | None = None,
     ) -> None:
         self.store = place / "store"
         self.mount = place / "mnt"
         self._runtime = runtime
         self._more = ["--allow-other"] if allow_other else []
+        self._within = within or []
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), "DUTCHMAN_NO_BIND": "0" if binds else "1", **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.expect_errors = False  # tests that provoke a bug's traceback set this
@@ -58,7 +63,8 @@ class Daemon:
         self.mount.parent.mkdir(parents=True, exist_ok=True)
         self.store.mkdir(parents=True, exist_ok=True)
         reading, writing = os.pipe()
-        command = [sys.executable, "-m", "fdfs.daemon", "--store", str(self.store), "--mount", str(self.mount)]
+        command = [*self._within, sys.executable, "-m", "fdfs.daemon"]
+        command += ["--store", str(self.store), "--mount", str(self.mount)]
         command += ["--runtime", self._runtime, "--ready-fd", str(writing), *self._more]
         with open(self.store / "engine.log", "ab") as output:
             self.process = subprocess.Popen(
@@ -120,7 +126,7 @@ class Daemon:
     def run(self, command: str, *, timeout: float = 30, shell: str = "bash") -> subprocess.CompletedProcess[str]:
         """Run a shell command in the mount; never raises for its exit status."""
         done = subprocess.run(
-            [shell, "-c", command],
+            [*self._within, shell, "-c", command],
             cwd=self.mount,
             capture_output=True,
             timeout=timeout,

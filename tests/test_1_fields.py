@@ -25,6 +25,21 @@ MOUNT = st.one_of(
     st.fixed_dictionaries({"type": st.just("bind"), "source": PATH, "target": PATH, "read_only": st.booleans()}),
     st.fixed_dictionaries({"type": st.just("tmpfs"), "target": PATH}),
 )  # fmt: skip
+ADDRESS = st.ip_addresses().map(str).filter(lambda address: "%" not in address)
+PORT = st.builds(
+    lambda ip, host, container, count, protocol: {
+        "host_ip": ip, "host": host, "host_last": host and host + count, "container": container,
+        "container_last": container + count, "protocol": protocol,
+    },
+    st.just("") | ADDRESS, st.just(0) | st.integers(1, 60000), st.integers(1, 60000), st.integers(0, 99),
+    st.sampled_from(["tcp", "udp", "sctp"]),
+)  # fmt: skip
+HOSTNAME = st.from_regex(r"[a-z][a-z0-9_.-]{0,6}[a-z0-9]", fullmatch=True)
+ENDPOINT = st.fixed_dictionaries(
+    {},
+    optional={"aliases": st.lists(HOSTNAME, max_size=2), "ipv4_address": st.ip_addresses(v=4).map(str),
+              "ipv6_address": st.ip_addresses(v=6).map(str), "mac_address": st.just("02:42:ac:11:00:02")},
+)  # fmt: skip
 ARGV = st.none() | st.lists(WORD, max_size=5)
 SECONDS = st.none() | st.floats(0, 1e6, allow_nan=False).map(lambda value: round(value, 3))
 CONFIGS = st.fixed_dictionaries(
@@ -54,6 +69,10 @@ CONFIGS = st.fixed_dictionaries(
         "pid": st.sampled_from(["", "host", "private"]), "ipc": st.sampled_from(["", "host"]),
         "uts": st.sampled_from(["", "host"]),
         "tmpfs": st.lists(st.sampled_from(["/t", "/u:size=1m,exec"]), unique=True),
+        "ports": st.lists(PORT, max_size=3), "dns": st.lists(ADDRESS, max_size=2),
+        "networks": st.dictionaries(HOSTNAME.filter(lambda name: name not in ("host", "none")), ENDPOINT, max_size=3),
+        "dns_search": st.lists(HOSTNAME, max_size=2), "dns_options": st.lists(st.just("ndots:2"), max_size=1),
+        "extra_hosts": st.lists(st.builds("{}:{}".format, HOSTNAME, ADDRESS | st.just("host-gateway")), max_size=2),
         "volumes": st.lists(MOUNT, max_size=3), "runtime": st.sampled_from(["", "oci", "fake"]),
     },
 )  # fmt: skip

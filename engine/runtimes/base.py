@@ -7,6 +7,7 @@ its image's config into what runs (`make_spec`). Drivers are `oci` (runc or crun
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal as _signal
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from engine import envfile
 from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument
 from engine.model import ImageConfig
+from engine.runtimes.netfiles import RunNetwork
 from engine.runtimes.resources import Resources
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class RunSpec:
     config: ContainerConfig
     image: ImageConfig
     mounts: tuple[Mount, ...] = ()
+    network: RunNetwork = dataclasses.field(default_factory=RunNetwork)
 
     @property
     def log(self) -> Path:

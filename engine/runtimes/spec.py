@@ -20,6 +20,7 @@ from engine.mountspec import Propagation
 from engine.options import rlimits, security, sysctl_namespace, tmpfs
 from engine.runtimes import confine, devices, rootless
 from engine.runtimes.base import RunSpec
+from engine.runtimes.netfiles import NetworkMode, hosts_text, resolv_text
 from engine.runtimes.resources import Resources
 from engine.runtimes.users import extra_groups, identify, make_directory
 
@@ -249,7 +250,10 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
     if groups:
         user["additionalGids"] = groups
     shared = {kind for kind in ("pid", "ipc", "uts") if getattr(config, kind) is Namespace.HOST}
-    namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network") if kind not in shared]
+    namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount") if kind not in shared]
+    if spec.network.mode is not NetworkMode.HOST:
+        joined = {} if spec.network.path is None else {"path": str(spec.network.path)}
+        namespaces.append({"type": "network", **joined})
     if cgroups.version == 2:
         namespaces.append({"type": "cgroup"})
     options = security(config.security_opt)
@@ -313,16 +317,10 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
 
 def prepare(spec: RunSpec) -> None:
     """Write what the mounts name: hostname, hosts, resolv.conf in `spec.directory`; create the working directory."""
-    hosts = (
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-        f"fe00::\tip6-localnet\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n127.0.1.1\t{spec.hostname}\n"
-    )
-    try:
-        resolv = Path("/etc/resolv.conf").read_bytes()[: 64 << 10]
-    except OSError:
-        resolv = b""
+    hosts = hosts_text(spec.network, spec.hostname, spec.config)
+    resolv = resolv_text(spec.network, spec.config)
     hostname = spec.hostname.encode() + b"\n"
-    for name, data in (("hostname", hostname), ("hosts", hosts.encode()), ("resolv.conf", resolv)):
+    for name, data in (("hostname", hostname), ("hosts", hosts.encode()), ("resolv.conf", resolv.encode())):
         path = spec.directory / name
         path.write_bytes(data)
         path.chmod(0o644)

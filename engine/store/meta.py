@@ -155,6 +155,44 @@ CREATE TABLE IF NOT EXISTS volumes (
     created_ns  INTEGER NOT NULL
 );
 
+-- networks of containers
+CREATE TABLE IF NOT EXISTS networks (
+    name        TEXT PRIMARY KEY,
+    id          TEXT NOT NULL UNIQUE,    -- 10 hex digits; names its bridge on the host
+    driver      TEXT NOT NULL,           -- bridge
+    subnet      TEXT NOT NULL,           -- IPv4, address/bits
+    gateway     TEXT NOT NULL,
+    subnet6     TEXT NOT NULL,           -- IPv6, '' when it has none
+    gateway6    TEXT NOT NULL,
+    internal    INTEGER NOT NULL,        -- 1: no way out
+    chosen      INTEGER NOT NULL,        -- 1: the engine chose `subnet`, and may choose anew while nobody is connected
+    labels      TEXT NOT NULL,           -- JSON object
+    created_ns  INTEGER NOT NULL
+);
+
+-- containers whose network is set up, or about to be: written before anything is made on the host, deleted after all
+-- of it is gone
+CREATE TABLE IF NOT EXISTS connections (
+    container   TEXT PRIMARY KEY,        -- containers.id
+    name        TEXT NOT NULL,           -- what the resolver knows it as
+    ports       TEXT NOT NULL,           -- JSON list of netconfig.PortSpec, every host port decided
+    dns         TEXT NOT NULL            -- JSON list: resolvers asked for what the networks do not know
+);
+
+-- their addresses, one row per network
+CREATE TABLE IF NOT EXISTS endpoints (
+    container   TEXT NOT NULL,           -- connections.container
+    network     TEXT NOT NULL,           -- networks.name
+    interface   TEXT NOT NULL,           -- in the container: eth0 …
+    address     TEXT NOT NULL,           -- IPv4
+    address6    TEXT NOT NULL,           -- '' when the network has none
+    mac         TEXT NOT NULL,           -- '' when it was not asked for
+    aliases     TEXT NOT NULL,           -- JSON list
+    started     INTEGER NOT NULL,        -- 1: set up at the start, with the ports; 0: connected while it ran
+    PRIMARY KEY (container, network)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS endpoints_address ON endpoints (network, address);
+
 -- the event journal; `line` is the JSON line people read, `off` its byte offset in the logical `events` file and
 -- `obj_off` its offset in the object's own `events` file, so both files have a true size and are never re-rendered
 CREATE TABLE IF NOT EXISTS events (

@@ -22,6 +22,7 @@ from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.console import CONSOLE, VERBS, console_verbs
 from fdfs.tree.errors import error_file
+from fdfs.tree.networks import CONTAINER_FILES
 from fdfs.tree.sessions import EXEC
 from fdfs.tree.text import line, stamp
 from fdfs.tree.usage import USAGE
@@ -410,6 +411,7 @@ CONTAINER = Dir(
         File(name="health.jsonl", doc="the last probes: start, end, exit_code, output", show=health_log),
         File(name="runtime", doc="the driver that runs it", show=runtime),
         *USAGE,
+        *CONTAINER_FILES,
         File(name="events", doc="its part of the journal: JSON Lines; grows", read=events, size=events_size),
         File(
             name="wait", doc="its exit code once it has stopped; empty after a second, read again to go on", wait=wait

@@ -16,6 +16,7 @@ from fdfs.tree.errors import error_file
 from fdfs.tree.images import IMAGES
 from fdfs.tree.jobs import JOBS
 from fdfs.tree.layers import LAYERS
+from fdfs.tree.networks import NETWORKS
 from fdfs.tree.registry import REGISTRY
 from fdfs.tree.store import STORE
 from fdfs.tree.text import flat, line
@@ -177,6 +178,7 @@ ROOT = Dir(
         CONTAINERS,
         LOGS,
         VOLUMES,
+        NETWORKS,
         JOBS,
         STORE,
         File(name=".metadata_never_index", doc="keeps desktop search from reading images", show=empty),

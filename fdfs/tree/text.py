@@ -22,6 +22,12 @@ def lines(values: Iterable[Any]) -> str:
     return "".join(f"{value}\n" for value in values)
 
 
+def pairs(text: str) -> dict[str, str]:
+    """KEY=VALUE lines, as written to a `labels` file; empty lines say nothing."""
+    found = (item.partition("=") for item in text.split("\n") if item.strip())
+    return {key.strip(): value for key, _, value in found}
+
+
 def flat(values: Mapping[str, Any]) -> str:
     """Flat-keyed: `KEY VALUE` lines."""
     return "".join(f"{key} {value}\n" for key, value in values.items())

@@ -14,7 +14,7 @@ from fdfs.entry import BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.errors import error_file
-from fdfs.tree.text import line, lines, stamp
+from fdfs.tree.text import line, lines, pairs, stamp
 
 
 def object_of(engine: Any, name: str) -> str:
@@ -34,7 +34,7 @@ def labels(engine: Any, name: str) -> str:
 
 
 def set_labels(engine: Any, name: str, text: str) -> None:
-    engine.volumes.set_labels(name, _labels(text))
+    engine.volumes.set_labels(name, pairs(text))
 
 
 def created(engine: Any, name: str) -> str:
@@ -78,19 +78,10 @@ def data_source(engine: Any, name: str) -> BindSource:
     return BindSource(directory=str(volume.path) if plain else "")
 
 
-def _labels(text: str) -> dict[str, str]:
-    values = {}
-    for item in text.split("\n"):
-        key, _, value = item.partition("=")
-        if item.strip():
-            values[key.strip()] = value
-    return values
-
-
 def create(engine: Any, call: Call) -> str:
     """`opt.KEY=VALUE` and `KEY=VALUE` are the same: the first also for keys this verb has itself."""
     given = dict(call.options)
-    chosen, labels = given.pop("driver", "local"), _labels(given.pop("label", ""))
+    chosen, labels = given.pop("driver", "local"), pairs(given.pop("label", ""))
     options = {key.removeprefix("opt."): value for key, value in given.items()}
     engine.volumes.create(call.args[0], chosen, options, labels)
     return call.args[0]

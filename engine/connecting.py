@@ -1,0 +1,86 @@
+"""Connecting containers to networks and taking them out, whether they run or not. Floor 3.
+
+Only here: that the config and what is set up change together. A container that runs is connected at once; its config
+changes last, so that what was refused is nowhere. Stateless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import ValidationError
+
+from engine import fields
+from engine.config import ContainerConfig
+from engine.connections import Connections
+from engine.containers import Containers
+from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from engine.lifecycle import ALIVE, State
+from engine.model import one_line
+from engine.netconfig import HOST, NONE, Endpoint, is_v6
+from engine.networks import Networks, default_network
+from engine.records import Container
+
+
+def connect(
+    containers: Containers,
+    networks: Networks,
+    connections: Connections,
+    name: str,
+    network: str,
+    aliases: Sequence[str] = (),
+    address: str = "",
+) -> None:
+    """AlreadyExists when it is connected; Busy when its network is the host's, or none while it runs."""
+    container = containers.get(name)
+    networks.get(network)
+    wanted = dict(_named(container.config))
+    if network in wanted:
+        raise AlreadyExists(f"{name} is connected to {network}", at=network)
+    if HOST in wanted:
+        raise Busy(f"{name} has the network of the host", at=network, hint="take host out of its config/networks")
+    wanted.pop(NONE, None)
+    try:
+        item = Endpoint(aliases=tuple(aliases), **{"ipv6_address" if is_v6(address) else "ipv4_address": address})
+    except ValidationError as error:
+        raise one_line(error, "connect") from error
+    after = _with(container, {**wanted, network: item})
+    if _runs(container):
+        resolv = containers.upper(name).parent / "resolv.conf"
+        connections.connect(container.id, name, network, after.networks[network], resolv, after)
+    containers.records.configure(container.id, lambda now: _with(now, dict(after.networks)))
+
+
+def disconnect(containers: Containers, networks: Networks, connections: Connections, name: str, network: str) -> None:
+    """NotFound when it is not connected. Without any network left it has `none`."""
+    container = containers.get(name)
+    networks.get(network)
+    wanted = dict(_named(container.config))
+    if wanted.pop(network, None) is None:
+        raise NotFound(f"{name} is not connected to {network}", at=network)
+    after = _with(container, dict(wanted or {NONE: Endpoint()}))
+    if _runs(container):
+        resolv = containers.upper(name).parent / "resolv.conf"
+        connections.disconnect(container.id, name, network, resolv, after)
+    containers.records.configure(container.id, lambda now: _with(now, dict(after.networks)))
+
+
+def _named(config: ContainerConfig) -> Mapping[str, Endpoint]:
+    """The networks of its config, the default one written out."""
+    return config.networks or {default_network(): Endpoint()}
+
+
+def _with(container: Container, networks: Mapping[str, Endpoint]) -> ContainerConfig:
+    data = container.config.model_dump()
+    data["networks"] = networks
+    return fields.validated(data, "networks")
+
+
+def _runs(container: Container) -> bool:
+    if container.state in (State.CREATED, State.STOPPED):
+        return False
+    if container.state not in ALIVE or container.state is State.STOPPING:
+        raise Busy(f"the container is {container.state}", at=container.name)
+    if container.runtime != "oci":
+        raise InvalidArgument(f"the {container.runtime} driver has no networks", at=container.name)
+    return True

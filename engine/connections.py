@@ -1,0 +1,452 @@
+"""Containers in networks: set up while a run's process is made, taken down after its end. Floor 2.
+
+Only here: which addresses a run gets, and that everything made for it goes again. The rows (`connections`, `endpoints`)
+are written first and deleted last, so after a crash at any point the next daemon finds what there is to take down:
+
+    crash after                     found by the next start             becomes
+    the rows                        rows, no namespace                  rows deleted
+    the namespace, netavark         rows of a container that is over    torn down, then deleted
+    netavark's teardown             the same                            torn down again: what is gone is no error
+    the rows' deletion              nothing
+
+The backend (runtimes/netbase.py) is `netavark` for root on Linux: bridges on the host. Where it cannot be used a
+container has loopback alone, and whoever asked for more gets Unsupported. One for ordinary users (pasta, slirp4netns)
+keeps the same protocol and is chosen in engine.py.
+
+Threading: any thread. Work on one container is serialised by a lock of its own; the setup runs on a thread while the
+runtime makes the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine import host
+from engine.config import ContainerConfig
+from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, Unsupported
+from engine.events import Journal
+from engine.netconfig import HOST, LABEL, NONE, Endpoint, PortSpec
+from engine.networks import Network, Networks, default_network
+from engine.ports import choose_ports, read_ports
+from engine.runtimes import netns
+from engine.runtimes.base import RunSpec, Runtime
+from engine.runtimes.netbase import Backend, Link
+from engine.runtimes.netfiles import NetworkMode, RunNetwork, resolv_text
+from engine.store.meta import Meta
+
+log = logging.getLogger(__name__)
+
+SETTLE = 10.0  # seconds a start waits for networks of ended containers to be taken down
+IDLE = 2.0  # seconds without any container before what all networks share is cleared
+HINT = "apt-get install netavark aardvark-dns iptables, or echo none > config/networks"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a container is in one network now."""
+
+    network: str
+    interface: str
+    address: str
+    address6: str
+
+
+class Setup:
+    """The setup of one start, going on aside. `wait` returns when it is done, or raises what it raised."""
+
+    def __init__(self, network: RunNetwork, work: Callable[[], None] | None = None) -> None:
+        self.network = network
+        self._failed: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if work is not None:
+            self._work = work
+            self._thread = threading.Thread(target=self._run, name="network", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._failed = error
+
+    def settle(self) -> None:
+        """Wait until nothing is done for it any more."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def wait(self) -> None:
+        self.settle()
+        if self._failed is not None:
+            raise self._failed
+
+
+class Connections:
+    """Those of one store. `state` is a directory of this boot for the namespaces."""
+
+    def __init__(self, meta: Meta, journal: Journal, networks: Networks, backend: Backend, state: Path) -> None:
+        self._meta = meta
+        self._journal = journal
+        self._networks = networks
+        self._backend = backend
+        self._netns = state / "netns"
+        self._guard = threading.Condition()
+        self._locks: dict[str, threading.RLock] = {}
+        self._releasing: set[str] = set()
+        self._closed = False
+        self._timer: threading.Timer | None = None
+
+    def summary(self) -> str:
+        """For `status`."""
+        why = self._backend.missing()
+        if why:
+            return f"loopback only: {why}"
+        return "netavark" if self._backend.resolves else "netavark, without names: aardvark-dns is not installed"
+
+    @property
+    def usable(self) -> bool:
+        return not self._backend.missing()
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def addresses(self, id: str) -> list[Address]:
+        """Of a container, in the order of its interfaces; empty unless it runs in networks."""
+        return [Address(row["network"], row["interface"], row["address"], row["address6"]) for row in self._rows(id)]
+
+    def ports(self, id: str) -> list[PortSpec]:
+        """What is published now, every host port decided."""
+        row = self._meta.row("SELECT ports FROM connections WHERE container = ?", (id,))
+        return read_ports(row["ports"]) if row is not None else []
+
+    def _rows(self, id: str) -> list[sqlite3.Row]:
+        return self._meta.query(
+            "SELECT * FROM endpoints WHERE container = ? ORDER BY length(interface), interface", (id,)
+        )
+
+    # --- start --------------------------------------------------------------------------------------------------
+
+    def create(self, driver: Runtime, spec: RunSpec) -> int:
+        """Have `driver` make the process of a run while its network is set up: its pid. Failing leaves nothing."""
+        try:
+            setup = Setup(RunNetwork())  # the fake driver has none
+            if driver.name == "oci":
+                setup = self.begin(spec.id, spec.name, spec.hostname, spec.config)
+            try:
+                pid = driver.create(replace(spec, network=setup.network))
+            finally:
+                setup.settle()
+            try:
+                setup.wait()
+            except BaseException:
+                driver.delete(spec.id)
+                raise
+        except BaseException:
+            self.release(spec.id)
+            raise
+        return pid
+
+    def begin(self, id: str, name: str, hostname: str, config: ContainerConfig) -> Setup:
+        """Decide on the network of a run and begin to make it. Busy names the host port or address that is taken.
+
+        Whatever happens afterwards, `release` takes it down again.
+        """
+        wanted = dict(config.networks)
+        if HOST in wanted:
+            return Setup(RunNetwork(NetworkMode.HOST))
+        default = default_network()
+        if not wanted:
+            if not config.ports and (default == NONE or self._backend.missing()):
+                return Setup(RunNetwork())
+            if default == HOST and not config.ports:
+                return Setup(RunNetwork(NetworkMode.HOST))
+            wanted = {default: Endpoint()}
+        if NONE in wanted and not config.ports:
+            return Setup(RunNetwork())
+        if why := self._backend.missing():
+            raise Unsupported(f"{'ports' if config.ports else 'networks'}: {why}", hint=HINT)
+        if NONE in wanted or HOST in wanted:
+            raise InvalidArgument(f"ports: none can be published with networks: {default}", at="ports")
+        if default in wanted:
+            self._networks.ensure_default()
+        self._settle()
+        with self._locked(id):
+            self._release(id)  # what an earlier run left
+            links, ports = self._allocate(id, name, hostname, wanted, config)
+        path = self._netns / id
+        resolvers = tuple(gateway for link in links for _, gateway in link.subnets) if self._backend.resolves else ()
+        network = RunNetwork(
+            NetworkMode.JOINED,
+            path,
+            (name,),
+            tuple(address for link in links for address in link.addresses),
+            resolvers,
+            links[0].subnets[0][1],
+        )
+        netns.make(path)
+
+        def work() -> None:
+            with self._locked(id):
+                self._backend.setup(path, id, name, links, ports, config.dns)
+
+        return Setup(network, work)
+
+    def _allocate(
+        self, id: str, name: str, hostname: str, wanted: Mapping[str, Endpoint], config: ContainerConfig
+    ) -> tuple[list[Link], list[PortSpec]]:
+        """Take addresses and ports: one transaction, so nobody else gets the same."""
+        with self._meta.tx() as db:
+            known = [self._networks.usable(db, item) for item in wanted]
+            if config.ports and all(item.internal for item in known):
+                raise InvalidArgument("ports: an internal network cannot publish any", at="ports")
+            ports = choose_ports(db, config.ports, any(item.subnet6 for item in known))
+            db.execute(
+                "INSERT INTO connections (container, name, ports, dns) VALUES (?, ?, ?, ?)",
+                (id, name, json.dumps([port.model_dump() for port in ports]), json.dumps(config.dns)),
+            )
+            links = []
+            for place, (network, item) in enumerate(zip(known, wanted.values(), strict=True)):
+                names = dict.fromkeys((*item.aliases, id[:12], hostname))
+                aliases = tuple(alias for alias in names if alias != name and LABEL.match(alias))
+                item = item.model_copy(update={"aliases": aliases})
+                links.append(self._endpoint(db, id, name, network, item, f"eth{place}", started=True))
+        return links, ports
+
+    def _endpoint(
+        self,
+        db: sqlite3.Connection,
+        id: str,
+        name: str,
+        network: Network,
+        item: Endpoint,
+        interface: str,
+        started: bool,
+    ) -> Link:
+        four, six = self._networks.free_addresses(db, network, item.ipv4_address, item.ipv6_address)
+        db.execute(
+            "INSERT INTO endpoints (container, network, interface, address, address6, mac, aliases, started) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (id, network.name, interface, four, six, item.mac_address, json.dumps(item.aliases), int(started)),
+        )
+        data = {"name": network.name, "container": name, "address": four}
+        self._journal.append("networkConnected", network.object, data | ({"address6": six} if six else {}))
+        return _link(network, interface, (four, six), item.aliases, item.mac_address)
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def release(self, id: str) -> None:
+        """Take down what is there of a container's network; idempotent. Never raises for what is gone already."""
+        with self._locked(id):
+            self._release(id)
+        with self._guard:
+            self._releasing.discard(id)
+            self._guard.notify_all()
+
+    def release_later(self, id: str) -> None:
+        """The same, on a thread of its own. A start, of any container, waits for it."""
+        if self._meta.row("SELECT 1 FROM connections WHERE container = ?", (id,)) is None:
+            return
+        with self._guard:
+            self._releasing.add(id)
+        threading.Thread(target=self._release_logged, args=(id,), name="network-down", daemon=True).start()
+
+    def _release_logged(self, id: str) -> None:
+        try:
+            self.release(id)
+        except (EngineError, OSError, sqlite3.Error):
+            log.exception("the network of container %s could not be taken down; the next start tries again", id)
+        finally:
+            with self._guard:
+                self._releasing.discard(id)
+                self._guard.notify_all()
+
+    def _settle(self) -> None:
+        """Wait until what has ended is taken down: its addresses and ports are free then."""
+        with self._guard:
+            self._guard.wait_for(lambda: not self._releasing, SETTLE)
+
+    def _release(self, id: str) -> None:
+        """The container's lock is held."""
+        row = self._meta.row("SELECT * FROM connections WHERE container = ?", (id,))
+        path = self._netns / id
+        if row is None:
+            netns.remove(path)
+            return
+        endpoints = self._rows(id)
+        if path.parent.exists():  # else the host was restarted: nothing of it is there
+            if not netns.present(path):
+                netns.make(path)  # the interfaces are gone; rules and names are taken down all the same
+            for started in (True, False):
+                links = [self._link(item) for item in endpoints if bool(item["started"]) is started]
+                if links:
+                    self._teardown(row, path, links, read_ports(row["ports"]) if started else [])
+        netns.remove(path)
+        with self._meta.tx() as db:
+            for item in endpoints:
+                self._disconnected(item, row["name"])
+            db.execute("DELETE FROM endpoints WHERE container = ?", (id,))
+            db.execute("DELETE FROM connections WHERE container = ?", (id,))
+        self._idle_soon()
+
+    def _teardown(self, row: sqlite3.Row, path: Path, links: list[Link], ports: Sequence[PortSpec]) -> None:
+        try:
+            self._backend.teardown(path, row["container"], row["name"], links, ports, json.loads(row["dns"]))
+        except EngineError as error:
+            # what it lists was not there (the setup had failed, say); the interfaces go with the namespace
+            log.info("network of container %s: %s", row["container"], error.reason)
+            netns.remove(path)
+            for link in links:
+                others = self._meta.row(
+                    "SELECT 1 FROM endpoints AS e JOIN networks AS n ON n.name = e.network "
+                    "WHERE n.id = ? AND e.container != ?",
+                    (link.network, row["container"]),
+                )
+                if others is None:
+                    netns.delete_bridge(link.bridge)
+
+    def _disconnected(self, item: sqlite3.Row, name: str) -> None:
+        data = {"name": item["network"], "container": name}
+        self._journal.append("networkDisconnected", f"network/{item['network']}", data)
+
+    def _link(self, item: sqlite3.Row) -> Link:
+        network = self._networks.get(item["network"])
+        addresses = (item["address"], item["address6"])
+        return _link(network, item["interface"], addresses, json.loads(item["aliases"]), item["mac"])
+
+    def _idle_soon(self) -> None:
+        """When nobody is connected any more, and stays so for a moment, clear what all networks share."""
+        with self._guard:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None
+            if not self._closed:
+                self._timer = threading.Timer(IDLE, self._clear_if_idle)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _clear_if_idle(self) -> None:
+        try:
+            self._backend.clear(lambda: self._meta.row("SELECT 1 FROM connections") is None)
+        except (EngineError, OSError, OverflowError, sqlite3.Error):
+            log.warning("what all networks share could not be cleared", exc_info=True)
+
+    # --- while it runs ------------------------------------------------------------------------------------------
+
+    def connect(self, id: str, name: str, network: str, item: Endpoint, resolv: Path, config: ContainerConfig) -> None:
+        """One more network for a container that runs; `resolv` is its resolv.conf, which learns of it."""
+        with self._locked(id):
+            row = self._attached(id)
+            with self._meta.tx() as db:
+                found = self._networks.usable(db, network)
+                endpoints = db.execute("SELECT * FROM endpoints WHERE container = ?", (id,)).fetchall()
+                if any(there["network"] == network for there in endpoints):
+                    raise AlreadyExists(f"{name} is connected to {network}", at=network)
+                used = {there["interface"] for there in endpoints}
+                interface = next(f"eth{place}" for place in range(len(used) + 1) if f"eth{place}" not in used)
+                item = item.model_copy(update={"aliases": tuple(dict.fromkeys((*item.aliases, id[:12])))})
+                link = self._endpoint(db, id, name, found, item, interface, started=False)
+            try:
+                self._backend.setup(self._netns / id, id, row["name"], [link], [], json.loads(row["dns"]))
+            except BaseException:
+                self._drop(row, network)
+                raise
+            self._write_resolv(id, resolv, config)
+
+    def disconnect(self, id: str, name: str, network: str, resolv: Path, config: ContainerConfig) -> None:
+        """Take a container that runs out of a network; ports published there go with it."""
+        with self._locked(id):
+            row = self._attached(id)
+            if all(there["network"] != network for there in self._rows(id)):
+                raise NotFound(f"{name} is not connected to {network}", at=network)
+            self._drop(row, network)
+            self._write_resolv(id, resolv, config)
+
+    def _attached(self, id: str) -> sqlite3.Row:
+        row = self._meta.row("SELECT * FROM connections WHERE container = ?", (id,))
+        if row is None:
+            raise Busy("the container has no namespace that networks could be connected to", hint="restart it")
+        return row
+
+    def _drop(self, row: sqlite3.Row, network: str) -> None:
+        id = row["container"]
+        (item,) = (there for there in self._rows(id) if there["network"] == network)
+        ports = read_ports(row["ports"]) if item["started"] else []
+        self._teardown_one(row, self._link(item), ports)
+        with self._meta.tx() as db:
+            self._disconnected(item, row["name"])
+            db.execute("DELETE FROM endpoints WHERE container = ? AND network = ?", (id, network))
+
+    def _teardown_one(self, row: sqlite3.Row, link: Link, ports: Sequence[PortSpec]) -> None:
+        path = self._netns / row["container"]
+        try:
+            self._backend.teardown(path, row["container"], row["name"], [link], ports, json.loads(row["dns"]))
+        except EngineError as error:
+            log.info("network of container %s: %s", row["container"], error.reason)
+
+    def _write_resolv(self, id: str, resolv: Path, config: ContainerConfig) -> None:
+        """In place: the container has this very file."""
+        if not self._backend.resolves:
+            return
+        links = [self._link(item) for item in self._rows(id)]
+        gateways = tuple(gateway for link in links for _, gateway in link.subnets)
+        resolv.write_text(resolv_text(replace(RunNetwork(), resolvers=gateways), config))
+
+    # --- start and end of the daemon ------------------------------------------------------------------------------
+
+    def reconcile(self, alive: Set[str]) -> None:
+        """Take down, aside, what belongs to containers that do not run; `alive` are the ids of those that do."""
+        for row in self._meta.query("SELECT container FROM connections"):
+            if row["container"] not in alive:
+                self.release_later(row["container"])
+        known = {row["container"] for row in self._meta.query("SELECT container FROM connections")}
+        try:
+            there = [path for path in self._netns.iterdir() if path.name not in known]
+        except FileNotFoundError:
+            return
+        for path in there:
+            netns.remove(path)
+
+    def close(self) -> None:
+        """Networks of running containers stay."""
+        with self._guard:
+            self._closed = True
+            self._guard.wait_for(lambda: not self._releasing, 1.0)
+            timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+            self._clear_if_idle()
+
+    @contextmanager
+    def _locked(self, id: str) -> Iterator[None]:
+        with self._guard:
+            lock = self._locks.setdefault(id, threading.RLock())
+        with lock:
+            yield
+
+    def forget(self, id: str) -> None:
+        with self._guard:
+            self._locks.pop(id, None)
+
+
+def _link(network: Network, interface: str, addresses: Sequence[str], aliases: Sequence[str], mac: str) -> Link:
+    return Link(
+        network.id,
+        network.bridge,
+        network.subnets,
+        network.internal,
+        interface,
+        tuple(filter(None, addresses)),
+        tuple(aliases),
+        mac,
+    )
+
+
+def state_directory(store: Path) -> Path:
+    """Of this boot, and of this store alone: two daemons keep apart."""
+    return host.runtime_dir() / "networks" / hashlib.sha256(str(store).encode()).hexdigest()[:16]

@@ -1,0 +1,74 @@
+"""Network namespaces with a name: made before the container's process is, kept by a bind mount. Floor 2.
+
+Only here: unshare(CLONE_NEWNET) and the removal of a bridge that nobody else removed. Linux, root.
+Thread-safe, no state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+from pathlib import Path
+
+from engine import host
+
+CLONE_NEWNET = 0x40000000  # <linux/sched.h>
+SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCBRDELBR = 0x8913, 0x8914, 0x89A1  # <linux/sockios.h>
+IFF_UP = 1
+
+
+def make(path: Path) -> None:
+    """A new, empty network namespace bound at `path` (a file is made there). OSError when the kernel refuses."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    remove(path)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    failed: list[BaseException] = []
+
+    def work() -> None:  # a thread of its own: only it enters the namespace, and it ends right after
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.unshare(ctypes.c_int(CLONE_NEWNET)) < 0:
+                number = ctypes.get_errno()
+                raise OSError(number, f"unshare: {os.strerror(number)}")
+            host.bind(Path(f"/proc/self/task/{threading.get_native_id()}/ns/net"), path)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="netns")
+    thread.start()
+    thread.join()
+    if failed:
+        remove(path)
+        raise failed[0]
+
+
+def remove(path: Path) -> None:
+    """Let go of the namespace at `path`; interfaces in it end with its last process. Idempotent."""
+    host.unmount(path)
+    path.unlink(missing_ok=True)
+
+
+def present(path: Path) -> bool:
+    """Whether a namespace is bound at `path` (a plain file is none)."""
+    try:
+        return os.stat(path).st_dev != os.stat(path.parent).st_dev
+    except FileNotFoundError:
+        return False
+
+
+def delete_bridge(name: str) -> None:
+    """Take a bridge down and delete it (ioctl(2), as `brctl delbr`). Idempotent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        request = struct.pack("16sH14x", name.encode()[:15], 0)
+        try:
+            flags = struct.unpack("16sH14x", fcntl.ioctl(control, SIOCGIFFLAGS, request))[1]
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", name.encode()[:15], flags & ~IFF_UP))
+            fcntl.ioctl(control, SIOCBRDELBR, struct.pack("16s", name.encode()[:15]))
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.ENXIO):
+                raise
