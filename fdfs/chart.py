@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from fdfs.svg import MARGIN, WIDTH, Page, human
 
-SPAN = 600.0  # seconds across
+SPANS = 60.0, 120.0, 300.0, 600.0  # seconds across: the least that holds what was seen
 GAP = 8.0  # seconds between two points that are not joined
 LEFT, RIGHT, HEIGHT = MARGIN + 76, WIDTH - MARGIN, 150
 Point = tuple[float, float]  # seconds (0 is now, before it negative), value
@@ -29,20 +29,20 @@ def usage(
     page.y = MARGIN + 16
     page.say(MARGIN, name, "title", width=(WIDTH - 2 * MARGIN) * 7 // 10)
     page.y += 24
-    seen = "the last ten minutes" if samples else "nothing was seen of it in the last ten minutes"
+    span = next((span for span in SPANS if samples and -samples[0][0] <= span), SPANS[-1])
+    minutes = "minute" if span == 60 else f"{span / 60:.0f} minutes"
+    seen = f"the last {minutes}" if samples else f"nothing was seen of it in the last {minutes}"
     page.say(MARGIN, f"{state}; {seen}", "dim")
     cpu = [(at, percent) for at, percent, _ in samples]
     memory = [(at, float(size)) for at, _, size in samples]
     limit = None if cpus is None else cpus * 100
-    _panel(
-        page, "CPU, % of one", "cpu", cpu, limit, lambda value: f"{value:.0f} %" if value >= 10 else f"{value:.1f} %"
-    )
-    _panel(page, "Memory", "memory", memory, memory_limit, lambda value: human(round(value)))
+    _panel(page, "CPU, % of one", "cpu", cpu, limit, span, _percent)
+    _panel(page, "Memory", "memory", memory, memory_limit, span, lambda value: human(round(value)))
     return page.done()
 
 
 def _percent(value: float) -> str:
-    return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %"
+    return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.1f} %"
 
 
 def ceiling(value: float, binary: bool) -> float:
@@ -56,22 +56,30 @@ def ceiling(value: float, binary: bool) -> float:
 
 
 def _panel(
-    page: Page, title: str, kind: str, points: Sequence[Point], limit: float | None, shown: Callable[[float], str]
+    page: Page,
+    title: str,
+    kind: str,
+    points: Sequence[Point],
+    limit: float | None,
+    span: float,
+    shown: Callable[[float], str],
 ) -> None:
     peak = max((value for _, value in points), default=0.0)
     page.y += 40
     page.say(MARGIN, title)
     if points:
         bound = "" if limit is None else f", limit {shown(limit)}"
-        page.say(RIGHT, f"now {shown(points[-1][1])}, at most {shown(peak)}{bound}", "dim", "number")
-    page.y += 12
+        page.say(RIGHT, f"last {shown(points[-1][1])}, at most {shown(peak)}{bound}", "dim", "number")
+    page.y += 18
     top, bottom = page.y, page.y + HEIGHT
     page.bar(LEFT, top, RIGHT - LEFT, HEIGHT, "track")
     near = limit is not None and limit <= 4 * max(peak, 1e-9)  # a limit far above would flatten the curve
-    whole = ceiling(max(peak, (limit or 0) if near else 0, 1.0), kind == "memory")
+    # a limit is overshot a little between two looks: that is no reason for a scale of twice its size
+    high = limit if limit is not None and near and peak <= limit * 1.1 else peak
+    whole = ceiling(max(high, 1.0), kind == "memory")
 
     def x(at: float) -> float:
-        return RIGHT + max(at, -SPAN) / SPAN * (RIGHT - LEFT)
+        return RIGHT + max(at, -span) / span * (RIGHT - LEFT)
 
     def y(value: float) -> float:
         return bottom - min(value / whole, 1.0) * HEIGHT
@@ -91,10 +99,16 @@ def _panel(
     if near and limit is not None:
         page.add(f'<line x1="{LEFT}" y1="{y(limit):.1f}" x2="{RIGHT}" y2="{y(limit):.1f}" class="mark"/>')
     page.y = bottom + 18
-    for minutes in range(0, 11, 2):
-        words = "now" if minutes == 0 else f"−{minutes} min"
-        kinds = ("dim", "number") if minutes == 0 else ("dim", "middle")
-        page.say(round(x(-60.0 * minutes)), words, *kinds)
+    for part in range(6):
+        back = span * part / 5
+        words = (
+            "now"
+            if part == 0
+            else f"\N{MINUS SIGN}{back:.0f} s"
+            if span < 300
+            else f"\N{MINUS SIGN}{back / 60:.0f} min"
+        )
+        page.say(round(x(-back)), words, "dim", "number" if part == 0 else "middle")
 
 
 def runs(points: Sequence[Point]) -> list[list[Point]]:

@@ -174,10 +174,12 @@ def test_a_chart_is_a_picture_with_breaks_and_limits() -> None:
     assert min(numbers) > 0 and max(numbers) < 960
     assert len(root.findall(".//{*}line[@class='mark']")) == 2
     words = " ".join(text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text"))
-    assert "a<b>&c" in words and "limit 64.0 MiB" in words and "now 90 %" in words
+    assert "a<b>&c" in words and "limit 64.0 MiB" in words and "last 90 %" in words
+    assert "the last 10 minutes" in words and "\N{MINUS SIGN}8 min" in words
     empty = chart.usage("none", "stopped", [])
     assert "nothing was seen" in empty and "polyline" not in empty
     single = chart.usage("one", "running", [(-1.0, 0.0, 0)], memory_limit=1 << 40)
+    assert "the last minute" in single and "\N{MINUS SIGN}48 s" in single
     assert "circle" in single and "mark" not in single.partition("</style>")[2]
 
 
