@@ -276,6 +276,21 @@ def test_env_files(tmp_path: Path) -> None:
     assert "A=own" in seen and "D=x=y" in seen
 
 
+def test_lines_that_compose_ignores_are_ignored() -> None:
+    """The rows of compose-go's own test; a value stays as it is written, as in Docker."""
+    path = Path(__file__).parents[2] / "shared" / "fixtures" / "tables" / "compose-go.json"
+    if not path.exists():
+        if os.environ.get("CI"):
+            pytest.fail("fixtures are not here")
+        pytest.skip("fixtures are not here")
+    tables = {table["test"]: table["rows"] for table in json.loads(path.read_text())["tables"]}
+    rows = {row["$key"]: row["$value"]["input"] for row in tables["TestLinesToIgnore"]}
+    assert len(rows) == 6
+    for name, line in rows.items():
+        if name != "non-ignored value":
+            assert envfile.parse(line.encode(), "x", {}) == {}, name
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [(b"A=1\nB C=2\n", "line 2: not the name"), (b"=x\n", "line 1"), (b"A=\xff\n", "line 1: not UTF-8")],

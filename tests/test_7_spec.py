@@ -159,6 +159,18 @@ def test_an_update_that_fails_changes_nothing_and_says_why(engine: Dutchman, ins
     assert (web / "config.yaml").read_text() == config
 
 
+def test_less_memory_than_is_in_use_is_refused(engine: Dutchman, inside: dict[str, list[str]]) -> None:
+    engine.cli("run", "-d", "--name", "fat", "-m", "128m", "--memory-swap", "128m", "demo:1", "sh", "-c",
+               "dd if=/dev/zero of=/dev/shm/x bs=1M count=48 2>/dev/null; echo full; sleep 1000")  # fmt: skip
+    fat = engine.mount / "containers" / "fat"
+    wait_for(lambda: (fat / "logs" / "stdout").read_text() == "full\n", 30, "48 MB to be in use")
+    done = engine.cli("update", "fat", "-m", "16m", "--memory-swap", "16m", code=1)
+    assert "memory" in done.stderr.lower()
+    assert stats(engine, "fat")["memory_limit_bytes"] == 128 << 20
+    assert (fat / "config" / "memory").read_text() == f"{128 << 20}\n" and (fat / "state").read_text() == "running\n"
+    engine.cli("rm", "-f", "fat")
+
+
 def test_top_stats_and_inspect(engine: Dutchman, inside: dict[str, list[str]]) -> None:
     header, *rows = engine.cli("top", "web").stdout.splitlines()
     assert header.split() == ["PID", "INSIDE", "PARENT", "USER", "STATE", "CPU_SECONDS", "MEMORY_BYTES", "COMMAND"]

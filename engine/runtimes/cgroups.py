@@ -59,6 +59,8 @@ def drop_reservation(cgroups: Cgroups, id: str) -> None:
     if cgroups.version == 2:
         try:
             (path(cgroups, "memory", id) / "memory.low").write_text("0")
+        except FileNotFoundError:
+            return  # without the memory controller there is nothing to reserve
         except OSError as error:
             raise RuntimeFailure(f"memory_reservation: {error.strerror}") from error
 

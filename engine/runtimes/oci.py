@@ -224,6 +224,8 @@ class OciRuntime:
         limits = resources.update(swap=self._cgroups.swap, cpus=cgroups.all_cpus(self._cgroups))
         if self._cgroups.version == 2:  # version 1 refuses by itself; 2 would kill
             limits["memory"]["checkBeforeUpdate"] = True
+            if not resources.memory_reservation:
+                del limits["memory"]["reservation"]  # -1 would mean all of it: drop_reservation
         return limits
 
     def status(self, id: str) -> Status:
