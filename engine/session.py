@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from engine.errors import InvalidArgument
+from engine.model import Frozen, one_line
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,27 @@ def checked(argv: Sequence[str], workdir: str, env: Sequence[str]) -> dict[str, 
             raise InvalidArgument(f"env: KEY=VALUE expected, not {item[:80]!r}", at=item[:80])
         variables[key] = value
     return variables
+
+
+class Request(Frozen):
+    """A session as one JSON object: what does not fit on a line of words."""
+
+    argv: tuple[str, ...]
+    user: str | None = None
+    workdir: str = ""
+    env: tuple[str, ...] = ()
+    tty: bool = False
+    stdin: bool = False
+    size: tuple[Annotated[int, Field(gt=0, lt=1 << 16)], Annotated[int, Field(gt=0, lt=1 << 16)]] | None = None
+    attach: bool = False
+
+
+def parse_request(text: str) -> Request:
+    """InvalidArgument names the field at fault."""
+    try:
+        return Request.model_validate_json(text)
+    except ValidationError as error:
+        raise one_line(error, "spec") from error
 
 
 def plain(session: Session) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class Sessions:
         env: Sequence[str] = (),
         tty: bool = False,
         stdin: bool = False,
+        size: tuple[int, int] | None = None,
         wait: bool = False,
     ) -> Session:
         """A process in a running container. `wait`: it is only created, and executed by `start`.
@@ -141,6 +142,7 @@ class Sessions:
             own_home=user is not None and not self._has_home(container),
             tty=tty,
             stdin=stdin,
+            size=size,
         )
         session = Session(container.id, number, spec.argv, user or "", workdir, tty, stdin)
         with self._lock(session):

@@ -58,6 +58,8 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @mount_option
 @click.option("--name", help="Its name (default: an invented one).")
 @click.option("-d", "--detach", is_flag=True, help="Print the name and return; do not follow the log.")
+@click.option("-i", "--interactive", is_flag=True, help="Keep its input open, and pass on this command's.")
+@click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
 @click.option("--rm", "remove", is_flag=True, help="Remove the container when it has stopped.")
 @click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", help="An environment variable.")
 @click.option("-v", "--volume", multiple=True, metavar="SRC:DST[:ro]", help="A volume or host directory to mount.")
@@ -85,6 +87,8 @@ def run_command(
     mount: str | None,
     name: str | None,
     detach: bool,
+    interactive: bool,
+    tty: bool,
     remove: bool,
     env: tuple[str, ...],
     volume: tuple[str, ...],
@@ -100,6 +104,8 @@ def run_command(
     """
     where = Mount.find(mount)
     config: dict[str, Any] = {"image": image}
+    if interactive or tty:
+        config.update(stdin=interactive, tty=tty)
     if check := _healthcheck(fields):
         config["healthcheck"] = check
     aliases = fields.pop("network_alias")
@@ -119,6 +125,8 @@ def run_command(
         if value:
             config[key] = value
     what = f"run {image}"
+    if tty and interactive and not detach and not os.isatty(0):
+        raise Failure(f"{what}: the input is not a terminal", "hint: leave out -t")
     chosen = _create(where, name, what)
     container = ("containers", chosen)
     try:
@@ -137,7 +145,13 @@ def run_command(
     if detach:
         click.echo(chosen)
         return 0
-    code = _attach(where, chosen)
+    if interactive or tty:
+        from fdfs.cli_exec import join
+
+        code = join(where, chosen, fresh=True)
+        remove = remove and where.field(*container, "state") in ENDED  # not when it was only detached from
+    else:
+        code = follow(where, chosen)
     if remove:
         with contextlib.suppress(OSError):
             os.rmdir(where.path(*container))
@@ -160,8 +174,8 @@ def _healthcheck(fields: dict[str, Any]) -> dict[str, Any]:
     return check
 
 
-def _attach(mount: Mount, name: str) -> int:
-    """Pass on what the container prints, byte for byte, until it has stopped; its exit code."""
+def follow(mount: Mount, name: str, *, fresh: bool = True) -> int:
+    """Pass on what the container prints (`fresh`: and has printed) until it has stopped; its exit code."""
     asked = [0]
 
     def write(line: str) -> None:
@@ -175,10 +189,10 @@ def _attach(mount: Mount, name: str) -> int:
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        streams = [
-            (Follower(mount.path("containers", name, "logs", "stdout")), sys.stdout.buffer),
-            (Follower(mount.path("containers", name, "logs", "stderr")), sys.stderr.buffer),
-        ]
+        paths = [mount.path("containers", name, "logs", stream) for stream in ("stdout", "stderr")]
+        offsets = [0 if fresh else path.stat().st_size for path in paths]
+        outputs = sys.stdout.buffer, sys.stderr.buffer
+        streams = [(Follower(path, at), out) for path, at, out in zip(paths, offsets, outputs, strict=True)]
         for _ in _until_ended(mount, name, [follower for follower, _ in streams], [out for _, out in streams]):
             pass
     finally:

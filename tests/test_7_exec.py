@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dutchman import Dutchman, demo_archive, needs_oci, wait_for
+from dutchman import ROOT, Dutchman, demo_archive, needs_oci, wait_for
 
 LIVE = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
 
@@ -145,3 +154,174 @@ def test_sessions_survive_a_killed_daemon(tmp_path: Path) -> None:
         assert "nothing of it had run" in engine.read(f"{web}/{created}/reason")
         engine.sh("test ! -e containers/web/rootfs/touched")
         assert engine.sh("grep -c execEnded containers/web/events").stdout == "4\n"
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def piped(engine: Dutchman, *words: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "fdfs", *words], env=engine.env, cwd=ROOT, input=data, capture_output=True, timeout=90
+    )
+
+
+def test_exec_passes_pipes_and_exit_codes_on(engine: Dutchman) -> None:
+    done = piped(engine, "exec", "-e", "A=x y", "-w", "/etc", "web", "sh", "-c", "pwd\necho $A; echo err >&2; exit 7")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"/etc\nx y\n", b"err\n")
+    assert piped(engine, "exec", "web", "nope").returncode == 127
+    assert piped(engine, "exec", "web", "/etc/passwd").returncode == 126
+    assert piped(engine, "exec", "web", "cat", data=b"unread").stdout == b""
+    data = os.urandom(50 << 20)
+    done = piped(engine, "exec", "-i", "web", "cat", data=data)
+    assert done.returncode == 0 and done.stdout == data
+    detached = piped(engine, "exec", "-d", "web", "sh", "-c", "exit 3")
+    assert ended(engine, detached.stdout.decode().strip()) == "3"
+    done = piped(engine, "exec", "-it", "web", "sh")
+    assert done.returncode == 1 and b"not a terminal" in done.stderr
+
+
+def test_a_signal_to_exec_reaches_the_process(engine: Dutchman) -> None:
+    script = "trap 'exit 5' INT; echo up; while :; do sleep 0.05; done"
+    command = [sys.executable, "-m", "fdfs", "exec", "web", "sh", "-c", script]
+    with subprocess.Popen(
+        command, env=engine.env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 5
+
+
+class Screen:
+    """The command on a terminal of its own."""
+
+    def __init__(self, engine: Dutchman, *words: str) -> None:
+        self.master, slave = pty.openpty()
+        self.slave = slave
+        self.resize(80, 24)
+        self.before = termios.tcgetattr(slave)
+        self.seen = b""
+
+        def control() -> None:  # in the child: its own session, on this terminal
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fdfs", *words],
+            env=engine.env,
+            cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=control,
+        )
+
+    def resize(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, text: bytes) -> None:
+        os.write(self.master, text)
+
+    def until(self, wanted: bytes, seconds: float = 30) -> bytes:
+        """What is shown up to and with `wanted`."""
+        deadline = time.monotonic() + seconds
+        while wanted not in self.seen:
+            rest = deadline - time.monotonic()
+            assert rest > 0 and select.select([self.master], [], [], rest)[0], f"no {wanted!r} in {self.seen!r}"
+            self.seen += os.read(self.master, 65536)
+        shown, _, self.seen = self.seen.partition(wanted)
+        return shown + wanted
+
+    def end(self) -> int:
+        """Its exit code; the terminal must be as it was."""
+        deadline = time.monotonic() + 30
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.seen
+            if select.select([self.master], [], [], 0.05)[0]:
+                self.seen += os.read(self.master, 65536)
+        assert termios.tcgetattr(self.slave) == self.before
+        return self.process.returncode
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+def test_a_terminal_of_ones_own(engine: Dutchman) -> None:
+    with Screen(engine, "exec", "-it", "web", "sh") as screen:
+        screen.until(b"# ")
+        screen.type(b"stty size\r")
+        screen.until(b"24 80")
+        screen.until(b"# ")
+        screen.resize(101, 33)
+        screen.type(b"until [ \"$(stty size)\" = '33 101' ]; do sleep 0.05; done; echo res''ized\r")
+        screen.until(b"resized")
+        screen.until(b"# ")
+        screen.type(b"echo rea''dy; cat\r")
+        screen.until(b"ready\r\n")
+        screen.type(b"typed\r")
+        screen.until(b"typed\r\ntyped")
+        screen.type(b"\x03")
+        screen.until(b"# ")
+        screen.type(b"exit 9\r")
+        assert screen.end() == 9
+    with Screen(engine, "exec", "-it", "web", "sh") as screen:
+        screen.until(b"# ")
+        screen.type(b"\x10\x11")
+        assert screen.end() == 0
+    number = max(int(name) for name in os.listdir(engine.mount / "containers/web/exec") if name.isdigit())
+    assert engine.read(f"containers/web/exec/{number}/state") == "running"
+    engine.sh(f"echo kill > containers/web/exec/{number}/ctl")
+    with Screen(engine, "exec", "-it", "web", "nope") as screen:
+        assert screen.end() == 127
+
+
+def test_run_and_attach_with_a_terminal_and_with_pipes(engine: Dutchman) -> None:
+    with Screen(engine, "run", "-it", "--name", "shell", "demo:1", "--", "sh", "-c", "echo hello; exec sh") as screen:
+        assert screen.until(b"# ").count(b"hello") == 1
+        screen.type(b"echo a''b\r")
+        screen.until(b"ab")
+        screen.type(b"\x10\x11")
+        assert screen.end() == 0
+    assert engine.state("shell") == "running"
+    with Screen(engine, "attach", "shell") as screen:
+        screen.type(b"echo c''d\r")
+        screen.until(b"cd")
+        screen.type(b"exit 4\r")
+        assert screen.end() == 4
+    engine.sh("rmdir containers/shell")
+    done = piped(engine, "run", "-i", "--rm", "demo:1", "--", "cat", data=b"through\nit")
+    assert (done.returncode, done.stdout) == (0, b"through\nit")
+
+
+def test_cp_copies_both_ways_and_stays_inside(engine: Dutchman, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "file").write_bytes(b"x\0y")
+    (source / "run.sh").write_text("#!/bin/sh\necho ran\n")
+    (source / "run.sh").chmod(0o750)
+    (source / "link").symlink_to("/etc/passwd")
+    engine.cli("cp", str(source), "web:/root")
+    assert piped(engine, "exec", "web", "/root/src/run.sh").stdout == b"ran\n"
+    engine.cli("cp", "web:/root/src", str(tmp_path / "back"))
+    assert (tmp_path / "back" / "sub" / "file").read_bytes() == b"x\0y"
+    assert os.readlink(tmp_path / "back" / "link") == "/etc/passwd"
+    assert (tmp_path / "back" / "run.sh").stat().st_mode & 0o777 == 0o750
+    engine.cli("cp", "web:/root/src/.", str(tmp_path))
+    assert (tmp_path / "run.sh").exists()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("host")
+    piped(engine, "exec", "web", "ln", "-s", str(outside), "/root/out")
+    piped(engine, "exec", "web", "ln", "-s", str(outside / "kept"), "/root/file")
+    (tmp_path / "new").write_text("new")
+    assert "No such file" in engine.cli("cp", str(tmp_path / "new"), "web:/root/out/kept", code=1).stderr
+    engine.cli("cp", str(tmp_path / "new"), "web:/root/file")
+    assert (outside / "kept").read_text() == "host" and os.listdir(outside) == ["kept"]
+    assert piped(engine, "exec", "web", "cat", "/root/file").stdout == b"new"
+    assert "there is no container" in engine.cli("cp", "nope:/x", str(tmp_path), code=1).stderr

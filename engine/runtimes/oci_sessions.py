@@ -203,6 +203,8 @@ class OciSessions:
         process["args"] = list(spec.argv)
         process["terminal"] = spec.tty
         process.pop("consoleSize", None)
+        if spec.tty and spec.size is not None:
+            process["consoleSize"] = {"width": spec.size[0], "height": spec.size[1]}
         if spec.cwd:
             process["cwd"] = spec.cwd
         variables = dict(item.partition("=")[::2] for item in environment)

@@ -31,6 +31,7 @@ class SessionSpec:
     own_home: bool = False  # HOME of `user` instead of the container's
     tty: bool = False
     stdin: bool = False
+    size: tuple[int, int] | None = None  # columns and rows of its terminal at first
 
 
 class Console(Protocol):

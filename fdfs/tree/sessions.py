@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.errors import InvalidArgument, NotFound
 from engine.fields import argv_text
+from engine.session import parse_request
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, Dir, File, Row
 from fdfs.tree.errors import error_file
@@ -47,6 +48,22 @@ def run(engine: Any, name: str, call: Call) -> str:
         tty=_flag(call, "tty"),
         stdin=_flag(call, "stdin"),
         wait=_flag(call, "attach"),
+    )
+    return f"exec/{session.number}"
+
+
+def run_spec(engine: Any, name: str, call: Call) -> str:
+    asked = parse_request(call.args[0])
+    session = engine.containers.sessions.run(
+        name,
+        asked.argv,
+        user=asked.user,
+        workdir=asked.workdir,
+        env=asked.env,
+        tty=asked.tty,
+        stdin=asked.stdin,
+        size=asked.size,
+        wait=asked.attach,
     )
     return f"exec/{session.number}"
 
@@ -251,6 +268,12 @@ EXEC = Dir(
                     args="[user=…] [workdir=…] [env=…]* [tty=…] [stdin=…] [attach=…] ARGV…",
                     doc="execute ARGV; env is KEY=VALUE; attach=true: only once exec/<n>/ctl is told to start",
                     run=run,
+                ),
+                Verb(
+                    name="spec",
+                    args="JSON",
+                    doc='the same as a quoted JSON object, {"argv": […], "env": […], …}, for arguments with newlines',
+                    run=run_spec,
                 ),
             ),
         ),
