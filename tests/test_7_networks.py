@@ -271,6 +271,35 @@ def test_internal_host_and_none(sea: Harbour) -> None:
     sea.gone("in1", "in2", "in3", "h", "n")
 
 
+def test_the_command_does_the_same(sea: Harbour) -> None:
+    dutchman = f"{sys.executable} -m fdfs"
+    at = f"--mount {sea.mount}"
+    assert (
+        sea.sh(f"{dutchman} network create {at} --internal --ipv6 --subnet 10.44.0.0/24 --label a=b inner") == "inner\n"
+    )
+    done = sea.run(f"{dutchman} network create {at} inner")
+    assert done.returncode == 1 and "a network named inner exists" in done.stderr
+    options = "-p 8087:80 --network dutchman --network-alias shop --dns 192.0.2.53 --add-host far:10.8.8.8"
+    command = "-- sh -c 'echo cli > /index.html; exec busybox httpd -f -p 80 -h /'"
+    assert sea.sh(f"{dutchman} run {at} -d --name cli {options} busybox {command}") == "cli\n"
+    config = {name: sea.read(f"containers/cli/config/{name}") for name in ("ports", "dns", "extra_hosts")}
+    assert config == {"ports": "8087:80", "dns": "192.0.2.53", "extra_hosts": "far:10.8.8.8"}
+    sea.finds("cli", "shop", sea.ip("cli"))
+    assert (sea.state / "netavark/aardvark-dns" / sea.read("networks/dutchman/bridge")[5:]).read_text().count(
+        "192.0.2.53"
+    ) == 1
+    sea.until('python3 -c \'import socket; socket.create_connection(("127.0.0.1", 8087), 5); print("open")\'', "open")
+    sea.sh(f"{dutchman} network connect {at} --alias back --ip 10.44.0.9 inner cli")
+    listed = [line.split() for line in sea.sh(f"{dutchman} network ls {at}").splitlines()]
+    assert listed[0] == ["NAME", "DRIVER", "SUBNET", "ACCESS", "CONTAINERS"]
+    inner = next(row for row in listed if row[0] == "inner")
+    assert inner[2].startswith("10.44.0.0/24,fd") and inner[3:] == ["internal", "cli"]
+    done = sea.run(f"{dutchman} network rm {at} inner")
+    assert done.returncode == 1 and "used by cli" in done.stderr and "hint:" in done.stderr
+    sea.sh(f"{dutchman} network disconnect {at} inner cli; {dutchman} network rm {at} inner")
+    sea.gone("cli")
+
+
 def test_nothing_is_left_when_nobody_is_connected(sea: Harbour) -> None:
     sea.serve("web", ports=["8080:80"])
     assert not sea.bare()
@@ -319,4 +348,9 @@ def test_networks_outlive_the_daemon_and_are_taken_down_by_the_next(tmp_path: Pa
         sea.sh("echo restart > containers/dies/ctl")
         assert sea.fetch(sea.ip("dies")) == "dies\n"
         sea.gone("stays", "dies", "cl")
+        assert sea.process is not None
+        sea.process.terminate()  # at once: what all networks share goes with the daemon then
+        sea.process.wait(20)
         sea.left_nothing()
+        sea.unmount()
+        sea.start()

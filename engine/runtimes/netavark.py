@@ -150,7 +150,8 @@ class Netavark:
         except (OSError, OverflowError) as error:
             raise RuntimeFailure(f"netavark {verb}: {error}") from error
         if code:
-            raise RuntimeFailure(f"netavark {verb}: {_words(out, said) or f'exit status {code}'}")
+            words = _words(out, said) or f"exit status {code}"
+            raise RuntimeFailure(f"netavark {verb}: {words}", hint="without networks: echo none > config/networks")
         return out.decode(errors="replace")
 
     # --- the resolver -------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Prints JSON lines: {"bench": "start", "who", "median_ms", "p90_ms", "rounds"}. Rows: `runc run` of the very config.json,
 until its first line has come through a pipe; `create+start` by the oci driver, until that line is in the stdout view;
 `start` the same for a container created before; `mount`: from the write of `start` to containers/<n>/ctl of a live
-mount until the line is read from logs/stdout there, on a root of image and overlay. Alternating, so that all see the
+mount until the line is read from logs/stdout there, on a root of image and overlay, with loopback alone; and the same
+in a network of its own, the only container there. Alternating, so that all see the
 same machine.
 Needs root on Linux, runc, conmon and busybox-static. Usage: python tools/bench/start.py [--rounds N]
 """
@@ -73,11 +74,11 @@ def ours(runtime: OciRuntime, place: Path, root: Path, name: str) -> tuple[float
     return end - begin, end - created
 
 
-def through_mount(daemon: Daemon, name: str) -> float:
+def through_mount(daemon: Daemon, name: str, network: str = "none") -> float:
     """Seconds from `echo start > ctl` to the first byte of the log, both through the mount."""
     container = daemon.mount / "containers" / name
     container.mkdir()
-    (container / "config.yaml").write_text("image: busybox\ncommand: [echo, hello]\n")
+    (container / "config.yaml").write_text(f"image: busybox\ncommand: [echo, hello]\nnetworks: [{network}]\n")
     begin = time.perf_counter()
     (container / "ctl").write_text("start\n")
     while (container / "logs/stdout").read_bytes() != b"hello\n":
@@ -114,17 +115,20 @@ def main() -> None:
         root = rootfs(place)
         print(json.dumps({"bench": "start", "probe": runtime.probe().reason, "version": runtime.probe().version}))
         daemon.start()
-        plain, both, only, mounted = [], [], [], []
+        plain, both, only, mounted, networked = [], [], [], [], []
+        (daemon.mount / "networks" / "bench").mkdir()
         for number in range(given.rounds):
             plain.append(bare(place, root, f"bare{number}"))
             whole, start = ours(runtime, place, root, f"ours{number}")
             both.append(whole)
             only.append(start)
             mounted.append(through_mount(daemon, f"mount{number}"))
+            networked.append(through_mount(daemon, f"networked{number}", "bench"))
         row("runc run", plain)
         row("create+start", both)
         row("start", only)
         row("mount", mounted)
+        row("mount, in a network", networked)
     finally:
         daemon.stop()
         runtime.close()
