@@ -428,7 +428,9 @@ def main() -> int:
             (follower.offset, follower.seen) == (size, crc_of(soak.file("events"))),
             "the follower of events missed some",
         )
-        soak.check("Traceback" not in soak.daemon.log(), "the daemon's log has a traceback")
+        log = soak.daemon.log()
+        found = log.find("Traceback")
+        soak.check(found < 0, f"the daemon's log has a traceback: {log[max(0, found - 300) : found + 4000]}")
         soak.say("end", events=len(sequence), failures=soak.failures)
     finally:
         soak.daemon.stop()
