@@ -37,6 +37,7 @@ from engine.images.catalog import Images
 from engine.images.reference import parse as parse_reference
 from engine.lifecycle import ALIVE, State, Verb
 from engine.logs import ContainerLogs
+from engine.logsopen import Recent
 from engine.model import check_name
 from engine.monitor import Monitor
 from engine.mounts import RootfsMounts
@@ -88,6 +89,7 @@ class Containers:
         self._connections = connections
         self._guard = threading.Lock()  # of the logs
         self._logs: dict[str, ContainerLogs] = {}
+        self._recent = Recent()
         self._workers = Workers(failures)
         self.records = Records(meta, journal)
         self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers, connections)
@@ -141,7 +143,7 @@ class Containers:
                 if not directory.is_dir():
                     raise NotFound("the container has no logs")
                 logs = self._logs[id] = ContainerLogs(directory)
-            return logs
+        return self._recent.used(logs)
 
     def rootfs(self, name: str) -> Path:
         """The merged root filesystem, mounted when it is not yet; live and writable whether it runs or not.
@@ -396,6 +398,7 @@ class Containers:
             with self._guard:
                 logs = self._logs.pop(id, None)
             if logs is not None:
+                self._recent.forget(logs)
                 logs.close()
             aside = self._tmp / f"removed-{id}"
             with contextlib.suppress(FileNotFoundError):

@@ -122,6 +122,15 @@ class ContainerLogs:
                 segment.close()
             self._pieces.clear()
 
+    def rest(self) -> None:
+        """Close files until the next read. Not while a rotation or the helper needs them."""
+        with self._lock:
+            if self._retiring is None and self._helper is None:
+                for segment in self._segments:
+                    segment.close()
+                self._used.clear()
+                self._pieces.clear()
+
     # --- rotation -----------------------------------------------------------------------------------------------
 
     def maybe_rotate(self, max_size: int | None, max_age: float | None, reopen: Callable[[], None]) -> bool:

@@ -30,6 +30,7 @@ from engine.execution import COULD_NOT_START, Execution, one_line, start_failure
 from engine.failures import Failures
 from engine.lifecycle import ALIVE, State
 from engine.logs import ContainerLogs
+from engine.logsopen import Recent
 from engine.records import Container, Records
 from engine.runtimes import base
 from engine.runtimes.base import Exit, parse_signal
@@ -58,6 +59,7 @@ class Sessions:
         self._changed = threading.Condition()  # guards the three below
         self._table: dict[str, dict[int, Session]] = {}
         self._logs: dict[tuple[str, int], ContainerLogs] = {}
+        self._recent = Recent()
         self._locks: dict[tuple[str, int], threading.RLock] = {}
         self._closing = False
         execution.before_start = self.forget_ended
@@ -100,7 +102,8 @@ class Sessions:
                 directory = self._directory(*key) / "logs"
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._logs[key] = ContainerLogs(directory)
-            return self._logs[key]
+            logs = self._logs[key]
+        return self._recent.used(logs)
 
     def attach_path(self, name: str, number: int) -> Path | None:
         """Where its input and output can be had at once; None when it is over or its driver has no such thing."""
@@ -371,6 +374,7 @@ class Sessions:
         with self._changed:
             logs = self._logs.pop(key, None)
         if logs is not None:
+            self._recent.forget(logs)
             logs.close()
 
     def _drop_oldest(self, id: str) -> None:

@@ -288,8 +288,9 @@ def read_line(pipe: Any, until: float) -> bytes:
     """A line conmon writes to a pipe; what there is of it when the pipe is closed. TimeoutError."""
     data = b""
     while b"\n" not in data and len(data) < MAX_MESSAGE:
-        ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
-        if not ready:
+        poll = select.poll()  # not select(2): its descriptors end at 1023
+        poll.register(pipe, select.POLLIN)
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
             raise TimeoutError
         more = pipe.read(4096)
         if not more:

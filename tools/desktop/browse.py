@@ -3,7 +3,8 @@
 Prints JSON lines: a step, the screenshot of it, and the windows that opened besides the file manager's own (an error
 dialog is one). The last line has what the file manager read of the mount, in bytes, and "failures"; exit status 1 when
 there are any: a dialog, a copy that did not arrive, litter that was accepted, too much read for icons and thumbnails.
-Needs root and: pcmanfm xvfb xdotool imagemagick mousepad librsvg2-common shared-mime-info adwaita-icon-theme dbus strace.
+Needs root and these packages: pcmanfm xvfb xdotool imagemagick mousepad librsvg2-common shared-mime-info dbus strace
+adwaita-icon-theme.
 Usage: python tools/desktop/browse.py [--shots DIRECTORY] [--no-bind]
 """
 
@@ -77,9 +78,7 @@ class Desktop:
         self.do("windowsize", self.window, "1000", "700")
 
     def do(self, *arguments: str) -> str:
-        done = subprocess.run(
-            ["xdotool", *arguments], env=self.environment, capture_output=True, text=True, timeout=30
-        )
+        done = subprocess.run(["xdotool", *arguments], env=self.environment, capture_output=True, text=True, timeout=30)
         return done.stdout
 
     def key(self, *names: str) -> None:
@@ -168,7 +167,10 @@ def tour(desktop: Desktop, daemon: Daemon) -> None:
         desktop.failures.append(f"{name} was accepted in containers/")
     for name in ("README.txt", "images/app:1/layers.svg"):
         viewer = subprocess.Popen(
-            ["mousepad", str(mount / name)], env=desktop.environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            ["mousepad", str(mount / name)],
+            env=desktop.environment,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         time.sleep(WAIT)
         desktop.shot(f"{Path(name).name} opened", expect=Path(name).name)
