@@ -185,7 +185,8 @@ class Attachments:
             self._volumes.ensure(item.source)
         volume = self._volumes.acquire(item.source)
         if not (options and (options.nocopy or options.subpath)):
-            first_use(volume.path, rootfs, item.target)
+            with self._volumes.changing(item.source):  # two starts with one new volume
+                first_use(volume.path, rootfs, item.target)
         source = volume.path
         if item.own:
             give(source, rootfs, user)

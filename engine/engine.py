@@ -44,7 +44,8 @@ from engine.store.meta import Meta
 from engine.store.policy import PolicyFile
 from engine.store.trees import Trees
 from engine.store.usage import Usage
-from engine.volumes import Volumes, unmount_litter
+from engine.volumefill import unmount_litter
+from engine.volumes import Volumes
 
 log = logging.getLogger(__name__)
 

@@ -72,3 +72,11 @@ def recover(data: Path) -> None:
 def _places(data: Path) -> tuple[Path, Path]:
     base = data if covered(data) else data.parent
     return base / FILLING, base / FILLED
+
+
+def unmount_litter(store: Path) -> None:
+    """Take down what a killed daemon mounted for a volume in the making; before tmp/ is emptied."""
+    prefix = f"{os.path.abspath(store / 'tmp')}/volume-new-"
+    for point, _, _ in host.mounts() if host.LINUX else ():
+        if point.startswith(prefix):
+            host.unmount(Path(point))

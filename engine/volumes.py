@@ -15,27 +15,26 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine import host, volumedrivers, volumefill, volumeusers
-from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, TooLarge
+from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, ReadOnly, TooLarge
 from engine.events import Journal
 from engine.jobs import Task
 from engine.model import check_name
 from engine.store.meta import Meta
 from engine.treecopy import copy_tree
 from engine.volumefill import covered
+from engine.volumesizes import Sizes
 from engine.walk import usage
 
 log = logging.getLogger(__name__)
 
 MAX_LABELS = 256
 MAX_TEXT = 64 << 10  # bytes of all options and labels of a volume
-SIZE_FRESH = 5.0  # seconds a measured size is good for
-SIZE_PATIENCE = 0.2  # seconds a reader waits for a first measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +51,6 @@ class Volume:
         return self.options.get(volumedrivers.READ_ONLY) == "true"
 
 
-@dataclass(slots=True)
-class _Size:
-    value: int | None = None
-    at: float = 0.0
-    done: threading.Event = field(default_factory=threading.Event)
-    running: bool = False
-
-
 class Volumes:
     """The volumes of the store at `store`."""
 
@@ -69,9 +60,10 @@ class Volumes:
         self._meta = meta
         self._journal = journal
         self._guard = threading.Lock()
-        self._sizes: dict[str, _Size] = {}
+        self._sizes = Sizes(self._measure)
         self._locks: dict[str, threading.RLock] = {}
-        self._held: Counter[str] = Counter()  # by jobs and starts
+        self._held: Counter[str] = Counter()  # by jobs
+        self._filling: set[str] = set()
         for path in (self._root, self._tmp):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -90,8 +82,7 @@ class Volumes:
         check_labels(labels)
         if sum(len(key) + len(value) for key, value in options.items()) > MAX_TEXT:
             raise TooLarge(f"options: more than {MAX_TEXT} characters")
-        with self._changing(name):
-            return self._create(name, found, options, labels)
+        return self._create(name, found, options, labels)
 
     def _create(
         self,
@@ -153,7 +144,7 @@ class Volumes:
     def clone(self, name: str, new: str, task: Task, *, read_only: bool = False) -> Volume:
         """A volume with what is in `name` now. Options go along, but for those of a place that both would share."""
         check_name(new, "volume")
-        with self.using(name) as source, self._changing(new):
+        with self.using(name) as source:
             driver = volumedrivers.find(source.driver)
             options = {key: value for key, value in source.options.items() if key != volumedrivers.READ_ONLY}
             if driver.name == "local":
@@ -165,6 +156,24 @@ class Volumes:
             return self._create(
                 new, driver, options, labels, fill=lambda data: void(copy_tree(source.path, data, task, skip=skip))
             )
+
+    def fill(self, name: str, produce: Callable[[Path], None]) -> None:
+        """Have `produce` make the content of an empty volume: all of it is there afterwards, or nothing. Busy when it
+        is not empty, or while a container runs with it; ReadOnly. Nobody else gets at it meanwhile."""
+        with self._guard:
+            if name in self._filling:
+                raise Busy(f"volume {name} is being filled", at=name, hint="see jobs/")
+            self._filling.add(name)
+        try:
+            with self._using(name, self._acquire) as volume:
+                if volume.read_only:
+                    raise ReadOnly(f"volume {name} is to be read only", at=name)
+                if running := volumeusers.users(self._meta.query, name, alive=True):
+                    raise Busy(f"volume {name} is in use by {', '.join(running[:10])}", at=name, hint="stop them first")
+                volumefill.fill(volume.path, produce)
+        finally:
+            with self._guard:
+                self._filling.discard(name)
 
     def get(self, name: str) -> Volume:
         """NotFound when there is none of that name."""
@@ -210,7 +219,7 @@ class Volumes:
 
     def ensure(self, name: str) -> Volume:
         """The volume, made empty when it is not there."""
-        with self._changing(name):
+        with self.changing(name):
             try:
                 return self.get(name)
             except NotFound:
@@ -219,7 +228,7 @@ class Volumes:
     def anonymous(self, id: str, target: str) -> Volume:
         """The volume of the container `id` at `target`, made when it is not there."""
         name = volumeusers.anonymous_name(id, target)
-        with self._changing(name):
+        with self.changing(name):
             try:
                 return self.get(name)
             except NotFound:
@@ -251,8 +260,13 @@ class Volumes:
         return not self.mounts(volume) or covered(volume.path)
 
     def acquire(self, name: str) -> Volume:
-        """The volume with its files at `path`. `settle` after the use."""
-        with self._changing(name):
+        """The volume with its files at `path`. `settle` after the use. Busy while it is being filled."""
+        if name in self._filling:
+            raise Busy(f"volume {name} is being filled", at=name, hint="see jobs/")
+        return self._acquire(name)
+
+    def _acquire(self, name: str) -> Volume:
+        with self.changing(name):
             volume = self.get(name)
             driver = volumedrivers.find(volume.driver)
             if driver.mounts(volume.options) and not covered(volume.path):
@@ -264,7 +278,7 @@ class Volumes:
     def settle(self, name: str) -> None:
         """After a use: take down what the driver mounted when nobody uses it any more. Raises nothing."""
         try:
-            with self._changing(name):
+            with self.changing(name):
                 volume = self.get(name)
                 driver = volumedrivers.find(volume.driver)
                 if not driver.mounts(volume.options) or not covered(volume.path) or self._held[name]:
@@ -278,20 +292,23 @@ class Volumes:
         except (EngineError, OSError) as error:
             log.warning("volume %s stays mounted: %s", name, error)
 
-    @contextmanager
-    def using(self, name: str) -> Iterator[Volume]:
+    def using(self, name: str) -> AbstractContextManager[Volume]:
         """Its files, for the time of the block. Removing it is Busy meanwhile."""
+        return self._using(name, self.acquire)
+
+    @contextmanager
+    def _using(self, name: str, acquire: Callable[[str], Volume]) -> Iterator[Volume]:
         with self._guard:
             self._held[name] += 1
         try:
-            yield self.acquire(name)
+            yield acquire(name)
         finally:
             with self._guard:
                 self._held[name] -= 1
             self.settle(name)
 
     @contextmanager
-    def _changing(self, name: str) -> Iterator[None]:
+    def changing(self, name: str) -> Iterator[None]:
         """One change of a volume at a time."""
         with self._guard:
             lock = self._locks.setdefault(name, threading.RLock())
@@ -302,18 +319,18 @@ class Volumes:
 
     def remove(self, name: str) -> None:
         """Delete a volume and its data. Busy, naming the containers, while a container's config mounts it."""
-        with self._changing(name):
-            volume = self.get(name)
-            driver = volumedrivers.find(volume.driver)
-            users = self.users(name)
-            if users:
-                raise Busy(
-                    f"volume {name} is used by {', '.join(users[:10])}{' …' if len(users) > 10 else ''}",
-                    at=name,
-                    hint="remove those containers, or take it out of their config/volumes",
-                )
-            if self._held[name]:
-                raise Busy(f"volume {name} is being copied, read or filled", at=name, hint="see jobs/")
+        volume = self.get(name)
+        driver = volumedrivers.find(volume.driver)
+        users = self.users(name)
+        if users:
+            raise Busy(
+                f"volume {name} is used by {', '.join(users[:10])}{' …' if len(users) > 10 else ''}",
+                at=name,
+                hint="remove those containers, or take it out of their config/volumes",
+            )
+        if self._held[name]:
+            raise Busy(f"volume {name} is being copied, read or filled", at=name, hint="see jobs/")
+        with self.changing(name):
             if driver.mounts(volume.options) and covered(volume.path):
                 try:
                     driver.unmount(volume.path.parent)
@@ -327,8 +344,7 @@ class Volumes:
                 volumeusers.disown(db, name)
                 self._journal.append("volumeRemoved", f"volume/{name}", {"name": name})
             driver.remove(volume.path.parent, volume.options)
-            with self._guard:
-                self._sizes.pop(name, None)
+            self._sizes.forget(name)
             self._discard(name)
 
     def unused(self) -> list[Volume]:
@@ -376,60 +392,24 @@ class Volumes:
 
     def known_size(self, name: str) -> int | None:
         """As last measured, without waiting; measured anew by the way. None: never measured yet."""
-        self._ask_size(self.get(name))
-        with self._guard:
-            size = self._sizes.get(name)
-            return size.value if size else None
+        return self._sizes.known(self.get(name).name)
 
     def size(self, name: str) -> int:
         """Bytes of its regular files. Readers wait a fifth of a second at most; a large volume's is the last known.
 
         The first answer for a volume that takes longer to measure is 0.
         """
-        size, fresh = self._ask_size(self.get(name))
-        if not fresh:
-            size.done.wait(SIZE_PATIENCE)
-        return size.value or 0
+        return self._sizes.soon(self.get(name).name)
 
-    def _ask_size(self, volume: Volume) -> tuple[_Size, bool]:
-        """What is known of its size, and whether that is fresh; if not, a thread measures."""
-        name = volume.name
-        with self._guard:
-            size = self._sizes.setdefault(name, _Size())
-            fresh = size.value is not None and time.monotonic() - size.at < SIZE_FRESH
-            if not fresh and not size.running:
-                size.running = True
-                size.done.clear()
-                threading.Thread(
-                    target=self._measure, args=(volume, size), name=f"size-{name}"[:15], daemon=True
-                ).start()
-        return size, fresh
-
-    def _measure(self, volume: Volume, size: _Size) -> None:
-        try:
-            if self.mounted(volume):
-                size.value = usage(volume.path)
-            else:
-                size.value = volumedrivers.find(volume.driver).usage(volume.path.parent, volume.options)
-        except (OSError, TooLarge) as error:
-            log.info("size of volume %s: %s", volume.name, error)
-        finally:
-            size.at = time.monotonic()
-            with self._guard:
-                size.running = False
-            size.done.set()
+    def _measure(self, name: str) -> int:
+        volume = self.get(name)
+        if self.mounted(volume):
+            return usage(volume.path)
+        return volumedrivers.find(volume.driver).usage(volume.path.parent, volume.options)
 
     def free_bytes(self) -> int:
         """Room on the file system that holds the volumes."""
         return shutil.disk_usage(self._root).free
-
-
-def unmount_litter(store: Path) -> None:
-    """Take down what a killed daemon mounted for a volume in the making; before tmp/ is emptied."""
-    prefix = f"{os.path.abspath(store / 'tmp')}/volume-new-"
-    for point, _, _ in host.mounts() if host.LINUX else ():
-        if point.startswith(prefix):
-            host.unmount(Path(point))
 
 
 def check_labels(labels: Mapping[str, str]) -> None:

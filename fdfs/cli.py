@@ -2,7 +2,7 @@
 
 Floor 7. Only here: the table of commands (each loaded when it is used, so that `dutchman ps` starts quickly) and the
 one place where a Failure becomes text on stderr and an exit code. Commands live in cli_daemon, cli_images,
-cli_containers, cli_verbs, cli_store.
+cli_containers, cli_verbs, cli_volumes, cli_store.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ COMMANDS = {
     "export": "fdfs.cli_images",
     "commit": "fdfs.cli_images",
     "network": "fdfs.cli_networks",
+    "volume": "fdfs.cli_volumes",
     "run": "fdfs.cli_containers",
     "exec": "fdfs.cli_exec",
     "attach": "fdfs.cli_exec",

@@ -20,7 +20,8 @@ from typing import Any
 import click
 
 from fdfs.cli_limits import fields_of, spec_options
-from fdfs.cli_mount import Failure, Follower, Mount, absolute, tail_offset
+from fdfs.cli_mount import Failure, Follower, Mount, tail_offset
+from fdfs.cli_mounts import MOUNT_WORDS, long_mount, mount_options, short_mount
 from fdfs.cli_options import columns, mount_option, network_options
 
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
@@ -28,12 +29,6 @@ NOT_EXECUTED = ("126", "127")  # exit codes of a program that cannot be executed
 ENDED = ("created", "stopped", "removing", "removed", "")
 ADJECTIVES = ("bold", "brisk", "calm", "deep", "fleet", "grey", "keen", "loud", "quiet", "salty", "sleepy", "swift")
 NOUNS = ("anchor", "beacon", "brig", "buoy", "cutter", "dinghy", "galley", "gull", "keel", "lantern", "mast", "skiff")
-
-
-def _paths(volume: str) -> str:
-    """A -v argument with its host path made absolute: the daemon runs elsewhere."""
-    source, colon, rest = volume.partition(":")
-    return f"{absolute(source)}{colon}{rest}" if source[:1] in (".", "~") else volume
 
 
 def _create(mount: Mount, name: str | None, what: str) -> str:
@@ -55,14 +50,15 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
-@mount_option
 @click.option("--name", help="Its name (default: an invented one).")
 @click.option("-d", "--detach", is_flag=True, help="Print the name and return; do not follow the log.")
 @click.option("-i", "--interactive", is_flag=True, help="Keep its input open, and pass on this command's.")
 @click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
 @click.option("--rm", "remove", is_flag=True, help="Remove the container when it has stopped.")
 @click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", help="An environment variable.")
-@click.option("-v", "--volume", multiple=True, metavar="SRC:DST[:ro]", help="A volume or host directory to mount.")
+@click.option("-v", "--volume", multiple=True, metavar="SRC:DST[:OPTS]", help="A volume or host directory to mount.")
+@click.option("--mount", "mounts", multiple=True, metavar="KEY=VALUE,…|DIR", help=MOUNT_WORDS)
+@click.option("--volumes-from", multiple=True, metavar="NAME[:ro]", help="Mount what another container mounts.")
 @click.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
 @click.option("-u", "--user", metavar="USER[:GROUP]", help="Whom to run as.")
 @click.option("--hostname", metavar="NAME")
@@ -84,7 +80,6 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.argument("image")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
 def run_command(
-    mount: str | None,
     name: str | None,
     detach: bool,
     interactive: bool,
@@ -92,6 +87,8 @@ def run_command(
     remove: bool,
     env: tuple[str, ...],
     volume: tuple[str, ...],
+    mounts: tuple[str, ...],
+    volumes_from: tuple[str, ...],
     label: tuple[str, ...],
     image: str,
     argv: tuple[str, ...],
@@ -102,6 +99,7 @@ def run_command(
     Without -d its output is followed and its exit code becomes that of this command; Ctrl-C stops it. 127: there is no
     such program; 126: it cannot be executed.
     """
+    mount, specs = mount_options(mounts)
     where = Mount.find(mount)
     config: dict[str, Any] = {"image": image}
     if interactive or tty:
@@ -119,7 +117,8 @@ def run_command(
     for key, value in (
         ("env", variables),
         ("labels", list(label)),
-        ("volumes", [_paths(item) for item in volume]),
+        ("volumes", [*map(short_mount, volume), *map(long_mount, specs)]),
+        ("volumes_from", list(volumes_from)),
         ("command", list(argv[1:] if argv[:1] == ("--",) else argv)),
     ):
         if value:

@@ -17,7 +17,7 @@ from fdfs.cli_options import columns, human, mount_option
 SHOWN = 50  # lines of a plan shown before it is cut short
 
 
-def _execute(mount: str | None, verb: str, directory: str, yes: bool) -> None:
+def execute_plan(mount: str | None, verb: str, directory: str, yes: bool) -> None:
     where = Mount.find(mount)
     try:
         *items, total, command = where.read(directory, "plan").split("\n")
@@ -27,10 +27,11 @@ def _execute(mount: str | None, verb: str, directory: str, yes: bool) -> None:
         click.echo("nothing to delete")
         return
     rows = [line.split(" ", 3) for line in items]
-    columns(("CLASS", "DIGEST", "SIZE", "REASON"), [(a, b[7:19], human(c), d) for a, b, c, d in rows[:SHOWN]])
+    shown = [(a, b[7:19] if b.startswith("sha256:") else b, human(c), d) for a, b, c, d in rows[:SHOWN]]
+    columns(("CLASS", "NAME" if directory == "volumes" else "DIGEST", "SIZE", "REASON"), shown)
     if len(rows) > SHOWN:
         click.echo(f"and {len(rows) - SHOWN} more: cat {where.path(directory, 'plan')}")
-    found = re.fullmatch(r"total (\d+) objects (\d+) bytes", total)
+    found = re.fullmatch(r"total (\d+) (?:objects|volumes) (\d+) bytes", total)
     freed = human(found[2]) if found else ""
     if not yes:
         if not sys.stdin.isatty():
@@ -46,7 +47,7 @@ def _execute(mount: str | None, verb: str, directory: str, yes: bool) -> None:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def prune_command(mount: str | None, yes: bool) -> None:
     """Delete images without a name that no container uses."""
-    _execute(mount, "prune", "images", yes)
+    execute_plan(mount, "prune", "images", yes)
 
 
 @click.command("gc")
@@ -54,4 +55,4 @@ def prune_command(mount: str | None, yes: bool) -> None:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def gc_command(mount: str | None, yes: bool) -> None:
     """Delete what no image needs and, when the store is too large, what its policy.yaml lets go."""
-    _execute(mount, "gc", "store", yes)
+    execute_plan(mount, "gc", "store", yes)

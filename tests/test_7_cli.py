@@ -322,3 +322,32 @@ def test_pull_from_a_registry(engine: Dutchman, tmp_path: Path) -> None:
         absent = engine.cli("pull", registry.name("absent:1"), code=1)
         assert "absent" in absent.stderr
     engine.cli("rmi", name)
+
+
+# --- volumes --------------------------------------------------------------------------------------------------------
+
+
+def test_volumes_by_the_command(engine: Dutchman, tmp_path: Path) -> None:
+    assert engine.cli("volume", "create", "-l", "tier=db", "-d", "ext4", "-o", "size=8m", "small").stdout == "small\n"
+    host_dir = tmp_path / "from"
+    host_dir.mkdir()
+    (host_dir / "f").write_text("host\n")
+    mount = f"type=bind,source={host_dir},target=/h,readonly"
+    words = ["run", "--name", "giver", "-v", "small:/v", "--mount", mount, "demo:1", "sh", "-c"]
+    engine.cli(*words, "cp /h/f /v/f; touch /h/no 2>/dev/null || echo ro >> /v/f")
+    done = engine.cli(
+        "run", "--rm", "--volumes-from", "giver:ro", "demo:1", "sh", "-c", "cat /v/f; touch /v/x || echo ro"
+    )
+    assert done.stdout == "host\nro\nro\n"
+    (row,) = engine.cli("volume", "ls").stdout.splitlines()[1:]
+    assert (row.split()[0], row.split()[1], row.split()[-1]) == ("small", "ext4", "giver")
+    assert "used by giver" in engine.cli("volume", "rm", "small", code=1).stderr
+    assert engine.cli("volume", "clone", "small", "copy").stdout == "copy\n"
+    engine.cli("volume", "export", "copy", str(tmp_path / "copy.tar"))
+    engine.cli("volume", "create", "back")
+    engine.cli("volume", "import", "back", str(tmp_path / "copy.tar"))
+    assert engine.sh("cat volumes/back/data/f").stdout == "host\nro\n"
+    engine.cli("rm", "giver")
+    assert "small" in engine.cli("volume", "prune", "--yes").stdout
+    assert engine.cli("volume", "ls", "-q").stdout == ""
+    assert "--mount" in engine.cli("run", "--mount", "type=bind,colour=red", "demo:1", code=2).stderr

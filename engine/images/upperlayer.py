@@ -63,12 +63,12 @@ def _members(upper: Path, tree: Tree, task: Task) -> Iterator[tuple[Member, Iter
                 if _place(tree, below, info, top):
                     continue
                 if stat.S_ISDIR(info.st_mode):
-                    pending[below] = [_entry(top, below, info, links)]
+                    pending[below] = [entry(top, below, info, links)]
                     continue
                 if is_whiteout(info):
                     yield Member((path + b"/" if path else b"") + WHITEOUT + name, mode=0o600), ()
                 elif not stat.S_ISSOCK(info.st_mode):
-                    yield _entry(top, below, info, links)
+                    yield entry(top, below, info, links)
 
 
 def _place(tree: Tree, path: bytes, info: os.stat_result, top: int) -> bool:
@@ -95,9 +95,10 @@ def _open(top: int, path: bytes, flags: int) -> int:
     return host.open_in_root(top, path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, resolve=RESOLVE)
 
 
-def _entry(
+def entry(
     top: int, path: bytes, info: os.stat_result, links: dict[tuple[int, int], bytes]
 ) -> tuple[Member, Iterable[bytes]]:
+    """What is at `path` below the directory `top` as a member and its body; `links` knows the names of hard links."""
     kind = tarout.KINDS[stat.S_IFMT(info.st_mode)]
     key = (info.st_dev, info.st_ino)
     link, xattrs = b"", {}

@@ -215,7 +215,7 @@ def _line(verb: str, call: Call) -> str:
     return " ".join((verb, *call.args, *(f"{key}={value}" for key, value in call.options.items())))
 
 
-def _host_path(text: str) -> str:
+def host_path(text: str) -> str:
     """A file of the host by absolute path (the daemon has no working directory of the writer's)."""
     if not text.startswith("/"):
         raise InvalidArgument("an absolute path expected", at=text, hint='echo "load $PWD/FILE" > ctl')
@@ -223,7 +223,7 @@ def _host_path(text: str) -> str:
 
 
 def load(engine: Any, call: Call) -> str:
-    path = _host_path(call.args[0])
+    path = host_path(call.args[0])
 
     def work(task: Any) -> str:
         return " ".join(image.digest for image in load_archive(engine.images, path, task))
@@ -232,7 +232,7 @@ def load(engine: Any, call: Call) -> str:
 
 
 def import_(engine: Any, call: Call) -> str:
-    path = _host_path(call.args[0])
+    path = host_path(call.args[0])
     reference = call.args[1]
     parse_reference(reference)
 
@@ -294,15 +294,15 @@ def push(engine: Any, digest: str, call: Call) -> str:
     return job_reply(engine.jobs.start(f"push {digest} {call.args[0]}", work))
 
 
-def _vacant(text: str) -> str:
+def vacant(text: str) -> str:
     """A file of the host that is to be made: refused now rather than in the job when it is there."""
-    if os.path.lexists(_host_path(text)) and not (os.path.isdir(text) and not os.listdir(text)):
+    if os.path.lexists(host_path(text)) and not (os.path.isdir(text) and not os.listdir(text)):
         raise AlreadyExists("the file exists", at=text, hint="give another name, or remove it first")
     return text
 
 
 def save(engine: Any, digest: str, call: Call) -> str:
-    path, form = _vacant(call.args[0]), call.options.get("format", "oci")
+    path, form = vacant(call.args[0]), call.options.get("format", "oci")
     if form not in FORMATS:
         raise InvalidArgument(f"format: one of {', '.join(FORMATS)} expected", at=form)
     return job_reply(
@@ -313,7 +313,7 @@ def save(engine: Any, digest: str, call: Call) -> str:
 
 
 def export(engine: Any, digest: str, call: Call) -> str:
-    path = _vacant(call.args[0])
+    path = vacant(call.args[0])
     return job_reply(
         engine.jobs.start(f"export {digest} {path}", lambda task: export_tree(engine.images, digest, path, task))
     )

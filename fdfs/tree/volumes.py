@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from engine import volumeplan
+from engine import volumeplan, volumetar
 from engine.errors import AlreadyExists, InvalidArgument, NotFound
 from engine.model import check_name
 from engine.volumedrivers import shown
@@ -14,6 +15,7 @@ from fdfs.entry import BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.errors import error_file
+from fdfs.tree.images import host_path, vacant
 from fdfs.tree.text import line, lines, pairs, stamp
 
 
@@ -115,6 +117,32 @@ def snapshot(engine: Any, name: str, call: Call) -> str:
     return _copy(engine, name, call, "snapshot", read_only=True)
 
 
+def export(engine: Any, name: str, call: Call) -> str:
+    path = vacant(call.args[0])
+
+    def work(task: Any) -> str:
+        with engine.volumes.using(name) as volume:
+            return f"exported {name} to {path}, {volumetar.export(volume.path, Path(path), task)} bytes"
+
+    return _job(engine, name, f"export {path}", work)
+
+
+def import_(engine: Any, name: str, call: Call) -> str:
+    path = Path(host_path(call.args[0]))
+
+    def work(task: Any) -> str:
+        count = 0
+
+        def produce(target: Path) -> None:
+            nonlocal count
+            count = volumetar.unpack(path, target, engine.store / "tmp", task)
+
+        engine.volumes.fill(name, produce)
+        return f"imported {count} members into {name}"
+
+    return _job(engine, name, f"import {path}", work)
+
+
 def plan(engine: Any) -> str:
     return volumeplan.text(engine.volumes)
 
@@ -170,6 +198,13 @@ VOLUME = Dir(
             verbs=table(
                 Verb(name="clone", args="NEW", doc="a new volume with what is in this one (a job)", run=clone),
                 Verb(name="snapshot", args="NEW", doc="the same, to be read only (a job)", run=snapshot),
+                Verb(name="export", args="PATH", doc="write its files to a new tar of this host (a job)", run=export),
+                Verb(
+                    name="import",
+                    args="PATH",
+                    doc="fill it, empty as it is, from a tar of this host (a job)",
+                    run=import_,
+                ),
                 Verb(name="remove", doc="delete it and its data, as rmdir does", run=remove),
             ),
         ),
