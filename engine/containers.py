@@ -319,12 +319,14 @@ class Containers:
 
         def work() -> None:
             self._stop(container, grace, before.state is State.PAUSED)
-            if self.records.closing:
-                return
-            again = self.records.move(container.id, State.STARTING, verb=Verb.RESTART, restarts=container.restarts + 1)
-            self._start(again.id)
+            if not self.records.closing:  # else the next engine goes on
+                self._start_again(container)
 
         self._workers.bounded(container.object, "restart", STOP_PATIENCE, work)
+
+    def _start_again(self, container: Container) -> None:
+        self.records.move(container.id, State.STARTING, verb=Verb.RESTART, restarts=container.restarts + 1)
+        self._start(container.id)
 
     def kill(self, name: str, signal: str | int = "KILL") -> None:
         """Send a signal to its first process. After SIGKILL, waits up to a second for its end."""
@@ -423,6 +425,16 @@ class Containers:
             left = min(MAX_GRACE, max(0.0, (until - time.time_ns()) / 1e9))
             work = lambda: self.execution.await_end(container, left)  # noqa: E731
         self._workers.bounded(container.object, "stop", 0.0, work)
+
+    def resume_restart(self, container: Container) -> None:
+        """Start again what an earlier daemon stopped, or was stopping, in order to start it again."""
+
+        def work() -> None:
+            now = self.records.wait(container.id, lambda now: now.state is not State.STOPPING, None)
+            if now is not None and now.state is State.STOPPED and self.records.restart_noted(now.id):
+                self._start_again(now)
+
+        self._workers.bounded(container.object, "restart", 0.0, work)
 
     def close(self) -> None:
         """Let go of all containers; they go on running."""

@@ -9,6 +9,7 @@ anything else touches containers.
     starting                ended                       running, then stopped with its exit code
     running, paused         running, paused             what is found; watched again
     stopping                running, paused             stopping: the stop is taken up again
+    stopping … starting     anything, in a restart      starting, once it has stopped
     running … stopping      ended                       stopped with its exit code
     starting … stopping     nothing of it               stopped, exit code 255, the reason says so
     removing                anything                    removed
@@ -48,6 +49,8 @@ def reconcile(containers: Containers) -> None:
             _one(containers, container)
             if container.state is not State.REMOVING:
                 containers.sessions.reconcile(container)
+                if containers.records.restart_noted(container.id):
+                    containers.resume_restart(container)
         except (EngineError, OSError):
             log.exception("container %s (%s) could not be reconciled", container.name, container.state)
 
@@ -109,6 +112,7 @@ def _starting(containers: Containers, container: Container, found: Status) -> No
         containers.execution.watch(after)
         return
     driver.delete(container.id)
+    again = containers.records.restart_noted(container.id)
     containers.records.move(
         container.id,
         State.STOPPED,
@@ -116,6 +120,8 @@ def _starting(containers: Containers, container: Container, found: Status) -> No
         exit_code=container.exit_code if container.exit_code is not None else LOST,
         pid=None,
     )
+    if again:
+        containers.records.note_restart(container.id)
 
 
 def _ended(containers: Containers, container: Container, found: Status) -> None:

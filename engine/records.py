@@ -215,6 +215,10 @@ class Records:
         self._journal.append("stateChanged", before.object, data)
         if before.state is State.STOPPING:
             db.execute("DELETE FROM meta WHERE key = ?", (f"stopping/{before.id}",))
+        if to is State.STOPPING and verb is Verb.RESTART:
+            self.note_restart(before.id)
+        elif to in (State.RUNNING, State.REMOVING) or before.state is State.STARTING:  # done, refused or failed
+            db.execute("DELETE FROM meta WHERE key = ?", (f"restarting/{before.id}",))
         if to is State.REMOVED:
             db.execute("DELETE FROM containers WHERE id = ?", (before.id,))
             db.execute("DELETE FROM failures WHERE object = ?", (before.object,))
@@ -257,6 +261,15 @@ class Records:
         """When SIGKILL follows; None when the stop signal may not have been sent."""
         row = self._meta.row("SELECT value FROM meta WHERE key = ?", (f"stopping/{id}",))
         return int(row["value"]) if row else None
+
+    def note_restart(self, id: str) -> None:
+        """It is to be started once it has stopped. Forgotten when that has come to an end, good or bad."""
+        with self._meta.tx() as db:
+            db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, '')", (f"restarting/{id}",))
+
+    def restart_noted(self, id: str) -> bool:
+        """Whether a restart is under way."""
+        return self._meta.row("SELECT 1 FROM meta WHERE key = ?", (f"restarting/{id}",)) is not None
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
