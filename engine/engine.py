@@ -23,6 +23,7 @@ from engine.drivers import Drivers
 from engine.errors import EngineError, NoSpace
 from engine.events import Journal, acting
 from engine.failures import Failures
+from engine.history import History
 from engine.images.catalog import Images
 from engine.images.diff import Diffs
 from engine.images.gc import Collector
@@ -34,6 +35,7 @@ from engine.mounts import RootfsMounts
 from engine.networks import Networks
 from engine.reconcile import reconcile
 from engine.reserve import FREEING, Reserve
+from engine.retention import Retention
 from engine.runtimes.netavark import Netavark
 from engine.scheduler import Clock
 from engine.store import check
@@ -129,6 +131,9 @@ class Engine:
         self.jobs = Jobs(self.meta, self.journal, on_failure=self._job_failed)
         undo.callback(self.jobs.close)
         self.policy, self.usage = PolicyFile(self.store), Usage(self.store)
+        self.history = History(self.meta, self.journal)
+        self.retention = Retention(self.meta, self.journal, self.policy.get)
+        undo.callback(self.retention.close)
         self.contents = Contents(self.meta, self.layers, self.trees)
         self.gc = Collector(self.images, self.policy, self.usage, self.jobs)
         self.images.after_store = self.gc.after_store
@@ -164,6 +169,8 @@ class Engine:
         self.connections.reconcile({container.id for container in self.containers.all() if container.state in ALIVE})
         if self.drivers.default == "oci" and self.connections.usable:
             self.networks.ensure_default()
+        self.history.adopt()
+        self.retention.start()
         self.containers.monitor.start()
         self.containers.health.begin()
         self.containers.restarts.begin()

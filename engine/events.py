@@ -8,8 +8,9 @@ Threading: append from any thread (inside or outside `Meta.tx`); size, read, rep
 publishing happens under the write lock and only appends to bounded queues, so a slow subscriber slows nobody: it is
 told which events it missed and reads them with `replay`.
 
-Retention (none yet): a policy may delete events up to some seq, but never the newest of all nor the newest of an
-object, since sequence numbers and offsets go on from there; offsets of what stays do not change.
+Retention (retention.py) deletes the oldest events, but never the newest of all nor the newest of an object that exists,
+since sequence numbers and offsets go on from there; offsets of what stays do not change. `first` is where the kept part
+begins; what was before it reads as newlines.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from engine.store.meta import Meta
 
 MAX_LINE = 64 << 10  # bytes; longer data is a fault of ours
 PAGE = 512  # events fetched at a time
+FIRST = "events/first"  # key in `meta`: "seq offset" of the oldest event kept
 RESERVED = frozenset({"seq", "time", "type", "object", "who"})
 
 _who: ContextVar[str] = ContextVar("dutchman_who", default="")
@@ -68,7 +70,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """A subscriber was too slow for these; `Journal.replay(first - 1)` has them."""
+    """A subscriber was too slow for these; `Journal.replay(first - 1)` has what has not been deleted since."""
 
     first: int
     last: int
@@ -114,6 +116,10 @@ class Subscription:
             if not self._page and self._replayed < self._live_after:
                 self._page.extend(self._journal.replay(self._replayed, min(PAGE, self._live_after - self._replayed)))
             if self._page:
+                if self._page[0].seq > self._replayed + 1:  # what was between has been deleted
+                    missed = Missed(self._replayed + 1, self._page[0].seq - 1)
+                    self._replayed = missed.last
+                    return missed
                 event = self._page.popleft()
                 self._replayed = event.seq
                 return event
@@ -150,11 +156,30 @@ class Journal:
         row = meta.row("SELECT seq, off + length(line) AS end FROM events ORDER BY seq DESC LIMIT 1")
         self._last: int = row["seq"] if row else 0
         self._size: int = row["end"] if row else 0
+        noted = meta.row("SELECT value FROM meta WHERE key = ?", (FIRST,))
+        seq, off = map(int, noted["value"].split()) if noted else (1, 0)
+        self._kept = (seq, off)
 
     @property
     def last(self) -> int:
         """The newest sequence number; 0 before the first event."""
         return self._last
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Sequence number and offset of the oldest event kept; all after it are there."""
+        return self._kept
+
+    def forget_before(self, seq: int, offset: int) -> None:
+        """Retention has deleted all before `seq`, whose line begins at `offset`."""
+        self._kept = (seq, offset)
+
+    def first(self, object: str | None = None) -> int:
+        """Offset of the oldest line kept in the `events` file, of all or of one object."""
+        if object is None:
+            return self._kept[1]
+        row = self._meta.row("SELECT obj_off FROM events WHERE object = ? ORDER BY obj_off LIMIT 1", (object,))
+        return int(row["obj_off"]) if row else 0
 
     def append(self, type: str, object: str, data: dict[str, Any], *, who: str = "") -> int:
         """Write one event in the open transaction (or one of its own) and return its sequence number.
@@ -209,25 +234,42 @@ class Journal:
         return int(row["end"]) if row else 0
 
     def read(self, offset: int, size: int, object: str | None = None) -> bytes:
-        """`size` bytes at `offset` of the `events` file, of all or of one object; short only at its end."""
+        """`size` bytes at `offset` of the `events` file, of all or of one object; short only at its end. Newlines where
+        events have been deleted."""
         if size <= 0 or offset < 0:
             return b""
-        column, where, args = ("off", "", ()) if object is None else ("obj_off", "object = ? AND ", (object,))
+        while True:
+            kept, first = self._kept[0], self.first(object)
+            if offset < first:
+                gap = min(size, first - offset)
+                return b"\n" * gap + self.read(offset + gap, size - gap, object)
+            data = self._lines(offset, size, object, kept if object is None else 0)
+            if data is not None:
+                return data
+
+    def _lines(self, offset: int, size: int, object: str | None, kept: int) -> bytes | None:
+        """The bytes, when they are still there; None when some were deleted meanwhile."""
+        column, where, args = (
+            ("off", "seq >= ? AND ", (kept,)) if object is None else ("obj_off", "object = ? AND ", (object,))
+        )
         # the line that holds `offset` is the last that starts at or before it
         row = self._meta.row(
             f"SELECT {column} AS at FROM events WHERE {where}{column} <= ? ORDER BY {column} DESC LIMIT 1",
             (*args, offset),
         )
         if row is None:
-            return b""
+            return b"" if self.first(object) <= offset else None
         start = at = int(row["at"])
         out = bytearray()
         while at < offset + size:
             rows = self._meta.query(
-                f"SELECT line FROM events WHERE {where}{column} >= ? AND {column} < ? ORDER BY {column} LIMIT {PAGE}",
+                f"SELECT {column} AS at, line FROM events WHERE {where}{column} >= ? AND {column} < ?"
+                f" ORDER BY {column} LIMIT {PAGE}",
                 (*args, at, offset + size),
             )
             for row in rows:
+                if row["at"] != start + len(out):
+                    return None
                 out += row["line"]
             at = start + len(out)
             if len(rows) < PAGE:
@@ -235,7 +277,8 @@ class Journal:
         return bytes(out[offset - start : offset - start + size])
 
     def replay(self, since: int, limit: int = PAGE) -> list[Event]:
-        """Up to `limit` events after sequence number `since`, oldest first."""
+        """Up to `limit` events after sequence number `since` that are still there, oldest first."""
+        since = max(since, self._kept[0] - 1)
         rows = self._meta.query("SELECT * FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (since, limit))
         return [_event(row) for row in rows]
 

@@ -50,13 +50,15 @@ LISTS = frozenset(
 FLAGS = frozenset({"tty", "stdin", "init", "read_only", "privileged"})
 LIMITS = frozenset(
     {"memory", "memory_reservation", "cpus", "pids", "shm_size", "oom_score_adj"}
-    | {"stop_grace_period", "log_max_size", "log_max_age"}
+    | {"stop_grace_period", "log_max_size", "log_max_total", "log_max_age"}
 )
 
 # what its driver changes while a container runs or is paused: updates.py
 RESOURCES = frozenset({"memory", "memory_swap", "memory_reservation", "cpus", "cpu_shares", "cpuset", "pids"})
 # what may change at any time: read anew each time they matter
-LIVE = frozenset({"labels", "restart", "stop_signal", "stop_grace_period", "log_max_size", "log_max_age"})
+LIVE = frozenset(
+    {"labels", "restart", "stop_signal", "stop_grace_period", "log_max_size", "log_max_total", "log_max_age"}
+)
 
 
 def check_field(field: str) -> str:

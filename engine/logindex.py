@@ -256,6 +256,29 @@ class Segment:
         self.raw = 1 << 62  # any total fits
         return self.restore() and self.known(JSONL)
 
+    def drop(self, before: Segment | None) -> None:
+        """Give up the bytes, keep the totals. `before` is the dropped segment it takes in; its index goes.
+
+        A crash in between: while the bytes are there an index that says more than they hold does not count, and
+        `before` still has its own; once they are gone this index stands for both.
+        """
+        self.load()
+        if before is not None:
+            self.raw += before.raw
+            self.sizes = {view: size + before.sizes[view] for view, size in self.sizes.items()}
+            self.json_raw = self.raw
+        aside = self.sidecar.with_name(self.sidecar.name + ".tmp")
+        with aside.open("w") as file:
+            file.write(json.dumps({"raw": self.raw, **self.sizes, "first": ""}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # nothing can make it again
+        aside.rename(self.sidecar)
+        self.close()
+        self.packed.unlink()
+        if before is not None:
+            before.sidecar.unlink()
+        self.dropped = True
+
     def load(self) -> None:
         """Have the checkpoints in memory; made again from the bytes when the sidecar is damaged."""
         if self._loaded:

@@ -198,29 +198,41 @@ class ContainerLogs:
         info = os.statvfs(self._directory)
         return info.f_bavail * info.f_frsize >= ROOM and (info.f_files == 0 or info.f_favail > 16)
 
+    def first(self, view: str) -> int:
+        """Offset in `view` of the oldest byte that is still kept."""
+        with self._lock:
+            self._check(view)
+            dropped = bool(self._segments and self._segments[0].dropped)
+            if dropped:
+                self._advance(view, BUDGET)
+            return self._bases[view][min(1, len(self._bases[view]) - 1)] if dropped else 0
+
     def drop(self, keep: int) -> int:
         """Remove the oldest compressed segments until at most `keep` bytes of files are left; what they freed.
 
-        Their totals stay, so no offset changes: the dropped bytes read as newlines.
+        Their totals stay, so no offset changes: the dropped bytes read as newlines. What was dropped before becomes
+        one with it: the index of the newest dropped segment stands for all up to it.
         """
         freed = 0
-        with self._lock:
-            sizes = [segment.disk_size() for segment in self._segments]
-            for segment, size in zip(self._segments, sizes, strict=True):
-                if sum(sizes) - freed <= keep or not self._sealed(segment):
-                    break
-                if segment.dropped:
-                    continue
-                while segment.advance_json():
-                    pass
-                segment.load()
-                segment.save()
-                segment.close()
-                segment.packed.unlink()
-                segment.dropped = True
-                freed += size
+        while True:
+            with self._lock:
+                position = int(bool(self._segments and self._segments[0].dropped))
+                if self._closed or position >= len(self._segments):
+                    return freed
+                segment = self._segments[position]
+                size = segment.disk_size()
+                if sum(other.disk_size() for other in self._segments) <= keep or not self._sealed(segment):
+                    return freed
+                if segment.advance_json():
+                    continue  # a piece at a time: readers have the lock in between
+                segment.drop(self._segments[0] if position else None)
+                if position:
+                    self._used.pop(self._segments[0].number or 0, None)
+                    del self._segments[0]
+                    for bases in self._bases.values():
+                        del bases[1:2]
                 self._pieces.clear()
-        return freed
+                freed += size
 
     def _sealed(self, segment: Segment) -> bool:
         return segment.dropped or (segment.complete and not segment.path.exists())
@@ -255,6 +267,8 @@ class ContainerLogs:
                 if not segment.restore_dropped():
                     segment.sidecar.unlink()
                     continue
+                while self._segments:  # it stands for these too: a crash came before they were removed
+                    self._segments.pop().sidecar.unlink()
             segment.frozen = True
             if not segment.dropped and ".zst" in kinds and ".idx" in kinds:
                 segment.restore()

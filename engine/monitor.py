@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 TICK = 1.0  # seconds
 RESOURCES_EVERY = 30.0  # seconds
+BOUND_EVERY = 5.0  # seconds between two looks at how much all segments of a log take
 STREAMS = ("stdout", "stderr")
 
 
@@ -50,6 +51,7 @@ class Monitor:
         self._told: dict[str, dict[str, int]] = {}  # id -> bytes of each stream that events have told of
         self._ended: list[str] = []
         self._resources_at: dict[str, float] = {}
+        self._bounded_at: dict[str, float] = {}
         self._telling = threading.Lock()  # one teller at a time, so that ranges neither overlap nor leave gaps
         self.samples = Samples()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
@@ -82,6 +84,7 @@ class Monitor:
         with self._guard:
             self._told.pop(id, None)
             self._resources_at.pop(id, None)
+            self._bounded_at.pop(id, None)
         self.samples.forget(id)
 
     def close(self) -> None:
@@ -170,6 +173,14 @@ class Monitor:
                 config.log_max_age,
                 lambda: self._execution.driver_of(container).reopen_log(container.id),
             )
+            now = time.monotonic()
+            if (
+                config.log_max_total is not None
+                and now - self._bounded_at.get(container.id, -BOUND_EVERY) >= BOUND_EVERY
+            ):
+                self._bounded_at[container.id] = now
+                if freed := self._logs(container.id).drop(config.log_max_total):
+                    log.info("container %s: the oldest %d bytes of its log were dropped", container.id, freed)
         except NotFound:
             pass  # it is being removed
         except (EngineError, OSError) as error:

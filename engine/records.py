@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from engine import lifecycle
+from engine import history, lifecycle
 from engine.config import ContainerConfig
 from engine.errors import AlreadyExists, Busy, Gone, NotFound
 from engine.events import Journal
@@ -135,7 +135,10 @@ class Records:
                 )
             except sqlite3.IntegrityError as error:
                 raise AlreadyExists(f"a container named {name} exists", at=name) from error
-            self._journal.append("containerCreated", f"container/{id}", {"name": name, "image": config.image})
+            digest = history.keep(db, config.model_dump_json())
+            data = {"name": name, "image": config.image, "config": digest}
+            seq = self._journal.append("containerCreated", f"container/{id}", data)
+            history.note(db, id, seq, State.CREATED, digest)
             prepare(id)
             self._meta.after_commit(self.notify)
             return _container(db.execute("SELECT * FROM containers WHERE id = ?", (id,)).fetchone())
@@ -153,7 +156,10 @@ class Records:
             db.execute(
                 "UPDATE containers SET config = ?, image = ? WHERE id = ?", (config.model_dump_json(), image, id)
             )
-            self._journal.append("containerConfigured", before.object, {"name": before.name, "fields": fields})
+            digest = history.keep(db, config.model_dump_json())
+            data = {"name": before.name, "fields": fields, "config": digest}
+            seq = self._journal.append("containerConfigured", before.object, data)
+            history.note(db, id, seq, before.state, digest)
             self._meta.after_commit(self.notify)
             return self._row(db, id)
 
@@ -212,7 +218,9 @@ class Records:
         )
         if "exit_code" in columns and columns["exit_code"] is not None:
             data["exit_code"] = columns["exit_code"]
-        self._journal.append("stateChanged", before.object, data)
+        seq = self._journal.append("stateChanged", before.object, data)
+        if to is not State.REMOVED:
+            history.note(db, before.id, seq, to, history.keep(db, before.config.model_dump_json()))
         if before.state is State.STOPPING:
             db.execute("DELETE FROM meta WHERE key = ?", (f"stopping/{before.id}",))
         if to is State.STOPPING and verb is Verb.RESTART:
@@ -222,6 +230,8 @@ class Records:
         if to is State.REMOVED:
             db.execute("DELETE FROM containers WHERE id = ?", (before.id,))
             db.execute("DELETE FROM failures WHERE object = ?", (before.object,))
+            db.execute("DELETE FROM meta WHERE key = ?", (f"told/{before.id}",))
+            history.forget(db, before.id)
             self._journal.append("containerRemoved", before.object, {"name": before.name})
             self._moved(db, before, replace(before, state=State.REMOVED), verb)
             return before
@@ -247,8 +257,9 @@ class Records:
             "SELECT line FROM events WHERE object = ? AND type = 'logOutput' ORDER BY obj_off DESC LIMIT 1",
             (f"container/{id}",),
         )
-        if row is None:
-            return {}
+        if row is None:  # never, or that event has left the journal
+            row = self._meta.row("SELECT value FROM meta WHERE key = ?", (f"told/{id}",))
+            return json.loads(row["value"]) if row else {}
         data = json.loads(bytes(row["line"]))
         return {stream: int(data.get(f"{stream}_end", 0)) for stream in ("stdout", "stderr")}
 

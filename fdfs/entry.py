@@ -97,6 +97,7 @@ class File:
     show: Handler | None = None  # (engine, *keys) -> str | bytes: rendered once per open
     read: Handler | None = None  # (engine, *keys, offset, size) -> bytes: grows, never shrinks; needs `size`
     size: Handler | None = None  # (engine, *keys) -> int: with `read`; with `show` where rendering is dear
+    first: Handler | None = None  # (engine, *keys) -> int: with `read`; offset of the oldest byte that is still kept
     wait: Handler | None = None  # (engine, *keys) -> str: rendered when read, may take up to a second
     mtime: Handler | None = None  # (engine, *keys) -> Unix time in nanoseconds
     verbs: Mapping[str, Verb] | None = None  # control file: a written line runs inside write(2)
@@ -267,10 +268,12 @@ def size_of(engine: Any, row: File, keys: Keys) -> int:
 def attr_of(engine: Any, found: Found, path: bytes) -> Attr:
     """stat(2) of a declared row."""
     row, keys = found.row, found.keys
-    size = 0
+    size = gone = 0
     mtime = STARTED_NS
     if isinstance(row, File):
         size = size_of(engine, row, keys)
+        if row.first is not None:  # as of a sparse file: du shows what is kept
+            gone = min(size, int(row.first(engine, *keys)))
         if row.mtime is not None:
             mtime = int(row.mtime(engine, *keys))
     elif isinstance(row, Link):
@@ -286,7 +289,7 @@ def attr_of(engine: Any, found: Found, path: bytes) -> Attr:
         mtime_ns=mtime,
         ctime_ns=mtime,
         atime_ns=mtime,
-        blocks=(size + BLOCK - 1) // BLOCK,
+        blocks=(size - gone + BLOCK - 1) // BLOCK,
     )
 
 

@@ -26,7 +26,12 @@ def _slice(content: bytes, size: int, offset: int) -> bytes:
 
 
 class Reader:
-    """A file that can only be read: rendered once (snapshot), by range (growing), or on demand (wait)."""
+    """A file that can only be read: rendered once (snapshot), by range (growing), or on demand (wait).
+
+    A growing file whose oldest part is no longer kept has the offsets and the size it always had, so followers go on.
+    Who reads from the beginning and goes on without a seek (cat, grep, jq) gets the kept part only, as if it began
+    there; who seeks into what is gone gets newlines.
+    """
 
     direct = True
     keep = False
@@ -35,13 +40,16 @@ class Reader:
         self._engine, self._row, self._keys = engine, row, keys
         self.path = b""  # where it was opened
         self._content: bytes | None = None
+        self._lock = threading.Lock()
+        self._skipped = 0  # bytes at the beginning of the file that this reader does not see
+        self._next = 0  # where it goes on if it does not seek
         if row.read is None and row.wait is None:
             self._content = render(engine, row, keys)
 
     def read(self, size: int, offset: int) -> bytes:
         row = self._row
         if row.read is not None:
-            return bytes(row.read(self._engine, *self._keys, offset, size))
+            return self._range(row, size, offset)
         if self._content is None:
             # a wait in progress: empty until there is an answer, each read from the start asks again
             assert row.wait is not None
@@ -50,6 +58,20 @@ class Reader:
                 return b""
             self._content = answer
         return _slice(self._content, size, offset)
+
+    def _range(self, row: File, size: int, offset: int) -> bytes:
+        assert row.read is not None
+        if row.first is None:
+            return bytes(row.read(self._engine, *self._keys, offset, size))
+        with self._lock:
+            if offset == 0:
+                self._skipped, self._next = int(row.first(self._engine, *self._keys)), 0
+            skipped = self._skipped if offset == self._next else 0
+        data = bytes(row.read(self._engine, *self._keys, offset + skipped, size))
+        with self._lock:
+            if offset == self._next:
+                self._next += len(data)
+        return data
 
     def write(self, data: bytes, offset: int) -> int:
         raise AccessDenied(f"{self._row.name} cannot be written")

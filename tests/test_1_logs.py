@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -394,10 +396,43 @@ def test_dropped_segments_keep_all_offsets(tmp_path: Path) -> None:
         cut = len(now) - len(now.lstrip(b"\n"))
         assert cut and now[cut:] == want[view][cut:]
     assert len(kept) == logs.size(JSONL)
+    firsts = {view: logs.first(view) for view in VIEWS}
     logs.close()
     again = ContainerLogs(tmp_path)
-    assert len(everything(again, STDOUT)) == len(want[STDOUT])
+    for view in VIEWS:
+        assert everything(again, view)[firsts[view] :] == want[view][firsts[view] :]
+        assert again.first(view) == firsts[view] and (again.size(view), firsts[view] > 0) == (len(want[view]), True)
+    assert len(list(tmp_path.glob("ctr.log.*.idx"))) - len(list(tmp_path.glob("ctr.log.*.zst"))) <= 1
     again.close()
+
+
+@pytest.mark.parametrize("point", ["unlink", "rename"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_drop_cut_short_changes_no_offset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, number: int
+) -> None:
+    logs, want = rotated(tmp_path, 3, 2000)
+    assert all(len(everything(logs, view)) == len(want[view]) for view in VIEWS)
+    real, left = getattr(Path, point), [number]
+
+    def fails(self: Path, *args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, point, fails)
+        with contextlib.suppress(KeyboardInterrupt):
+            logs.drop(0)
+    again = ContainerLogs(tmp_path)  # as after kill -9 there
+    for view in VIEWS:
+        now = everything(again, view)
+        first = again.first(view)
+        assert now[first:] == want[view][first:] and now[:first].strip(b"\n") == b""
+    again.drop(0)
+    again.close()
+    logs.close()
 
 
 def test_size_answers_fast_on_a_large_backlog_and_the_helper_catches_up(tmp_path: Path) -> None:

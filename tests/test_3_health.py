@@ -17,7 +17,7 @@ from engine.engine import Engine
 from engine.errors import DeadlineExceeded
 from engine.lifecycle import State
 from engine.upkeep import Health
-from fdfs.tree.containers import health_log
+from fdfs.tree.upkeep import health_log
 
 IMAGE, CHECKED = "docker.io/library/small:1", "docker.io/library/checked:1"
 CHECK = {"Test": ["CMD", "true"], "Interval": 10_000_000_000, "Retries": 2}

@@ -207,6 +207,18 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE INDEX IF NOT EXISTS events_off ON events (off);
 CREATE INDEX IF NOT EXISTS events_object ON events (object, obj_off);
 
+-- what each container was after each event that changed its state or config; pruned with the journal
+CREATE TABLE IF NOT EXISTS history (
+    container   TEXT NOT NULL,           -- containers.id
+    seq         INTEGER NOT NULL,        -- of the event
+    state       TEXT NOT NULL,
+    config      TEXT NOT NULL,           -- configs.digest
+    PRIMARY KEY (container, seq)
+) WITHOUT ROWID;
+
+-- configs of containers as JSON, each once
+CREATE TABLE IF NOT EXISTS configs (digest TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
+
 -- long-running work
 CREATE TABLE IF NOT EXISTS jobs (
     id          INTEGER PRIMARY KEY,

@@ -24,19 +24,23 @@ DEFAULT = """\
 max_size: 10GiB     # of blobs, layers and trees together, on disk; max: no limit
 low_water: 0.8      # eviction goes on until the store is this part of max_size
 max_age: 30d        # a tagged image that no container uses may be evicted once unused this long; max: never
+events_max_age: 7d  # older events leave the journal; max: never
+events_max: 1000000 # so many events stay at most; max: no limit
 keep: []            # names or patterns of images that stay: nginx:1.27, ghcr.io/me/*
 """
 
 
 class Policy(Frozen):
-    """`max_size` in bytes and `max_age` in seconds; None is no limit (no eviction; tagged images never)."""
+    """`max_size` in bytes, ages in seconds; None is no limit (no eviction; tagged images never; all events stay)."""
 
     max_size: Size = 10 << 30
     low_water: float = Field(default=0.8, gt=0, le=1)
     max_age: Seconds = 30 * 86400.0
+    events_max_age: Seconds = 7 * 86400.0
+    events_max: Annotated[int, Field(ge=1, lt=1 << 62)] | None = 1_000_000
     keep: tuple[Pattern, ...] = Field(default=(), max_length=MAX_KEEP)
 
-    @field_validator("max_age", mode="before")
+    @field_validator("max_age", "events_max_age", "events_max", mode="before")
     @classmethod
     def _no_age(cls, value: object) -> object:
         return None if value == "max" else value
@@ -53,7 +57,7 @@ def parse_policy(text: str | bytes) -> Policy:
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        raise InvalidArgument("policy.yaml: a mapping of max_size, low_water, max_age and keep is expected")
+        raise InvalidArgument("policy.yaml: a mapping of max_size, low_water, max_age, events_max… is expected")
     try:
         return Policy.model_validate(value)
     except ValidationError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,11 @@ from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.console import CONSOLE, VERBS, console_verbs
 from fdfs.tree.errors import error_file
+from fdfs.tree.history import HISTORY
 from fdfs.tree.networks import CONTAINER_FILES
 from fdfs.tree.sessions import EXEC
 from fdfs.tree.text import line, stamp
+from fdfs.tree.upkeep import UPKEEP
 from fdfs.tree.usage import USAGE
 
 WAIT_SECONDS = 0.9  # a blocked handler makes its caller unkillable: short
@@ -84,29 +84,6 @@ def oom(engine: Any, name: str) -> str:
     return line(bool(engine.containers.get(name).oom))
 
 
-def reason(engine: Any, name: str) -> str:
-    container = engine.containers.get(name)
-    due = engine.containers.restarts.due(container.id)
-    return line("; ".join(filter(None, [_due(due), container.reason])))
-
-
-def _due(seconds: float | None) -> str:
-    return "" if seconds is None else f"restarts in {math.ceil(seconds)}s"
-
-
-def restarting(engine: Any, name: str) -> str:
-    return line(engine.containers.restarts.due(engine.containers.get(name).id) is not None)
-
-
-def health(engine: Any, name: str) -> str:
-    return line(engine.containers.health.of(engine.containers.get(name)))
-
-
-def health_log(engine: Any, name: str) -> str:
-    probes = engine.containers.health.probes(engine.containers.get(name).id)
-    return "".join(json.dumps(probe, separators=(",", ":")) + "\n" for probe in probes)
-
-
 def runtime(engine: Any, name: str) -> str:
     return line(engine.containers.get(name).runtime)
 
@@ -151,6 +128,14 @@ def events_size(engine: Any, name: str) -> int:
 
 def events(engine: Any, name: str, offset: int, size: int) -> bytes:
     return bytes(engine.journal.read(offset, size, object_of(engine, name)))
+
+
+def events_first(engine: Any, name: str) -> int:
+    return int(engine.journal.first(object_of(engine, name)))
+
+
+def log_first(engine: Any, name: str, view: str) -> int:
+    return int(engine.containers.logs(name).first(view))
 
 
 def _log_names(engine: Any, name: str) -> tuple[str, ...]:
@@ -350,6 +335,7 @@ LOG = File(
     doc="stdout, stderr, or all.jsonl (JSON Lines with times): one ever-growing file over rotated segments",
     read=log_bytes,
     size=log_size,
+    first=log_first,
     mtime=log_mtime,
 )
 MOUNT = Link(name="<n>", doc="a volume or bind mount in use", target=mount_target)
@@ -405,14 +391,17 @@ CONTAINER = Dir(
         File(name="finished_at", doc="when its last run ended", show=finished_at),
         File(name="restarts", doc="how often it was restarted", show=restarts),
         File(name="oom", doc="1 when its last run was ended for want of memory", show=oom),
-        File(name="reason", doc="why it is in its state; empty when ordinary", show=reason),
-        File(name="restarting", doc="1 while it is stopped and its policy is about to start it again", show=restarting),
-        File(name="health", doc="none starting healthy unhealthy, as its healthcheck finds it", show=health),
-        File(name="health.jsonl", doc="the last probes: start, end, exit_code, output", show=health_log),
+        *UPKEEP,
         File(name="runtime", doc="the driver that runs it", show=runtime),
         *USAGE,
         *CONTAINER_FILES,
-        File(name="events", doc="its part of the journal: JSON Lines; grows", read=events, size=events_size),
+        File(
+            name="events",
+            doc="its part of the journal: JSON Lines; grows",
+            read=events,
+            size=events_size,
+            first=events_first,
+        ),
         File(
             name="wait", doc="its exit code once it has stopped; empty after a second, read again to go on", wait=wait
         ),
@@ -422,6 +411,7 @@ CONTAINER = Dir(
         Dir(name="rootfs", doc="its files, live and writable", graft=rootfs, bind=rootfs_source),
         Dir(name="diff", doc="only what differs from the image, read-only", graft=diff),
         File(name="changes", doc="A, M or D and a path per line, against the image", show=changes),
+        HISTORY,
         Dir(name="mounts", doc="volumes and bind mounts in use", names=_mount_names, find=_mount, kinds=(MOUNT,)),
     ),
 )

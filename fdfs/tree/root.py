@@ -71,6 +71,10 @@ def events(engine: Any, offset: int, size: int) -> bytes:
     return bytes(engine.journal.read(offset, size))
 
 
+def events_first(engine: Any) -> int:
+    return int(engine.journal.first())
+
+
 def empty(engine: Any) -> str:
     return ""
 
@@ -171,6 +175,7 @@ ROOT = Dir(
             doc="the journal: JSON Lines, gapless seq, survives restarts; grows",
             read=events,
             size=events_size,
+            first=events_first,
         ),
         IMAGES,
         LAYERS,
