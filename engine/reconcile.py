@@ -7,7 +7,7 @@ anything else touches containers.
     starting                not yet executed            stopped: the start is rolled back
     starting                running, paused             running, paused: only the note of it was lost
     starting                ended                       running, then stopped with its exit code
-    running, paused         running, paused             what is found; watched again
+    running, paused         running, paused             what is found; watched again, with the limits of its config
     stopping                running, paused             stopping: the stop is taken up again
     stopping … starting     anything, in a restart      starting, once it has stopped
     running … stopping      ended                       stopped with its exit code
@@ -24,13 +24,14 @@ import time
 from typing import Any
 
 from engine.containers import Containers
-from engine.errors import EngineError
+from engine.errors import EngineError, Unsupported
 from engine.execution import LOST, one_line
 from engine.lifecycle import State
 from engine.model import DIGEST
 from engine.records import Container
 from engine.runtimes import base
 from engine.runtimes.base import Status
+from engine.runtimes.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,20 @@ def _one(containers: Containers, container: Container) -> None:
             if now is not container.state:
                 containers.records.move(container.id, now, pid=found.pid)
             containers.execution.watch(container)
+            _limits(containers, container)
     else:
         _ended(containers, container, found)
+
+
+def _limits(containers: Containers, container: Container) -> None:
+    """Limits that were applied, but not recorded before the daemon was killed, were never acknowledged: undone."""
+    try:
+        with containers.execution.locked(container.id):
+            containers.execution.driver_of(container).update(container.id, Resources.of(container.config))
+    except Unsupported:
+        pass  # this driver never changed any
+    except EngineError as error:
+        log.warning("container %s: its limits may not be those of its config: %s", container.name, error)
 
 
 def _starting(containers: Containers, container: Container, found: Status) -> None:

@@ -14,6 +14,8 @@ import pytest
 from dutchman import Dutchman, demo_archive, needs_oci, wait_for
 
 from engine import host
+from engine.runtimes.oci import OciRuntime
+from engine.runtimes.resources import Resources
 
 SCRIPT = r"""
 echo limits; cat /proc/self/limits
@@ -169,6 +171,25 @@ def test_less_memory_than_is_in_use_is_refused(engine: Dutchman, inside: dict[st
     assert stats(engine, "fat")["memory_limit_bytes"] == 128 << 20
     assert (fat / "config" / "memory").read_text() == f"{128 << 20}\n" and (fat / "state").read_text() == "running\n"
     engine.cli("rm", "-f", "fat")
+
+
+def test_an_update_that_was_applied_but_not_recorded_is_undone(engine: Dutchman, inside: dict[str, list[str]]) -> None:
+    """As when the daemon is killed between the two; what was acknowledged before is kept."""
+    web = engine.mount / "containers" / "web"
+    (web / "config" / "cpu_shares").write_text("600\n")
+    before, config = stats(engine), (web / "config.yaml").read_text()
+    id = (web / "id").read_text().strip()
+    engine.expect("daemon|killed|orders end")
+    engine.kill()
+    driver = OciRuntime(engine.store / "containers")
+    driver.update(id, Resources(memory=32 << 20, memory_swap=-1, cpus=0.25))
+    driver.close()
+    engine.up()
+    after = stats(engine)
+    for key in ("memory_limit_bytes", "cpu_limit_percent"):
+        assert after[key] == before[key]
+    assert (web / "config.yaml").read_text() == config and "cpu_shares: 600" in config
+    assert (web / "state").read_text() == "running\n"
 
 
 def test_top_stats_and_inspect(engine: Dutchman, inside: dict[str, list[str]]) -> None:
