@@ -2,11 +2,7 @@
 
 Floor 7. Only here: the table of commands (each loaded when it is used, so that `dutchman ps` starts quickly) and the
 one place where a Failure becomes text on stderr and an exit code. Commands live in cli_daemon, cli_images,
-<<<<<<< HEAD
-cli_containers, cli_verbs, cli_volumes, cli_store.
-=======
-cli_containers, cli_verbs, cli_store, cli_events.
->>>>>>> 693d28a (The journal and logs stay bounded without disturbing who reads them; history of each container; dutchman events)
+cli_containers, cli_verbs, cli_volumes, cli_store, cli_events.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -313,11 +313,14 @@ def ps_command(mount: str | None, everything: bool, quiet: bool) -> None:
 def each(mount: str | None, names: tuple[str, ...], line: str, what: str) -> int:
     """One command to several containers; each failure is told, the exit code says whether there was one."""
     where = Mount.find(mount)
+    return for_each(where, names, lambda name: where.command(("containers", name), line, what=f"{what} {name}"))
+
+
+def for_each(where: Mount, names: tuple[str, ...], act: Callable[[str], object]) -> int:
     failed = 0
     for name in names:
         try:
-            where.container(name)
-            where.command(("containers", name), line, what=f"{what} {name}")
+            act(where.container(name))
             click.echo(name)
         except Failure as failure:
             failed = 1

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from fdfs.cli_containers import ENDED, each
+from fdfs.cli_containers import ENDED, each, for_each
 from fdfs.cli_limits import fields_of, limit_options
-from fdfs.cli_mount import Failure, Mount
+from fdfs.cli_mount import Mount
 from fdfs.cli_options import columns, human, mount_option
 
 SAMPLE = 1.0  # seconds over which CPU use is measured
@@ -81,18 +81,14 @@ def update_command(mount: str | None, names: tuple[str, ...], **options: Any) ->
     fields = fields_of(options)
     if not fields:
         raise click.UsageError("nothing to change: give a limit, such as --memory 512m")
-    failed = 0
-    for name in names:
-        try:
-            container = ("containers", where.container(name))
-            config = yaml.safe_load(where.read(*container, "config.yaml")) | fields
-            document = json.dumps(config, ensure_ascii=False).encode()
-            where.write(container, "config.yaml", document, what=f"update {name}")
-            click.echo(name)
-        except Failure as failure:
-            failed = 1
-            click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
-    return failed
+
+    def change(name: str) -> None:
+        container = ("containers", name)
+        config = yaml.safe_load(where.read(*container, "config.yaml")) | fields
+        document = json.dumps(config, ensure_ascii=False).encode()
+        where.write(container, "config.yaml", document, what=f"update {name}")
+
+    return for_each(where, names, change)
 
 
 @click.command("wait")

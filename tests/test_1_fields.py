@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import rows
 
 from engine.config import ContainerConfig, parse_config
 from engine.errors import InvalidArgument, NotFound
@@ -192,19 +189,13 @@ def test_compose_long_forms() -> None:
 
 def test_ulimits_as_go_units_reads_them() -> None:
     """The rows of go-units' own test."""
-    path = Path(__file__).parents[2] / "shared" / "fixtures" / "tables" / "units.json"
-    if not path.exists():
-        if os.environ.get("CI"):
-            pytest.fail("fixtures are not here")
-        pytest.skip("fixtures are not here")
-    tables = {table["test"]: table["rows"] for table in json.loads(path.read_text())["tables"]}
-    rows = tables["TestParseUlimitUnlimited"]
-    assert len(rows) == 4
-    for row in rows:
+    unlimited = rows("units.json", "TestParseUlimitUnlimited")
+    assert len(unlimited) == 4
+    for row in unlimited:
         wanted = row["expected"]
         soft, hard = (MAX_LIMIT if wanted[key] == -1 else wanted[key] for key in ("Soft", "Hard"))
         assert rlimits(parse_ulimits(row["in"])) == [(f"RLIMIT_{wanted['Name'].upper()}", soft, hard)]
-    names = {str(row["ulimit"]["0"]) for row in tables["TestGetRlimit"]}
+    names = {str(row["ulimit"]["0"]) for row in rows("units.json", "TestGetRlimit")}
     assert names == set(RLIMITS)
 
 

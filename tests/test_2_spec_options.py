@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import rows
 from test_2_spec import V1, V2, check, make, rootfs, schema  # noqa: F401
 
 from engine import envfile
@@ -278,15 +279,9 @@ def test_env_files(tmp_path: Path) -> None:
 
 def test_lines_that_compose_ignores_are_ignored() -> None:
     """The rows of compose-go's own test; a value stays as it is written, as in Docker."""
-    path = Path(__file__).parents[2] / "shared" / "fixtures" / "tables" / "compose-go.json"
-    if not path.exists():
-        if os.environ.get("CI"):
-            pytest.fail("fixtures are not here")
-        pytest.skip("fixtures are not here")
-    tables = {table["test"]: table["rows"] for table in json.loads(path.read_text())["tables"]}
-    rows = {row["$key"]: row["$value"]["input"] for row in tables["TestLinesToIgnore"]}
-    assert len(rows) == 6
-    for name, line in rows.items():
+    lines = {row["$key"]: row["$value"]["input"] for row in rows("compose-go.json", "TestLinesToIgnore")}
+    assert len(lines) == 6
+    for name, line in lines.items():
         if name != "non-ignored value":
             assert envfile.parse(line.encode(), "x", {}) == {}, name
 
