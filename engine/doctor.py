@@ -103,7 +103,12 @@ def _rootless() -> list[Check]:
             needed=False,
         )
     )
-    first = _number("/proc/sys/net/ipv4/ip_unprivileged_port_start", 1024)
+    if rootless.tool("slirp4netns") is None:
+        checks.append(Check("slirp4netns", False, "not installed: loopback only", "apt-get install slirp4netns", False))
+    tun = os.access("/dev/net/tun", os.R_OK | os.W_OK)
+    advice = "for networks of containers, as root: modprobe tun; chmod 666 /dev/net/tun"
+    checks.append(Check("/dev/net/tun", tun, "usable" if tun else "no permission, or not there", advice, needed=False))
+    first = rootless.first_port()
     ports = f"from {first} on" if first else "all"
     checks.append(
         Check(
@@ -139,11 +144,6 @@ def _lines(path: str) -> list[str]:
             return file.read(64 << 10).splitlines()
     except OSError:
         return []
-
-
-def _number(path: str, default: int) -> int:
-    text = "".join(_lines(path)[:1]).strip()
-    return int(text) if text.isdigit() else default
 
 
 def _fuse() -> list[Check]:

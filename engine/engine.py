@@ -37,6 +37,8 @@ from engine.reconcile import reconcile
 from engine.reserve import FREEING, Reserve
 from engine.retention import Retention
 from engine.runtimes.netavark import Netavark
+from engine.runtimes.netbase import Backend
+from engine.runtimes.usernet import UserNetworks
 from engine.scheduler import Clock
 from engine.store import check
 from engine.store.blobs import Blobs
@@ -139,7 +141,9 @@ class Engine:
         self.images.after_store = self.gc.after_store
         self.networks = Networks(self.meta, self.journal)
         place = state_directory(self.store)
-        backend = Netavark(place / "netavark")
+        backend: Backend = Netavark(place / "netavark")
+        if userids.rootless() is not None:
+            backend = UserNetworks(place / "netavark", host.runtime_dir())
         self.connections = Connections(self.meta, self.journal, self.networks, backend, place)
         self.containers = Containers(
             self.store,

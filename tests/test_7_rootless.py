@@ -11,11 +11,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from engine.runtimes import rootless
 from engine.runtimes.conmon import start_time
 
 Done = subprocess.CompletedProcess[str]
-FUSE = Path("/dev/fuse")
+DEVICES = (Path("/dev/fuse"), Path("/dev/net/tun"))  # readable for all where udev makes them
 
 
 class Person:
@@ -134,15 +136,16 @@ def python_for(person: Person) -> str | None:
 @pytest.fixture(scope="module")
 def people() -> Iterator[tuple[Person, Person]]:
     needs_oci()
-    for program in ("useradd", "newuidmap", "setpriv"):
+    for program in ("useradd", "newuidmap", "setpriv", "slirp4netns"):
         if rootless.tool(program) is None:
             pytest.skip(f"needs {program}")
     if reason := rootless.forbidden():
         pytest.skip(reason.reason)
     base = Path(tempfile.mkdtemp(prefix="dutchman-people-"))
     base.chmod(0o755)
-    mode = stat.S_IMODE(FUSE.stat().st_mode)
-    FUSE.chmod(0o666)  # as udev makes it
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in DEVICES if path.exists()}
+    for path in modes:
+        path.chmod(0o666)
     made: list[Person] = []
     try:
         for letter in "ab":
@@ -160,7 +163,8 @@ def people() -> Iterator[tuple[Person, Person]]:
     finally:
         for person in made:
             person.leave()
-        FUSE.chmod(mode)
+        for path, mode in modes.items():
+            path.chmod(mode)
         host.remove_tree(base)
 
 
@@ -232,6 +236,47 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     alarms = [line for line in (me.store / "engine.log").read_text().splitlines() if " INFO " not in line]
     assert not alarms, alarms
     assert "uid=0" in me.sh("dutchman unshare id").stdout
+
+
+def test_containers_have_networks_names_and_published_ports(people: tuple[Person, Person]) -> None:
+    me, _ = people
+    me.sh("dutchman up")
+    me.sh(f"dutchman load {me.base}/demo.tar")
+    assert "networks netavark" in me.out("cat status")
+    with socket.socket() as probe:  # a port nobody has
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    web = "mkdir /w; echo ahoy > /w/index.html; trap 'exit 0' TERM; httpd -f -p 80 -h /w & wait"
+    me.make("web", json.dumps({"image": "demo:1", "ports": [f"127.0.0.1:{port}:80"], "command": ["sh", "-c", web]}))
+    me.out("echo start > containers/web/ctl")
+
+    def page() -> str:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return ""
+
+    wait_for(lambda: page() == "ahoy\n", 20, "the published port answers")
+    inside = me.sh("dutchman run --rm --name ask demo:1 sh -c 'nslookup web; wget -qO- http://web/'", code=None).stdout
+    assert "ahoy" in inside, inside
+    pid = int(re.findall(r"^pid (\d+)$", me.out("cat status"), re.M)[0])
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not host.is_mounted(me.mount), what="the dead mount is gone")
+    assert page() == "ahoy\n", "what runs keeps its network without a daemon"
+    me.sh("dutchman up")
+    me.sh("dutchman stop web")
+    wait_for(lambda: not page(), what="the port is closed")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+    me.make("low", json.dumps({"image": "demo:1", "ports": ["80:80"], "command": ["true"]}))
+    if rootless.first_port() > 80:
+        me.sh(f"echo start > {me.mount}/containers/low/ctl", code=None)
+        wait_for(lambda: "port 80" in me.out("cat containers/low/error"), 20, "the port is named")
+    me.sh("dutchman rm web low")
+    me.sh("dutchman down")
+    wait_for(lambda: not me.processes(), what="everything has ended")
 
 
 def test_doctor_says_what_an_ordinary_user_has_and_lacks(people: tuple[Person, Person]) -> None:

@@ -24,6 +24,7 @@ from engine.errors import DeadlineExceeded, RuntimeFailure, Unsupported
 from engine.netconfig import PortSpec
 from engine.programs import run_helper
 from engine.runtimes.netbase import Link
+from engine.runtimes.slirp import Uplink
 from engine.userids import rootless
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,10 @@ def find(name: str, places: str = f"{PLACES}:{SBIN}") -> str | None:
 class Netavark:
     """Networks of the containers of one store; `state` is a directory of its own that does not survive a boot."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, uplink: Uplink | None = None) -> None:
+        """`uplink`: without root, the network everything is made in; otherwise it is the host's."""
         self._state = state
+        self._uplink = uplink
         self._lock = threading.Lock()  # one call at a time
         self._program, self._resolver = find("netavark"), find("aardvark-dns")
         self._iptables = find("iptables", SBIN)
@@ -60,8 +63,10 @@ class Netavark:
         """Why networks cannot be made here; empty when they can. Runs nothing."""
         if not host.LINUX:
             return "networks need a Linux host"
-        if not host.is_root() or rootless() is not None:
+        if self._uplink is None and (not host.is_root() or rootless() is not None):
             return "networks need root"
+        if self._uplink is not None and (why := self._uplink.missing()):
+            return why
         if self._program is None:
             return "netavark is not installed"
         if self._iptables is None:
@@ -136,7 +141,7 @@ class Netavark:
             raise Unsupported(why, hint="apt-get install netavark aardvark-dns iptables")
         assert self._program is not None
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        argv = [self._program, "--config", str(self._state)]
+        argv = [*self._prefix(), self._program, "--config", str(self._state)]
         argv += ["--aardvark-binary", self._resolver or "/nonexistent/aardvark-dns", verb, str(netns)]
         environ = {
             "PATH": f"{SBIN}:{os.environ.get('PATH', '')}",
@@ -153,6 +158,9 @@ class Netavark:
             words = _words(out, said) or f"exit status {code}"
             raise RuntimeFailure(f"netavark {verb}: {words}", hint="without networks: echo none > config/networks")
         return out.decode(errors="replace")
+
+    def _prefix(self) -> list[str]:
+        return [] if self._uplink is None else self._uplink.prefix()
 
     # --- the resolver -------------------------------------------------------------------------------------------
 
@@ -178,8 +186,9 @@ class Netavark:
         """Until it listens at each gateway: the container's first query would be refused otherwise."""
         wanted = {f"{int.from_bytes(bytes(map(int, item.split('.'))), 'little'):08X}:0035" for item in gateways}
         deadline = time.monotonic() + RESOLVER_PATIENCE
+        table = "/proc/self/net/udp" if self._uplink is None else self._uplink.proc("udp")
         while wanted:
-            wanted -= {line.split()[1] for line in Path("/proc/self/net/udp").read_text().splitlines()[1:]}
+            wanted -= {line.split()[1] for line in Path(table).read_text().splitlines()[1:]}
             if wanted and time.monotonic() >= deadline:
                 log.warning("aardvark-dns does not listen at %s", ", ".join(gateways))
                 return
@@ -204,7 +213,7 @@ class Netavark:
                     self._clear_chains(program, found)
 
     def _clear_chains(self, program: str, save: str) -> None:
-        code, out, said = run_helper([save], b"", DEADLINE, 16 << 20)
+        code, out, said = run_helper([*self._prefix(), save], b"", DEADLINE, 16 << 20)
         if code:
             raise RuntimeFailure(f"{program}-save: {_words(b'', said)}")
         lines = out.decode(errors="replace").splitlines()
@@ -227,7 +236,10 @@ class Netavark:
             return
         restore = save.removesuffix("-save") + "-restore"
         code, _, said = run_helper(
-            [restore, "--noflush", "--wait", "5"], ("\n".join(commands) + "\n").encode(), DEADLINE, MAX_ANSWER
+            [*self._prefix(), restore, "--noflush", "--wait", "5"],
+            ("\n".join(commands) + "\n").encode(),
+            DEADLINE,
+            MAX_ANSWER,
         )
         if code:
             raise RuntimeFailure(f"{program}-restore: {_words(b'', said)}")

@@ -35,9 +35,10 @@ from engine import host, userids
 from engine.errors import AccessDenied, EngineError, RuntimeFailure, Unsupported
 from engine.runtimes.conmon import ended, open_process, start_time
 
-CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 MS_REC, MS_SLAVE = 16384, 1 << 19
 ENOUGH = 65536  # subordinate ids: images use ids up to 65534
+HELPERS = ("slirp4netns", "aardvark-dns")  # serve containers, and end when there are none
 SECONDS = 10.0  # for one small program
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 LIMITS = ("memory", "memory_swap", "memory_reservation", "cpus", "cpu_shares", "cpuset", "pids", "device_cgroup_rules")
@@ -110,6 +111,12 @@ def lacks() -> list[Lack]:
 def count() -> int:
     """How many subordinate user ids this user has."""
     return sum(number for _, number in subordinate(Path("/etc/subuid"), os.getuid(), _login()))
+
+
+def first_port() -> int:
+    """The first port an ordinary user may listen on."""
+    text = _read("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+    return int(text) if text.isdigit() else 1024
 
 
 def forbidden() -> Lack | None:
@@ -245,7 +252,7 @@ def _map(program: str, pid: int, own: int, ranges: list[tuple[int, int]]) -> Non
 
 def _hold(say: int, hear: int) -> None:
     """In the child: make the namespaces, become their root, and sleep for good."""
-    _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS))
+    _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET))  # bridges are made in the last; only it is in it
     os.write(say, b"unshared")
     if os.read(hear, 16) != b"mapped":
         os._exit(1)
@@ -313,37 +320,43 @@ def release(directory: Path) -> bool:
         if pid is None:
             return True
         for _ in range(20):  # what has been told to end may take a moment
-            if not _company(pid):
+            if all(name in HELPERS for _, name in _others(pid)):
                 break
             time.sleep(0.025)
         else:
             return False
-        process = open_process(pid, start_time(pid) or 0)
-        if process is not None:
-            try:
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-                ended(process, SECONDS)
-                os.waitpid(pid, os.WNOHANG)
-            except (ProcessLookupError, ChildProcessError):
-                pass  # it ended by itself; another program's child
-            finally:
-                os.close(process)
-        (directory / "holder").unlink(missing_ok=True)
+        for one in [*(helper for helper, _ in _others(pid)), pid]:
+            _end(one)
+        for name in ("holder", "slirp", "slirp.sock"):
+            (directory / name).unlink(missing_ok=True)
     return True
 
 
-def _company(pid: int) -> bool:
-    """Whether another process lives in the user namespace of `pid` (or in one we may not look at, below it)."""
+def _end(pid: int) -> None:
+    process = open_process(pid, start_time(pid) or 0)
+    if process is None:
+        return
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        ended(process, SECONDS)
+        os.waitpid(pid, os.WNOHANG)
+    except (ProcessLookupError, ChildProcessError):
+        pass  # it ended by itself; another program's child
+    finally:
+        os.close(process)
+
+
+def _others(pid: int) -> Iterator[tuple[int, str]]:
+    """(pid, name) of every other process that lives in the user namespace of `pid`."""
     ours = os.stat(f"/proc/{pid}/ns/user").st_ino
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == pid:
             continue
         try:
             if os.stat(f"/proc/{name}/ns/user").st_ino == ours and start_time(int(name)) is not None:
-                return True
+                yield int(name), Path(f"/proc/{name}/comm").read_text().strip()
         except OSError:
             continue  # gone meanwhile, or of another user
-    return False
 
 
 # --- containers -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""Networks of an engine without root: netavark in a namespace of the user's, slirp4netns as its way out. Floor 2.
+
+Only here: the order of the two. Bridges, names and rules are as with root; a published port takes two steps, from the
+host to the namespace (slirp.py), and there by netavark's rules to the container. Thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from engine.netconfig import PortSpec
+from engine.runtimes.netavark import Netavark
+from engine.runtimes.netbase import Link
+from engine.runtimes.slirp import Forward, Uplink
+
+
+def _forwards(ports: Sequence[PortSpec]) -> Iterator[Forward]:
+    for port in ports:
+        for offset in range(port.count):
+            yield Forward(port.protocol, port.host_ip, port.host + offset)
+
+
+class UserNetworks:
+    """A Backend (netbase.py). `state` is a directory of its own, `runtime` the user's runtime directory."""
+
+    def __init__(self, state: Path, runtime: Path) -> None:
+        self._uplink = Uplink(runtime)
+        self._netavark = Netavark(state, self._uplink)
+
+    @property
+    def resolves(self) -> bool:
+        return self._netavark.resolves
+
+    def missing(self) -> str:
+        return self._netavark.missing()
+
+    def setup(
+        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
+    ) -> None:
+        self._uplink.ensure()
+        # where a port is asked for at is the host's affair; inside, it comes in at the one address there is
+        inner = [port.model_copy(update={"host_ip": ""}) for port in ports]
+        self._netavark.setup(netns, id, name, links, inner, dns)
+        self._uplink.forward(_forwards(ports))
+
+    def teardown(
+        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
+    ) -> None:
+        self._uplink.unforward(_forwards(ports))
+        inner = [port.model_copy(update={"host_ip": ""}) for port in ports]
+        self._netavark.teardown(netns, id, name, links, inner, dns)
+
+    def clear(self, idle: Callable[[], bool]) -> None:
+        if self._uplink.missing() or not idle():
+            return
+        self._netavark.clear(idle)
+        if idle() and not self._uplink.used():
+            self._uplink.stop()
