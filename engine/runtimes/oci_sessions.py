@@ -73,7 +73,7 @@ class OciSessions:
         try:
             process = self._process(spec)
             stdio.note_terminal(files, spec.tty)
-            host.write_atomic(files.run / "process.json", json.dumps(process).encode(), 0o600)
+            (files.run / "process.json").write_text(json.dumps(process))  # in a directory of mode 0700
             self._launch(spec, files)
         except BaseException:
             self.delete(spec.id, spec.number)
