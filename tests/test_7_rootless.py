@@ -183,6 +183,7 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     me.make("web", json.dumps({"image": "demo:1", "command": ["sh", "-c", script]}))
     me.out("echo start > containers/web/ctl")
     wait_for(lambda: "ready" in me.out("cat containers/web/logs/stdout"), 30, "the container says that it is ready")
+    assert me.sh("echo fed | dutchman exec -i -u 1000 web sh -c 'id -u; cat; exit 4'", code=4).stdout == "1000\nfed\n"
     changes = me.out("cat containers/web/changes")
     assert "D /etc/group" in changes and "A /srv/new" in changes, changes
 
