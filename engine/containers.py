@@ -11,7 +11,6 @@ Threading: all methods from any thread. Readers never wait; verbs on one contain
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import random
@@ -28,7 +27,7 @@ from engine.config import ContainerConfig
 from engine.connections import Connections
 from engine.console import Console
 from engine.drivers import Drivers
-from engine.errors import AlreadyExists, Busy, Gone, InvalidArgument, NotFound
+from engine.errors import AlreadyExists, InvalidArgument, NotFound
 from engine.events import Journal
 from engine.execution import Execution
 from engine.failures import Failures
@@ -338,19 +337,6 @@ class Containers:
         self.execution.signal(container, signum)
         if signum == signals.SIGKILL:
             self.records.wait(container.id, lambda now: now.state not in ALIVE, STOP_PATIENCE)
-
-    def halt(self) -> None:
-        """Stop all that runs, as a host that goes down would: what its policy keeps up starts with the next engine."""
-        for container in self.all():
-            if container.state not in (State.RUNNING, State.PAUSED):
-                continue
-            paused = container.state is State.PAUSED
-            try:
-                now = self.records.move(container.id, State.STOPPING, reason="stopped with the engine")
-            except (Busy, Gone):
-                continue  # it ended meanwhile
-            work = functools.partial(self._stop, now, None, paused)
-            self._workers.bounded(now.object, "stop", 0.0, work)
 
     def pause(self, name: str) -> None:
         self._freeze(name, Verb.PAUSE)

@@ -20,7 +20,7 @@ from engine import host, userids
 from engine.connections import Connections, state_directory
 from engine.containers import Containers
 from engine.drivers import Drivers
-from engine.errors import EngineError, NoSpace
+from engine.errors import Busy, EngineError, Gone, NoSpace
 from engine.events import Journal, acting
 from engine.failures import Failures
 from engine.history import History
@@ -313,6 +313,16 @@ class Engine:
                 wrapped = EngineError(f"{error.strerror}: {error.filename}" if error.filename else str(error))
                 self.failures.record(object, line, wrapped)
                 raise
+
+    def halt(self) -> None:
+        """Stop all that runs, as a host that goes down would: what its policy keeps up starts with the next engine."""
+        for container in self.containers.all():
+            if container.state in (State.RUNNING, State.PAUSED):
+                try:
+                    now = self.containers.records.move(container.id, State.STOPPING, reason="stopped with the engine")
+                except (Busy, Gone):
+                    continue  # it ended meanwhile
+                self.containers.resume_stop(now)
 
     # --- the end ------------------------------------------------------------------------------------------------
 

@@ -200,7 +200,7 @@ def test_halt_stops_all_and_keeps_nobody_down(opened: Callable[[], Engine]) -> N
         create(engine, name, "sleep inf", restart)
         engine.containers.start(name)
     engine.containers.pause("b")
-    engine.containers.halt()
+    engine.halt()
     for name in ("a", "b"):
         reach(engine, name, State.STOPPED)
         assert due(engine, name) is None

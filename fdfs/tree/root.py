@@ -85,7 +85,7 @@ def down(engine: Any, call: Call) -> None:
 
 
 def halt(engine: Any, call: Call) -> None:
-    engine.containers.halt()
+    engine.halt()
 
 
 # --- logs -------------------------------------------------------------------------------------------------------
