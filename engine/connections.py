@@ -259,8 +259,11 @@ class Connections:
     def _release_logged(self, id: str) -> None:
         try:
             self.release(id)
-        except (EngineError, OSError, sqlite3.Error):
-            log.exception("the network of container %s could not be taken down; the next start tries again", id)
+        except (EngineError, OSError, sqlite3.Error) as error:
+            if self._closed:
+                log.info("the network of container %s is left to the next daemon: %s", id, error)
+            else:
+                log.exception("the network of container %s could not be taken down; the next start tries again", id)
         finally:
             with self._guard:
                 self._releasing.discard(id)

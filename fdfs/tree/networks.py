@@ -171,7 +171,7 @@ NETWORK = Dir(
     rmdir=remove,
     object=object_of,
     rows=(
-        File(name="subnet", doc="IPv4, and IPv6 where it has one: one per line", show=subnet),
+        File(name="subnet", doc="its addresses: of IPv4, and of IPv6 where it has that, one per line", show=subnet),
         File(name="gateway", doc="the host's address in each", show=gateway),
         File(name="driver", doc="bridge", show=driver),
         File(name="internal", doc="true: no way out, and in only from the host", show=internal),
