@@ -21,8 +21,9 @@ OURS = frozenset({FILLING.encode(), FILLED.encode(), b"lost+found"})
 
 
 def covered(data: Path) -> bool:
-    """Whether something is mounted over it. By the mount table: a bound directory may be of the same device."""
-    return host.LINUX and host.is_mounted(Path(os.path.realpath(data)))
+    """Whether something is mounted over it. By the mount table: a bound directory may be of the same device, and a
+    server that is gone must not be asked."""
+    return host.LINUX and host.is_mounted(Path(os.path.realpath(data.parent)) / data.name)
 
 
 def empty(data: Path) -> bool:
