@@ -200,6 +200,12 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
         f"1000\n{me.first + 999}"
     )
 
+    # the host's network and processes
+    me.make("host", '{"image": "demo:1", "networks": ["host"], "pid": "host", "command": ["cat", "/proc/1/comm"]}')
+    me.out("echo start > containers/host/ctl")
+    me.await_state("host", "stopped")
+    assert me.out("cat containers/host/logs/stdout") == Path("/proc/1/comm").read_text().strip()
+
     # what an ordinary user cannot have is refused by name
     me.make("limited", '{"image": "demo:1", "memory": "64MiB", "command": ["true"]}')
     me.sh(f"echo start > {me.mount}/containers/limited/ctl", code=None)
@@ -228,7 +234,7 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     assert me.out("cat containers/web/state containers/web/exit_code").split() == ["stopped", "3"]
 
     # files of other ids can be removed with it, and nothing is left behind
-    me.sh("dutchman rm web low once limited")
+    me.sh("dutchman rm web low once host limited")
     assert not list((me.store / "run/trees").iterdir())
     me.sh("dutchman down")
     wait_for(lambda: not me.processes(), what="everything has ended")

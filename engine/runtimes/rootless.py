@@ -371,6 +371,7 @@ def refuse(verb: str) -> None:
 def adapt(config: Any, document: dict[str, Any]) -> None:
     """Fit a container's config.json to what a user may do. Unsupported names a limit asked for.
 
+    Where it shares the host's network or processes, /sys or /proc cannot be mounted anew: the host's are bound.
     It has no cgroup: on version 1 only root makes them; of version 2 a user needs a delegated one, which is not made
     use of. A process may be made a likelier victim of the OOM killer than the daemon is, not a less likely one.
     """
@@ -383,6 +384,14 @@ def adapt(config: Any, document: dict[str, Any]) -> None:
             )
     document["linux"].pop("cgroupsPath", None)
     document["linux"].pop("resources", None)
+    own = {space["type"] for space in document["linux"]["namespaces"]}
+    bound = {"/sys": "network", "/proc": "pid"}
+    for mount in document["mounts"]:
+        if mount["type"] in ("sysfs", "proc") and bound.get(mount["destination"], "mount") not in own:
+            kept = [option for option in mount["options"] if option in ("ro", "nosuid", "noexec", "nodev")]
+            mount |= {"type": "bind", "source": mount["destination"], "options": ["rbind", *kept]}
+            if mount["destination"] == "/sys":  # it has the host's cgroups below it
+                document["mounts"] = [item for item in document["mounts"] if item["type"] != "cgroup"]
     score = int(_read("/proc/self/oom_score_adj") or 0)
     document["process"]["oomScoreAdj"] = max(score, document["process"].get("oomScoreAdj", 0))
 
