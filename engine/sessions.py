@@ -262,15 +262,15 @@ class Sessions:
                 host.write_atomic(directory / "end.json", json.dumps(plain(over)).encode(), 0o600)
         except OSError as error:
             log.warning("%s: its end was not noted: %s", over.object, error)
-        self._put(over)
-        data: dict[str, Any] = {"exit_code": over.exit_code}
-        if over.reason:
-            data["reason"] = over.reason
-        self._tell("execEnded", over, data)
         try:
             self._driver(over).delete(over.container, over.number)
         except (EngineError, OSError) as error:
             log.warning("%s was not cleared: %s", over.object, error)
+        self._put(over)  # from here on another thread may drop it
+        data: dict[str, Any] = {"exit_code": over.exit_code}
+        if over.reason:
+            data["reason"] = over.reason
+        self._tell("execEnded", over, data)
         self._drop_oldest(over.container)
 
     def _give_up(self, session: Session) -> None:
@@ -364,7 +364,8 @@ class Sessions:
     def _drop(self, session: Session) -> None:
         key = session.container, session.number
         with self._changed:
-            self._table.get(session.container, {}).pop(session.number, None)
+            if self._table.get(session.container, {}).pop(session.number, None) is None:
+                return  # another thread does
             self._locks.pop(key, None)
         self._close_log(key)
         self._failures.clear(session.object)
