@@ -20,7 +20,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MAX_BINDS = 64
 AGAIN_SECONDS = 1.0  # a directory's mount may be replaced; a wish that failed may be repeated
 FOLLOW_SECONDS = 0.1
+FOLLOWED = 4  # links to unbound trees within a second; beyond it someone lists links and follows none
 READY_SECONDS = 10.0
 
 
@@ -60,6 +61,7 @@ class Binder:
         self._process: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
         self._subscription: Any = None
+        self._followed: deque[float] = deque(maxlen=FOLLOWED)  # when links to unbound trees were read
         self._alive = False
         self._deaths = 0
         self._ended = threading.Event()
@@ -96,8 +98,20 @@ class Binder:
         for row in found.row.rows:
             if isinstance(row, Dir) and row.bind is not None:
                 path = target.rstrip(b"/") + b"/" + row.name.encode()
-                self.on_graft(path, row, found.keys)
-                self._settled(path)
+                if not self._listing(path):
+                    self.on_graft(path, row, found.keys)
+                    self._settled(path)
+
+    def _listing(self, path: bytes) -> bool:
+        """Whether links are read for their own sake, as `ls -l` does: readlink(2) does not say. A thousand images must
+        not be mounted, nor waited for, one after the other; whoever then does go into one has it bound by that."""
+        with self._lock:
+            if path in self._bound:
+                return False
+            now = time.monotonic()
+            many = len(self._followed) == FOLLOWED and now - self._followed[0] < 1.0
+            self._followed.append(now)
+            return many
 
     def _settled(self, path: bytes) -> None:
         deadline = time.monotonic() + FOLLOW_SECONDS

@@ -25,6 +25,8 @@ from engine.store.layers import Layers
 from engine.store.meta import Meta
 from engine.store.trees import Trees
 from fdfs import binds
+from fdfs.binder import Binder
+from fdfs.tree.root import ROOT as TREE
 
 REASON = can_mount() or (None if host.LINUX and host.is_root() else "binds need root on Linux")
 if REASON and os.environ.get("CI") == "true" and host.LINUX and host.is_root():
@@ -272,3 +274,14 @@ def test_others_are_held_to_the_modes_of_files(binds: bool) -> None:
             daemon.sh("rmdir volumes/v")
     finally:
         shutil.rmtree(place)
+
+
+def test_a_listing_of_links_mounts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ls -l images` reads every tag: four in a second may be about to be followed, more are a listing."""
+    now = 100.0
+    monkeypatch.setattr("fdfs.binder.time.monotonic", lambda: now)
+    with Engine(tmp_path / "store", runtime="fake") as engine:
+        binder = Binder(engine, TREE, tmp_path / "mnt")
+        assert [binder._listing(b"/images/by-digest/%d/rootfs" % n) for n in range(6)] == [False] * 4 + [True] * 2
+        now = 101.0  # it has ended
+        assert not binder._listing(b"/images/by-digest/9/rootfs")
