@@ -29,7 +29,7 @@ if REASON and os.environ.get("CI") == "true" and host.LINUX and host.is_root():
     raise RuntimeError(f"this test must run in CI: {REASON}")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
-SAMPLE = {"single": 53, "pairs": 37, "scenes": 1}
+SAMPLE = {"single": 97, "pairs": 67, "scenes": 1}
 # scene -> what the view answers where libfuse 2 has no such request; None: anything, it is checked elsewhere
 FUSE_ALONE: dict[str, Any] = {
     "seek_hole": [0, 4 << 20],  # one piece of data: right, but not helpful
@@ -66,7 +66,7 @@ def answers(place: Path, matrix: str, every: int) -> dict[str, Any]:
 def compare(plain: Path, view: Path, matrix: str, bound: bool) -> None:
     every = int(os.environ.get("DUTCHMAN_POSIX_EVERY", SAMPLE[matrix] * (2 if bound else 1)))
     wanted, found = answers(plain, matrix, every), answers(view, matrix, every)
-    assert len(wanted) > 15
+    assert len(wanted) > 10
     if not bound:
         for name, instead in FUSE_ALONE.items():
             if name in wanted:
