@@ -31,7 +31,10 @@ class Process:
 
 
 def processes(id: str, pid: int | None) -> list[Process]:
-    """Those in the container's cgroup, nested groups too, by pid. `pid`, its first process, counts without a cgroup."""
+    """Those in the container's cgroup, nested groups too, by their pid inside.
+
+    `pid`: its first process, which counts also without a cgroup.
+    """
     here = Cgroups.detect()
     pids = {pid} if pid is not None else set()
     group = cgroups.path(here, "pids" if here.version == 1 else "", id)
@@ -41,7 +44,7 @@ def processes(id: str, pid: int | None) -> list[Process]:
         except OSError:
             continue  # it went away meanwhile
     found = (process(number) for number in sorted(pids)[:MAX_PROCESSES])
-    return [item for item in found if item is not None]
+    return sorted((item for item in found if item is not None), key=lambda item: item.inside)
 
 
 def process(pid: int) -> Process | None:
