@@ -24,9 +24,15 @@ IFF_UP = 1
 
 def make(path: Path) -> None:
     """A new, empty network namespace bound at `path` (a file is made there). OSError when the kernel refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     remove(path)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    for again in (True, False):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            break
+        except FileNotFoundError:  # the directory was removed as the last namespace went
+            if not again:
+                raise
     failed: list[BaseException] = []
 
     def work() -> None:  # a thread of its own: only it enters the namespace, and it ends right after
