@@ -19,6 +19,13 @@ DIGEST = re.compile(r"^sha256:[0-9a-f]{64}\Z")
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}\Z")  # container and volume names, as Docker's
 MAX_DOCUMENT = 1 << 20  # bytes of a config.yaml
 MAX_NODES = 1 << 20  # values in it, once its aliases are written out
+_NUMBERS = {  # what counts as a number: YAML 1.1 but for base 60
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)\Z"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))\Z"
+        r"|\.(?:nan|NaN|NAN)\Z"
+    ),
+}
 
 
 def check_digest(text: str) -> str:
@@ -140,13 +147,23 @@ def _expanded(node: Any, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as its users know it from Docker: numbers of base 60 are none, so the port `22:22` stays a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in rows]
+    for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load_yaml(text: str | bytes, document: str) -> Any:
     """Plain data from YAML. E2BIG above 1 MiB; EINVAL says what else is wrong: also aliases that stand
     for more than could be written."""
     if len(text) > MAX_DOCUMENT:
         raise TooLarge(f"{document} is larger than {MAX_DOCUMENT} bytes")
     try:
-        loader = yaml.SafeLoader(text.decode() if isinstance(text, bytes) else text)
+        loader = _Loader(text.decode() if isinstance(text, bytes) else text)
         try:
             node = loader.get_single_node()
             if node is None:

@@ -183,3 +183,9 @@ def test_what_would_fail_later_is_refused_where_it_is_written(text: str, reason:
 def test_ordinary_aliases_and_merges_are_taken() -> None:
     config = parse_config("env: &e {a: b}\nlabels:\n  <<: *e\n  c: d\n")
     assert config.labels == {"a": "b", "c": "d"}
+
+
+def test_a_port_pair_is_a_text_not_a_number_of_base_60() -> None:
+    found = model.load_yaml("[22:22, 1:30.5, 12:30:45, 10, 0x1f, 010, 1.5, .inf]", "x")
+    assert found == ["22:22", "1:30.5", "12:30:45", 10, 31, 8, 1.5, float("inf")]
+    assert [str(port.host) for port in parse_config("ports: [22:22]").ports] == ["22"]

@@ -48,7 +48,7 @@ def test_the_top_lists_what_the_namespace_promises(daemon: Daemon) -> None:
     promised = "README.txt version status ctl error events images layers containers logs volumes jobs store"
     assert set(promised.split()) <= names
     assert "images/" in daemon.sh("cat README.txt")
-    assert daemon.sh("cat ctl") == "down\n"
+    assert daemon.sh("cat ctl") == "down\nhalt\n"
 
 
 def test_sizes_are_true(daemon: Daemon) -> None:

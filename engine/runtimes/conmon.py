@@ -203,7 +203,8 @@ def launch(
                     stdin=subprocess.DEVNULL,
                     stdout=words,
                     stderr=words,
-                    pass_fds=[write_end],
+                    # with an end of its own to read from, conmon is not killed by its report when the daemon just was
+                    pass_fds=[read_end, write_end],
                     start_new_session=True,
                 )
         except OSError as error:
