@@ -4,7 +4,8 @@ Only here: what each state a daemon can leave behind (`kill -9` at any point inc
 anything else touches containers.
 
     found in the catalog    found running               becomes
-    starting                not yet executed            stopped: the start is rolled back
+    starting                not yet executed, or what   stopped: the start is rolled back
+                            the last run left
     starting                running, paused             running, paused: only the note of it was lost
     starting                ended                       running, then stopped with its exit code
     running, paused         running, paused             what is found; watched again, with the limits of its config
@@ -106,7 +107,10 @@ def _limits(containers: Containers, container: Container) -> None:
 
 def _starting(containers: Containers, container: Container, found: Status) -> None:
     driver = containers.execution.driver_of(container)
-    if found.state in LIVE or found.state is base.State.STOPPED:
+    earlier = (
+        found.finished_ns is not None and found.finished_ns == container.finished_ns
+    )  # what is left of the last run
+    if found.state in LIVE or (found.state is base.State.STOPPED and not earlier):
         columns: dict[str, Any] = {"pid": found.pid, "started_ns": time.time_ns(), "finished_ns": None, "oom": 0}
         columns["runtime"] = driver.name
         if not container.image:

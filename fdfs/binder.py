@@ -141,7 +141,7 @@ class Binder:
         process = self._process = binds.spawn()
         killer = threading.Timer(READY_SECONDS, process.kill)
         killer.start()
-        ready = self._answer()
+        ready = _answer(process)
         killer.cancel()
         if ready is None or not ready.get("ready"):
             log.warning("no process that mounts: browsing goes through the control mount")
@@ -264,15 +264,7 @@ class Binder:
             process.stdin.flush()
         except (OSError, ValueError):
             return None  # it ended; `_watch` sees to that
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any] | None:
-        assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            return None
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return _answer(process)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -329,3 +321,13 @@ class Binder:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+    """The next line of the process that mounts; None when it has ended."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        return None
+    answer: dict[str, Any] = json.loads(line)
+    return answer

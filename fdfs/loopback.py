@@ -38,7 +38,7 @@ class Loopback:
     """The host directory `root`. With `overlay_upper` whiteouts are not shown."""
 
     def __init__(
-        self, root: Path, *, writable: bool, caller: Caller | None = None, overlay_upper: bool = False
+        self, root: Path, *, writable: Callable[[], bool], caller: Caller | None = None, overlay_upper: bool = False
     ) -> None:
         self._root = root
         self._writable = writable
@@ -124,7 +124,7 @@ class Loopback:
             return os.readlink(name, dir_fd=fd)
 
     def open(self, path: bytes, flags: int) -> HostFile:
-        if not self._writable and flags & (os.O_ACCMODE | os.O_TRUNC):
+        if not self._writable() and flags & (os.O_ACCMODE | os.O_TRUNC):
             raise ReadOnly("this view is read-only")
         self._lstat(path)
         wanted = flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | getattr(os, "O_NOATIME", 0)) | os.O_NONBLOCK
@@ -207,7 +207,7 @@ class Loopback:
 
     def change(self, operation: str, path: bytes, *arguments: Any) -> Any:
         """Every modifying operation by its FUSE name. EROFS on a read-only view."""
-        if not self._writable:
+        if not self._writable():
             raise ReadOnly("this view is read-only")
         return _CHANGES[operation](self, path, *arguments)
 

@@ -63,7 +63,8 @@ def test_every_row_renders(engine: Engine) -> None:
         if isinstance(found.row, File) and (found.row.show or found.row.verbs is not None):
             content = render(engine, found.row, found.keys)
             if not path.endswith((b"/status", b"/store/stats")):
-                assert attr.size == len(content), path
+                # a comparison of images may have ended between the two looks
+                assert len(content) in (attr.size, attr_of(engine, found, path).size), path
             if content and not path.endswith((b"manifest.json", b"config.json")):
                 assert content.endswith(b"\n"), path
         seen += 1
@@ -301,7 +302,7 @@ def test_nothing_escapes_a_loopback(tmp_path: Path) -> None:
     (root / "out").symlink_to("..")
     (root / "abs").symlink_to("/")
     (root / "link").symlink_to("../secret")
-    tree = Loopback(root, writable=True)
+    tree = Loopback(root, writable=lambda: True)
     for path in (b"../secret", b"out/secret", b"abs/etc/passwd", b"out/../secret", b"."):
         with pytest.raises(OSError, match=r"."):
             tree.open(path, os.O_RDONLY)
@@ -326,7 +327,7 @@ def test_a_loopback_hides_what_the_overlay_keeps_for_itself(tmp_path: Path) -> N
     os.mknod(tmp_path / "gone", stat.S_IFCHR | 0o600, os.makedev(0, 0))
     (tmp_path / "there").write_text("x")
     os.setxattr(tmp_path / "there", "trusted.overlay.opaque", b"y")
-    tree = Loopback(tmp_path, writable=False, overlay_upper=True)
+    tree = Loopback(tmp_path, writable=lambda: False, overlay_upper=True)
     assert [name for name, _, _ in tree.readdir(b"")] == [b"there"]
     assert tree.listxattr(b"there") == []
     with pytest.raises(FileNotFoundError):
@@ -336,7 +337,7 @@ def test_a_loopback_hides_what_the_overlay_keeps_for_itself(tmp_path: Path) -> N
 def test_new_files_belong_to_the_caller(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("acting for others needs root")
-    tree = Loopback(tmp_path, writable=True, caller=lambda: (1234, 2345, 0))
+    tree = Loopback(tmp_path, writable=lambda: True, caller=lambda: (1234, 2345, 0))
     tree.change("mkdir", b"d", 0o750)
     handle = tree.change("create", b"d/f", 0o4640, os.O_WRONLY)
     handle.write(b"x", 0)

@@ -170,7 +170,7 @@ def wait(engine: Any, name: str) -> str:
 
 
 def rootfs(engine: Any, name: str) -> Loopback:
-    return Loopback(Path(engine.containers.rootfs(name)), writable=True, caller=caller)
+    return Loopback(Path(engine.containers.rootfs(name)), writable=lambda: True, caller=caller)
 
 
 def rootfs_source(engine: Any, name: str) -> BindSource:
@@ -181,7 +181,7 @@ def rootfs_source(engine: Any, name: str) -> BindSource:
 
 
 def diff(engine: Any, name: str) -> Loopback:
-    return Loopback(Path(engine.containers.upper(name)), writable=False, overlay_upper=True)
+    return Loopback(Path(engine.containers.upper(name)), writable=lambda: False, overlay_upper=True)
 
 
 def changes(engine: Any, name: str) -> bytes:

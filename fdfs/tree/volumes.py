@@ -70,7 +70,11 @@ def user_target(engine: Any, name: str, container: str) -> str:
 def data(engine: Any, name: str) -> Loopback:
     """What is not mounted cannot be written to: it would be hidden by the mount."""
     volume = engine.volumes.get(name)
-    return Loopback(volume.path, writable=engine.volumes.mounted(volume) and not volume.read_only, caller=caller)
+
+    def writable() -> bool:  # asked at each change: it comes and goes while this view is in use
+        return not volume.read_only and bool(engine.volumes.mounted(volume))
+
+    return Loopback(volume.path, writable=writable, caller=caller)
 
 
 def data_source(engine: Any, name: str) -> BindSource:
