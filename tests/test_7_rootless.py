@@ -63,7 +63,7 @@ class Person:
             "USER": self.name,
             "LC_ALL": "C.UTF-8",
             "PATH": f"{self.base / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONPATH": f"{ROOT}:{sysconfig.get_paths()['purelib']}",
+            "PYTHONPATH": f"{self.base / 'project'}:{self.base / 'packages'}",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         done = subprocess.run(
@@ -125,11 +125,11 @@ def with_pidfd(pid: int) -> None:
         os.close(fd)
 
 
-def python_for(person: Person) -> str | None:
+def python_for(person: Person) -> Path | None:
     """An interpreter this user may run that has what the engine needs; None when there is none."""
-    for binary in (sys.executable, "/usr/bin/python3"):
+    for binary in (person.base / "python" / "bin" / Path(sys.executable).resolve().name, "/usr/bin/python3"):
         if person.sh(f"{binary} -c 'import fdfs.cli_daemon, fdfs.mount, pydantic'", code=None).returncode == 0:
-            return binary
+            return Path(binary)
     return None
 
 
@@ -147,7 +147,12 @@ def people() -> Iterator[tuple[Person, Person]]:
     for path in modes:
         path.chmod(0o666)
     made: list[Person] = []
+    # wherever this runs from, an ordinary user may not get there
+    shown = {"project": ROOT, "packages": Path(sysconfig.get_paths()["purelib"]), "python": Path(sys.base_prefix)}
     try:
+        for name, source in shown.items():
+            (base / name).mkdir()
+            host.bind(source, base / name, read_only=True)
         for letter in "ab":
             made.append(Person(base, f"dutchman{letter}{os.getpid()}"))
         binary = python_for(made[0])
@@ -165,6 +170,8 @@ def people() -> Iterator[tuple[Person, Person]]:
             person.leave()
         for path, mode in modes.items():
             path.chmod(mode)
+        for name in shown:
+            host.unmount(base / name)
         host.remove_tree(base)
 
 
