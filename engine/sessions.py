@@ -28,7 +28,7 @@ from engine.errors import Busy, EngineError, NoSpace, NotFound
 from engine.events import Journal
 from engine.execution import COULD_NOT_START, Execution, one_line, start_failure_code
 from engine.failures import Failures
-from engine.lifecycle import ALIVE, State
+from engine.lifecycle import State
 from engine.logs import ContainerLogs
 from engine.logsopen import Recent
 from engine.records import Container, Records
@@ -393,7 +393,9 @@ class Sessions:
     def _permit(self, container: Container) -> None:
         """The container may stop meanwhile: then the driver says so, or the session ends with it."""
         if container.state is not State.RUNNING:
-            hint = "echo resume > ctl" if container.state in ALIVE else "echo start > ctl"
+            hint = f"wait until it is no longer {container.state}"
+            if container.state in (State.CREATED, State.STOPPED, State.PAUSED):
+                hint = "echo resume > ctl" if container.state is State.PAUSED else "echo start > ctl"
             raise Busy(f"the container is {container.state}", at="run", hint=hint)
         with self._changed:
             running = sum(session.state not in OVER for session in self._table.get(container.id, {}).values())

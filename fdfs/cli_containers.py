@@ -1,4 +1,4 @@
-"""`dutchman run ps logs start stop rm`: containers through their files.
+"""`dutchman run create ps logs start stop rm`: containers through their files.
 
 Floor 7. Only here: how a command line becomes a config.yaml, and how a log is followed until its container stops.
 One thread, and one more for each Ctrl-C.
@@ -20,10 +20,11 @@ from typing import Any
 import click
 
 from fdfs.cli_limits import fields_of, spec_options
-from fdfs.cli_mount import Failure, Follower, Mount, tail_offset
+from fdfs.cli_mount import Failure, Follower, Mount, explain, tail_offset
 from fdfs.cli_mounts import MOUNT_WORDS, long_mount, mount_options, short_mount
 from fdfs.cli_options import columns, mount_option, network_options
 
+FORCE = 30.0  # seconds `rm -f` goes on killing and removing
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
 NOT_EXECUTED = ("126", "127")  # exit codes of a program that cannot be executed, and of one that is not there
 ENDED = ("created", "stopped", "removing", "removed", "")
@@ -49,7 +50,8 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
     raise Failure(f"{what}: no free name found", "hint: give one with --name")
 
 
-@click.command("run", context_settings={"allow_interspersed_args": False})
+# -h is the host name, as Docker has it
+@click.command("run", context_settings={"allow_interspersed_args": False, "help_option_names": ["--help"]})
 @click.option("--name", help="Its name (default: an invented one).")
 @click.option("-d", "--detach", is_flag=True, help="Print the name and return; do not follow the log.")
 @click.option("-i", "--interactive", is_flag=True, help="Keep its input open, and pass on this command's.")
@@ -61,7 +63,7 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.option("--volumes-from", multiple=True, metavar="NAME[:ro]", help="Mount what another container mounts.")
 @click.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
 @click.option("-u", "--user", metavar="USER[:GROUP]", help="Whom to run as.")
-@click.option("--hostname", metavar="NAME")
+@click.option("-h", "--hostname", metavar="NAME")
 @click.option("--entrypoint", metavar="WORDS", help="Replaces the image's ENTRYPOINT.")
 @click.option("-l", "--label", multiple=True, metavar="KEY=VALUE")
 @spec_options
@@ -92,6 +94,7 @@ def run_command(
     label: tuple[str, ...],
     image: str,
     argv: tuple[str, ...],
+    starts: bool = True,
     **fields: Any,
 ) -> int:
     """Create a container from IMAGE and start it; ARGV (after --) replaces the image's command.
@@ -123,14 +126,15 @@ def run_command(
     ):
         if value:
             config[key] = value
-    what = f"run {image}"
+    what = f"{'run' if starts else 'create'} {image}"
     if tty and interactive and not detach and not os.isatty(0):
         raise Failure(f"{what}: the input is not a terminal", "hint: leave out -t")
     chosen = _create(where, name, what)
     container = ("containers", chosen)
     try:
         where.write(container, "config.yaml", json.dumps(config, ensure_ascii=False).encode(), what=what)
-        where.command(container, "start", what=what)
+        if starts:
+            where.command(container, "start", what=what)
     except Failure as failure:
         ended = where.field(*container, "exit_code")
         with contextlib.suppress(OSError):  # it never ran: nothing is kept of it
@@ -157,6 +161,22 @@ def run_command(
     return code
 
 
+@click.pass_context
+def _create_only(context: click.Context, /, **given: Any) -> int:
+    assert run_command.callback is not None
+    code: int = context.invoke(run_command.callback, detach=True, remove=False, starts=False, **given)
+    return code
+
+
+create_command = click.Command(
+    "create",
+    callback=_create_only,
+    params=[option for option in run_command.params if option.name not in ("detach", "remove")],
+    help="Create a container from IMAGE as `run` does, and do not start it.",
+    context_settings=run_command.context_settings,
+)
+
+
 def _healthcheck(fields: dict[str, Any]) -> dict[str, Any]:
     """The --health-… options as the config's field; they are taken out of `fields`."""
     check = {
@@ -174,7 +194,10 @@ def _healthcheck(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def follow(mount: Mount, name: str, *, fresh: bool = True) -> int:
-    """Pass on what the container prints (`fresh`: and has printed) until it has stopped; its exit code."""
+    """Pass on what the container prints (`fresh`: and has printed) until it has stopped; its exit code.
+
+    A signal to us stops it if it is ours (`fresh`), else the container gets that signal.
+    """
     asked = [0]
 
     def write(line: str) -> None:
@@ -184,7 +207,8 @@ def follow(mount: Mount, name: str, *, fresh: bool = True) -> int:
     def stop(number: int, _: object) -> None:
         # `stop` takes up to its grace period, and output goes on meanwhile; a second Ctrl-C kills
         asked[0] += 1
-        threading.Thread(target=write, args=("stop\n" if asked[0] == 1 else "kill\n",), daemon=True).start()
+        line = f"kill {number}\n" if not fresh else "stop\n" if asked[0] == 1 else "kill\n"
+        threading.Thread(target=write, args=(line,), daemon=True).start()
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -316,16 +340,29 @@ def each(mount: str | None, names: tuple[str, ...], line: str, what: str) -> int
     return for_each(where, names, lambda name: where.command(("containers", name), line, what=f"{what} {name}"))
 
 
-def for_each(where: Mount, names: tuple[str, ...], act: Callable[[str], object]) -> int:
-    failed = 0
-    for name in names:
-        try:
-            act(where.container(name))
-            click.echo(name)
-        except Failure as failure:
-            failed = 1
-            click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
+def for_each(where: Mount, names: tuple[str, ...], *acts: Callable[[str], object]) -> int:
+    """Do each act to all of them before the next one; those that fail are told and left out, the others named."""
+    left, failed = list(names), 0
+    for act in acts:
+        for name in list(left):
+            try:
+                act(where.container(name))
+                if act is acts[-1]:
+                    click.echo(name)
+            except Failure as failure:
+                failed = 1
+                left.remove(name)
+                click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
     return failed
+
+
+def _await_stop(where: Mount, name: str) -> None:
+    """`stop` returns after a second; this waits for the rest of the grace period. Failure when it would not end."""
+    while (state := where.field("containers", name, "state")) == "stopping":
+        time.sleep(POLL[0])
+    if state in ("running", "paused"):
+        reason, more = explain(where.field("containers", name, "error"))
+        raise Failure(f"stop {name}: it is {state}" + (f": {reason}" if reason else ""), *more)
 
 
 @click.command("start")
@@ -341,20 +378,38 @@ def start_command(mount: str | None, names: tuple[str, ...]) -> int:
 @click.option("-t", "--time", "seconds", type=click.IntRange(min=0), help="Seconds of grace before SIGKILL.")
 @click.argument("names", nargs=-1, required=True)
 def stop_command(mount: str | None, seconds: int | None, names: tuple[str, ...]) -> int:
-    """Stop running containers: the stop signal, a grace period, SIGKILL."""
-    return each(mount, names, "stop" if seconds is None else f"stop {seconds}", "stop")
+    """Stop running containers: the stop signal, a grace period, SIGKILL. Returns when they have stopped."""
+    line = "stop" if seconds is None else f"stop {seconds}"
+    where = Mount.find(mount)
+    ask = lambda name: where.command(("containers", name), line, what=f"stop {name}")  # noqa: E731
+    return for_each(where, names, ask, lambda name: _await_stop(where, name))
 
 
 @click.command("rm")
 @mount_option
 @click.option("-f", "--force", is_flag=True, help="Kill what runs first.")
+@click.option("-v", "--volumes", is_flag=True, help="Nothing more: anonymous volumes go with it anyway.")
 @click.argument("names", nargs=-1, required=True)
-def rm_command(mount: str | None, force: bool, names: tuple[str, ...]) -> int:
+def rm_command(mount: str | None, force: bool, volumes: bool, names: tuple[str, ...]) -> int:
     """Remove containers with everything they wrote."""
-    if force:
-        where = Mount.find(mount)
-        for name in names:
-            if where.field("containers", where.container(name), "state") not in ENDED:
-                with contextlib.suppress(Failure):  # it may end by itself meanwhile; removing says what is wrong
-                    where.command(("containers", name), "stop 0", what="rm")
-    return each(mount, names, "remove", "rm")
+    if not force:
+        return each(mount, names, "remove", "rm")
+    where = Mount.find(mount)
+    return for_each(where, names, lambda name: _remove(where, name))
+
+
+def _remove(where: Mount, name: str) -> None:
+    """Kill and remove it, in whatever state it is, also in one that passes."""
+    container, until = ("containers", name), time.monotonic() + FORCE
+    while True:
+        ended = where.field(*container, "state") in ENDED
+        if not ended:
+            with contextlib.suppress(Failure):  # it may end by itself meanwhile; removing says what is wrong
+                where.command(container, "kill", what="rm")
+        try:
+            where.command(container, "remove", what=f"rm {name}")
+            return
+        except Failure:
+            if ended or time.monotonic() > until:
+                raise
+        time.sleep(POLL[0])

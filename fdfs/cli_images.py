@@ -166,6 +166,8 @@ def rmi_command(mount: str | None, references: tuple[str, ...]) -> None:
     where = Mount.find(mount)
     for reference in references:
         named = _names(where)
+        if reference not in named and f"{reference}:latest" in named:
+            reference = f"{reference}:latest"
         if reference in named:
             digest, names = named[reference], [name for name in named if named[name] == named[reference]]
         else:
@@ -253,6 +255,8 @@ def commit_command(
     where = Mount.find(mount)
     words = [reference, *(f"{key}={value}" for key, value in (("author", author), ("message", message)) if value)]
     line = shlex.join(("commit", *words, *(f"change={item}" for item in change))).replace("\n", " ")
-    done = follow(where, where.command(("containers", container), line, what=f"commit {container}"),
-                  f"commit {container}")  # fmt: skip
-    click.echo(done)
+    follow(where, where.command(("containers", container), line, what=f"commit {container}"), f"commit {container}")
+    try:
+        click.echo(_image(where, reference)[-1])
+    except Failure:  # a name that is shown shorter, such as docker.io/library/…
+        click.echo(reference)

@@ -27,7 +27,7 @@ def network_options(function: F) -> F:
     for option in reversed(
         (
             click.option("-p", "--publish", "ports", multiple=True, metavar="[IP:][HOST:]PORT[/udp]", help="A port."),
-            click.option("--network", "networks", multiple=True, metavar="NAME", help="A network; host or none."),
+            click.option("--network", "--net", "networks", multiple=True, metavar="NAME", help="Or host, none."),
             click.option("--network-alias", multiple=True, metavar="NAME", help="A further name in its networks."),
             click.option("--dns", multiple=True, metavar="ADDRESS", help="A resolver instead of the host's."),
             click.option(

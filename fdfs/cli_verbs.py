@@ -1,4 +1,4 @@
-"""`dutchman kill pause resume restart rename update wait top stats diff inspect`: one container, one file each.
+"""`dutchman kill pause resume restart port rename update wait top stats diff inspect`: one container, one file each.
 
 Floor 7. Only here: these short commands. One thread.
 """
@@ -13,9 +13,10 @@ import click
 
 from fdfs.cli_containers import ENDED, each, for_each
 from fdfs.cli_limits import fields_of, limit_options
-from fdfs.cli_mount import Mount
+from fdfs.cli_mount import Failure, Mount, explain
 from fdfs.cli_options import columns, human, mount_option
 
+PATIENCE, POLL = 10.0, 0.05  # seconds: between stop and start of a restart; between two looks
 SAMPLE = 1.0  # seconds over which CPU use is measured
 SHOWN = (
     "id", "state", "reason", "image", "pid", "exit_code", "oom", "restarts", "created_at", "started_at",
@@ -53,10 +54,45 @@ unpause_command = resume_command
 
 @click.command("restart")
 @mount_option
+@click.option("-t", "--time", "seconds", type=click.IntRange(min=0), help="Seconds of grace before SIGKILL.")
 @click.argument("names", nargs=-1, required=True)
-def restart_command(mount: str | None, names: tuple[str, ...]) -> int:
-    """Stop containers that run, and start them."""
-    return each(mount, names, "restart", "restart")
+def restart_command(mount: str | None, seconds: int | None, names: tuple[str, ...]) -> int:
+    """Stop containers that run, and start them. Returns when they have started."""
+    where = Mount.find(mount)
+    before: dict[str, str] = {}
+    line = "restart" if seconds is None else f"restart {seconds}"
+
+    def ask(name: str) -> None:
+        before[name] = where.field("containers", name, "restarts")
+        where.command(("containers", name), line, what=f"restart {name}")
+
+    return for_each(where, names, ask, lambda name: _await_restart(where, name, before[name]))
+
+
+def _await_restart(where: Mount, name: str, before: str) -> None:
+    """`restart` returns after a second; this waits for the rest: the count goes up when it starts again."""
+    container, between = ("containers", name), time.monotonic() + PATIENCE
+    while True:
+        state = where.field(*container, "state")  # before the count: running and not counted is a stop that was refused
+        again = where.field(*container, "restarts") != before
+        if state in ("running", "paused", "") or (state == "stopped" and (again or time.monotonic() > between)):
+            break
+        if state != "stopped":
+            between = time.monotonic() + PATIENCE
+        time.sleep(POLL)
+    if not again or (state == "stopped" and not where.field(*container, "exit_code")):
+        reason, more = explain(where.field(*container, "error"))
+        raise Failure(f"restart {name}: it is {state or 'gone'}" + (f": {reason}" if reason else ""), *more)
+
+
+@click.command("port")
+@mount_option
+@click.argument("name")
+def port_command(mount: str | None, name: str) -> None:
+    """The published ports of a container, and where they are on this host."""
+    where = Mount.find(mount)
+    for line in where.field("containers", where.container(name), "ports").splitlines():
+        click.echo(line.replace(" ", " -> ", 1))
 
 
 @click.command("rename")

@@ -127,6 +127,8 @@ def test_commit_and_the_command(daemon: Daemon, registry: Registry, place: Path)
     again = cli(daemon, "export", "-o", str(place / "cli.tar"), "made:2")
     assert again.returncode == 1 and "exists" in again.stderr
     assert "srv/file" in daemon.sh(f"tar -tf {place}/cli.tar")
+    refused = cli(daemon, "export", "-o", "/proc/new.tar", "made:2")
+    assert refused.returncode == 1 and "nothing can be written there" in refused.stderr
     daemon.sh("echo kill > containers/c/ctl; sleep 0.2; rmdir containers/c")
 
 

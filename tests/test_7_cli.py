@@ -247,6 +247,56 @@ def test_a_container_from_run_to_rm(engine: Dutchman) -> None:
     assert "no container 'life'" in engine.cli("logs", "life", code=1).stderr
 
 
+def test_stop_restart_and_forced_removal_wait_for_a_container_that_ignores_its_signal(engine: Dutchman) -> None:
+    """Each takes longer than its verb waits (a second), and what comes next finds it done."""
+    engine.make("deaf", "trap '' TERM; while :; do sleep 0.1; done")
+    engine.cli("start", "deaf")
+    engine.cli("stop", "-t", "2", "deaf")
+    assert engine.sh("cat containers/deaf/state").stdout == "stopped\n"
+    engine.cli("start", "deaf")
+    engine.cli("restart", "-t", "2", "deaf")
+    assert engine.sh("cat containers/deaf/state containers/deaf/restarts").stdout == "running\n1\n"
+    engine.sh("echo stop 60 > containers/deaf/ctl")
+    assert "no longer stopping" in engine.cli("exec", "deaf", "true", code=1).stderr
+    assert "no container 'none'" in engine.cli("rm", "-fv", "none", "deaf", code=1).stderr
+    assert not engine.cli("ps", "-aq").stdout
+
+
+def test_create_as_run_without_the_start(engine: Dutchman) -> None:
+    words = ["--name", "made", "-h", "inner", "--net", "none", "demo:1", "hostname"]
+    assert engine.cli("create", *words).stdout == "made\n"
+    assert engine.sh("cat containers/made/state").stdout == "created\n"
+    engine.cli("start", "made")
+    assert engine.cli("wait", "made").stdout == "0\n" and engine.cli("logs", "made").stdout == "inner\n"
+    assert engine.cli("commit", "made", "kept").stdout.startswith("sha256:")
+    assert engine.cli("rmi", "kept").stdout == "kept:latest\n"
+    engine.cli("rm", "made")
+
+
+def test_interrupting_attach_passes_the_signal_on(engine: Dutchman) -> None:
+    engine.make("trapped", "trap 'echo interrupted' INT; trap 'exit 4' USR1; while :; do sleep 0.1; done")
+    engine.cli("start", "trapped")
+    words = [engine.bin / "dutchman", "attach", "trapped"]
+    with subprocess.Popen(words, env=engine.env, stdout=subprocess.PIPE) as held:
+        try:
+            # SIGINT is ours once it follows: a handler of its own is set
+            wait_for(lambda: caught(held.pid, signal.SIGINT), what="attached")
+            held.send_signal(signal.SIGINT)
+            assert held.stdout is not None and held.stdout.readline() == b"interrupted\n"
+            engine.cli("kill", "-s", "USR1", "trapped")
+            assert held.wait(30) == 4
+        finally:
+            held.kill()
+    engine.cli("rm", "trapped")
+
+
+def caught(pid: int, number: int) -> bool:
+    """Whether a process has a handler for SIGTERM and this signal: Python has one for SIGINT from the start."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = int(next(line.split()[1] for line in lines if line.startswith("SigCgt")), 16)
+    return all(mask >> (one - 1) & 1 for one in (number, signal.SIGTERM))
+
+
 def test_logs_follow_ends_with_the_container(engine: Dutchman) -> None:
     engine.make("lines", "for i in $(seq 200); do echo line $i; done; echo problem >&2; sleep 1; echo last")
     engine.cli("start", "lines")

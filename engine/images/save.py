@@ -9,6 +9,7 @@ Sources: image-spec image-layout.md; Docker image spec v1.2 (manifest.json, repo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from engine import host
-from engine.errors import AlreadyExists, InvalidArgument, NotFound
+from engine.errors import AccessDenied, AlreadyExists, EngineError, InvalidArgument, NotFound, ReadOnly
 from engine.images import content, manifests, tarout
 from engine.images.archive import CONTAINERD_NAME, REF_NAME
 from engine.images.catalog import Images
@@ -151,10 +152,13 @@ def _members(files: list[File]) -> Iterator[tuple[tarout.Member, Iterable[bytes]
 def new_file(path: Path) -> Iterator[Callable[[bytes], None]]:
     """A file of the host in the making: `path` appears, durable, when the block ends well; else nothing does.
 
-    AlreadyExists when it is there; NotFound when its directory is not; NoSpace.
+    AlreadyExists when it is there; NotFound when its directory is not; AccessDenied, ReadOnly, NoSpace.
     """
     _vacant(path)
-    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    try:
+        fd, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
     try:
         try:
             yield lambda data: write_all(fd, data)
@@ -184,12 +188,22 @@ def _vacant(path: Path) -> None:
         raise NotFound("no such directory", at=str(path.parent))
 
 
+def _unwritable(directory: Path, error: OSError) -> EngineError:
+    if full := no_space(error):
+        return full
+    kind = ReadOnly if error.errno == errno.EROFS else AccessDenied
+    return kind(f"nothing can be written there: {error.strerror}", at=str(directory), hint="give another path")
+
+
 def _directory(path: Path, files: list[File]) -> None:
     """The files as a directory: made aside, renamed when whole. An empty directory may be there."""
     if path.is_dir() and not path.is_symlink() and not os.listdir(path):
         os.rmdir(path)
     _vacant(path)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}."))
+    try:
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}."))
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
     try:
         os.chmod(aside, 0o755)
         for name, _, body in files:

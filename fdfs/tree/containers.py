@@ -243,7 +243,7 @@ def stop(engine: Any, name: str, call: Call) -> None:
 
 
 def restart(engine: Any, name: str, call: Call) -> None:
-    engine.containers.restart(name)
+    engine.containers.restart(name, _seconds(call))
 
 
 def kill(engine: Any, name: str, call: Call) -> None:
@@ -357,7 +357,7 @@ CONTAINER = Dir(
             verbs=table(
                 Verb(name="start", doc="run it", run=start),
                 Verb(name="stop", args="[SECONDS]", doc="its stop signal, then SIGKILL after the seconds", run=stop),
-                Verb(name="restart", doc="stop and start", run=restart),
+                Verb(name="restart", args="[SECONDS]", doc="stop and start", run=restart),
                 Verb(name="kill", args="[SIGNAL]", doc="a signal to its first process; KILL if not given", run=kill),
                 Verb(name="pause", doc="freeze its processes", run=pause),
                 Verb(name="resume", doc="thaw them", run=resume),
