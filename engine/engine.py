@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from engine import host, userids
+from engine import discreet, host, userids
 from engine.connections import Connections, state_directory
 from engine.containers import Containers
 from engine.drivers import Drivers
@@ -288,10 +288,11 @@ class Engine:
     def command(self, object: str, line: str, *, who: str = "") -> Iterator[None]:
         """Around carrying out one line written to a ctl (or a field, or a document) of `object`.
 
-        Events in the block carry `who` (such as `uid=0 pid=4711`), a `verb` event records the line, and an EngineError
-        is recorded in `error` before it goes on. On a full disk nothing is carried out (NoSpace) but what makes room or
+        Events in the block carry `who` (such as `uid=0 pid=4711`), a `verb` event records the line without its secrets,
+        and an EngineError is recorded in `error` before it goes on. On a full disk nothing is carried out (NoSpace) but what makes room or
         ends something: for that the store's reserve is given up.
         """
+        line = discreet.command(line)
         with acting(who):
             try:
                 try:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from engine import host, loops
+from engine import discreet, host, loops
 from engine.errors import EngineError, InvalidArgument, NotFound, RuntimeFailure, Unreachable, Unsupported
 from engine.model import parse_size
 from engine.programs import run_helper
@@ -282,5 +282,4 @@ def check(driver: Driver, options: Options) -> None:
 
 def shown(options: Options) -> dict[str, str]:
     """Options as people may see them: passwords of `o=` are not."""
-    hidden = re.compile(r"(?<![^,])((?:password|passwd|pass)=)[^,]*")
-    return {key: hidden.sub(r"\1…", value) if key == "o" else value for key, value in options.items()}
+    return {key: discreet.mount_options(value) if key == "o" else value for key, value in options.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 import stat
 import threading
@@ -82,6 +83,16 @@ def test_status_says_what_is_there_in_flat_keys(engine: Engine) -> None:
     assert status["containers_running"] == "1" and status["containers_stopped"] == "0"
     assert status["events"] == str(engine.journal.last)
     assert all(" " not in key and "\n" not in value for key, value in status.items())
+
+
+def test_neither_the_journal_nor_error_has_a_password(engine: Engine) -> None:
+    line = "create v type=cifs device=//h/s o=user=a,password=SECRET bogus=1"
+    with pytest.raises(InvalidArgument), engine.command("volumes", line):
+        raise InvalidArgument("invalid option", at="bogus=1")
+    text = engine.failures.text("volumes")
+    assert "^^^^^^^" in text and "SECRET" not in text
+    events = [json.loads(item) for item in engine.journal.read(0, 1 << 20).splitlines()]
+    assert [event["command"] for event in events if event["type"] == "verb"] == [line.replace("SECRET", "…")]
 
 
 def test_a_command_is_in_the_journal_with_who_wrote_it_and_its_failure_in_error(engine: Engine) -> None:
