@@ -64,5 +64,7 @@ class HostFile:
         hostfiles.fallocate(self._fd, mode, offset, length)
 
     def close(self) -> None:
-        os.close(self._fd)
-        unlinked.closed(self._identity)
+        try:
+            os.close(self._fd)
+        finally:
+            unlinked.closed(self._identity)

@@ -126,9 +126,8 @@ class Loopback:
     def open(self, path: bytes, flags: int) -> HostFile:
         if not self._writable() and flags & (os.O_ACCMODE | os.O_TRUNC):
             raise ReadOnly("this view is read-only")
-        self._lstat(path)
         wanted = flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | getattr(os, "O_NOATIME", 0)) | os.O_NONBLOCK
-        fd = self._open_fd(path, wanted)
+        fd = self._open_file(path, wanted)
         try:
             if flags & os.O_TRUNC:
                 self._drop_set_id(fd)
@@ -136,6 +135,13 @@ class Loopback:
         except BaseException:
             os.close(fd)
             raise
+
+    def _open_file(self, path: bytes, flags: int) -> int:
+        """A descriptor of a regular file."""
+        if not host.LINUX:
+            return self._open_fd(path, flags)
+        with self._open(path, O_PATH) as place:
+            return _reopened(place, flags)
 
     def _drop_set_id(self, fd: int) -> None:
         """Truncated by others than root, a file loses its set-id bits; the kernel above leaves that to us (O_TRUNC)."""
@@ -248,7 +254,8 @@ class Loopback:
                 if flags & os.O_EXCL:
                     raise
                 # a container was faster: the file is not ours to give away
-                return HostFile(os.open(name, wanted | os.O_NONBLOCK, dir_fd=parent), self._mix, append=append)
+                there = self._open_file(path, wanted & ~os.O_NOFOLLOW | os.O_NONBLOCK)
+                return HostFile(there, self._mix, append=append)
             try:
                 self._own(parent, name)
                 if not inherits:
@@ -325,8 +332,11 @@ class Loopback:
             os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
 
     def _truncate(self, path: bytes, size: int) -> None:
-        with self._open(path, os.O_WRONLY | os.O_NONBLOCK) as fd:
+        fd = self._open_file(path, os.O_WRONLY | os.O_NONBLOCK)
+        try:
             os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
 
     def _utimens(self, path: bytes, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
         """Seconds and nanoseconds each; UTIME_NOW and UTIME_OMIT as in utimensat(2)."""
@@ -374,6 +384,15 @@ _CHANGES: Mapping[str, Callable[..., Any]] = {
     "setxattr": Loopback._setxattr,
     "removexattr": Loopback._removexattr,
 }
+
+
+def _reopened(place: int, flags: int) -> int:
+    """Open what the O_PATH descriptor `place` is of. ESTALE for what is no regular file: the kernel above opens devices
+    and FIFOs itself, so a container has put one in a file's place since it looked; and the daemon, which no device
+    cgroup holds back, would open a device of the host."""
+    if not stat.S_ISREG(os.fstat(place).st_mode):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC)
 
 
 def _inside(uid: int, gid: int) -> tuple[int, int]:

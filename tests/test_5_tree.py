@@ -321,6 +321,25 @@ def test_nothing_escapes_a_loopback(tmp_path: Path) -> None:
     assert stat.S_ISLNK(tree.getattr(b"link").mode)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a device node needs root")
+def test_a_device_put_in_a_files_place_is_not_opened(tmp_path: Path) -> None:
+    """The kernel looked a moment ago and saw a file; the daemon must not open a device of the host for it."""
+    os.mknod(tmp_path / "file", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.mkfifo(tmp_path / "fifo")
+    os.symlink("/etc/passwd", tmp_path / "link")
+    tree = Loopback(tmp_path, writable=True)
+    for name in (b"file", b"fifo", b"link"):
+        with pytest.raises(OSError) as caught:
+            tree.open(name, os.O_RDONLY)
+        assert caught.value.errno == errno.ESTALE
+        with pytest.raises(OSError) as caught:
+            tree.change("truncate", name, 0)
+        assert caught.value.errno == errno.ESTALE
+        with pytest.raises(OSError) as caught:
+            tree.change("create", name, 0o644, os.O_RDWR)
+        assert caught.value.errno == errno.ESTALE
+
+
 def test_a_loopback_hides_what_the_overlay_keeps_for_itself(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("making a whiteout needs root")
