@@ -7,6 +7,7 @@ changes last, so that what was refused is nowhere. Stateless.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from pydantic import ValidationError
 
@@ -34,40 +35,56 @@ def connect(
     """AlreadyExists when it is connected; Busy when its network is the host's, or none while it runs."""
     container = containers.get(name)
     networks.get(network)
-    wanted = dict(_named(container.config))
+    wanted = _named(container.config)
     if network in wanted:
         raise AlreadyExists(f"{name} is connected to {network}", at=network)
     if HOST in wanted:
         raise Busy(f"{name} has the network of the host", at=network, hint="take host out of its config/networks")
-    wanted.pop(NONE, None)
     try:
         item = Endpoint(aliases=tuple(aliases), **{"ipv6_address" if is_v6(address) else "ipv4_address": address})
     except ValidationError as error:
         raise one_line(error, "connect") from error
-    after = _with(container, {**wanted, network: item})
+    after = _more(container, network, item)
     if _runs(container):
         resolv = containers.upper(name).parent / "resolv.conf"
         connections.connect(container.id, name, network, after.networks[network], resolv, after)
-    containers.records.configure(container.id, lambda now: _with(now, dict(after.networks)))
+        try:
+            containers.records.configure(container.id, lambda now: _more(now, network, item))
+        except BaseException:
+            with suppress(NotFound, Busy):  # it has ended meanwhile, and its connections with it
+                connections.disconnect(container.id, name, network, resolv, container.config)
+            raise
+        return
+    containers.records.configure(container.id, lambda now: _more(now, network, item))
 
 
 def disconnect(containers: Containers, networks: Networks, connections: Connections, name: str, network: str) -> None:
     """NotFound when it is not connected. Without any network left it has `none`."""
     container = containers.get(name)
     networks.get(network)
-    wanted = dict(_named(container.config))
-    if wanted.pop(network, None) is None:
+    if network not in _named(container.config):
         raise NotFound(f"{name} is not connected to {network}", at=network)
-    after = _with(container, dict(wanted or {NONE: Endpoint()}))
+    after = _less(container, network)
     if _runs(container):
         resolv = containers.upper(name).parent / "resolv.conf"
         connections.disconnect(container.id, name, network, resolv, after)
-    containers.records.configure(container.id, lambda now: _with(now, dict(after.networks)))
+    containers.records.configure(container.id, lambda now: _less(now, network))
 
 
 def _named(config: ContainerConfig) -> Mapping[str, Endpoint]:
     """The networks of its config, the default one written out."""
     return config.networks or {default_network(): Endpoint()}
+
+
+def _more(now: Container, network: str, item: Endpoint) -> ContainerConfig:
+    """Its config as it is now, which somebody else may have changed meanwhile, with one network more."""
+    return _with(now, {**{key: value for key, value in _named(now.config).items() if key != NONE}, network: item})
+
+
+def _less(now: Container, network: str) -> ContainerConfig:
+    """The same without one."""
+    left = {key: value for key, value in _named(now.config).items() if key != network}
+    return _with(now, left or {NONE: Endpoint()})
 
 
 def _with(container: Container, networks: Mapping[str, Endpoint]) -> ContainerConfig:

@@ -1,13 +1,21 @@
-"""A container's own input and terminal, while it runs. Floor 3, no state of its own; thread-safe."""
+"""A container's own input and terminal, while it runs. Floor 3, thread-safe.
+
+Only here: that writers to one input take turns. Not by the container's lock: a process that does not read its input
+would keep that from `kill`.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import Busy, NotFound
+from engine.errors import Busy, DeadlineExceeded, NotFound
 from engine.execution import Execution
 from engine.lifecycle import ALIVE
 from engine.records import Container, Records
+from engine.runtimes.sessions import INPUT_PATIENCE
 from engine.runtimes.sessions import Console as Driver
 
 
@@ -15,17 +23,18 @@ class Console:
     def __init__(self, records: Records, execution: Execution) -> None:
         self._records = records
         self._execution = execution
+        self._turns = tuple(threading.Lock() for _ in range(64))  # by id; two containers may share one
 
     def send(self, name: str, data: bytes) -> int:
         """Feed the input of its process (`stdin: true`); how many bytes it took. See the driver's `send`."""
         container = self._with_input(name)
-        with self._execution.locked(container.id):
+        with self._turn(container.id):
             return self._driver(container).send(container.id, data)
 
     def end_input(self, name: str) -> None:
         """Its input ends after what was sent (on a terminal: as if ^D were typed)."""
         container = self._with_input(name)
-        with self._execution.locked(container.id):
+        with self._turn(container.id):
             self._driver(container).end_input(container.id)
 
     def resize(self, name: str, columns: int, rows: int) -> None:
@@ -42,6 +51,16 @@ class Console:
             return self._driver(container).attach_path(container.id) if container.state in ALIVE else None
         except (Busy, NotFound):
             return None  # it has just ended
+
+    @contextmanager
+    def _turn(self, id: str) -> Iterator[None]:
+        lock = self._turns[hash(id) % len(self._turns)]
+        if not lock.acquire(timeout=INPUT_PATIENCE):
+            raise DeadlineExceeded("somebody else writes to its input", hint="try again when it has read that")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _driver(self, container: Container) -> Driver:
         return self._execution.driver_of(container).console

@@ -161,13 +161,15 @@ class Networks:
         labels = dict(labels or {})
         check_labels(labels)
         four, six = _subnets(subnets)
-        if ipv6 and six is None:
-            six = V6((b"\xfd" + secrets.token_bytes(5) + bytes(10), 64))  # RFC 4193: 40 random bits
         with self._meta.tx() as db:
             if db.execute("SELECT 1 FROM networks WHERE name = ?", (name,)).fetchone():
                 raise AlreadyExists(f"a network named {name} exists", at=name)
             chosen = four is None
             four = self._free_subnet(db) if four is None else self._check_subnet(db, four)
+            if ipv6 and six is None:
+                six = V6((b"\xfd" + secrets.token_bytes(5) + bytes(10), 64))  # RFC 4193: 40 random bits
+            if six is not None:
+                self._check_subnet6(db, six)
             first = _gateway(gateway, four)
             row = {
                 "name": name,
@@ -259,6 +261,12 @@ class Networks:
             if subnet.overlaps(net):
                 raise Busy(f"subnet {subnet} overlaps {net}, which this host reaches by {interface}", at=str(subnet))
         return subnet
+
+    @staticmethod
+    def _check_subnet6(db: sqlite3.Connection, subnet: V6) -> None:
+        for row in db.execute("SELECT name, subnet6 FROM networks WHERE subnet6 != ''"):
+            if subnet.overlaps(V6(row["subnet6"])):
+                raise Busy(f"subnet {subnet} overlaps {row['subnet6']} of network {row['name']}", at=str(subnet))
 
     def usable(self, db: sqlite3.Connection, name: str) -> Network:
         """The network, about to get a container. While nobody is in it, its subnet may have come into use on the host

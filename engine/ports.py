@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from engine.errors import Busy, InvalidArgument
 from engine.netconfig import PortSpec, is_v6
 
+FIRST, LAST = 32768, 60999  # host ports the engine chooses from
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}  # host ports of which can be tried; sctp's cannot
 
 
@@ -53,9 +54,15 @@ def read_ports(text: str) -> list[PortSpec]:
 
 
 def _random_ports(count: int) -> Iterator[int]:
-    """Some first ports to try, of the range Docker takes."""
+    """Some first ports to try, of the range Docker takes. InvalidArgument when that is too small."""
+    if count > LAST - FIRST:
+        raise InvalidArgument(
+            f"ports: the engine chooses at most {LAST - FIRST} host ports in a row, not {count}",
+            at=str(count),
+            hint="say which: HOST-LAST:CONTAINER-LAST",
+        )
     for _ in range(64):
-        yield random.randrange(32768, 60999 - count)
+        yield random.randrange(FIRST, LAST - count + 1)
 
 
 def _in_use(spec: PortSpec, taken: Iterable[tuple[str, PortSpec]], v6: bool) -> str:

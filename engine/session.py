@@ -19,6 +19,7 @@ from engine.model import Frozen, one_line
 log = logging.getLogger(__name__)
 
 MAX_WORDS = 1 << 20  # bytes of arguments and variables
+MAX_TOLD = 8 << 10  # bytes of arguments in an event
 
 
 class Phase(StrEnum):
@@ -71,6 +72,18 @@ def checked(argv: Sequence[str], workdir: str, env: Sequence[str]) -> dict[str, 
             raise InvalidArgument(f"env: KEY=VALUE expected, not {item[:80]!r}", at=item[:80])
         variables[key] = value
     return variables
+
+
+def told(argv: Sequence[str]) -> list[str]:
+    """What an event holds of them: an event has a bound (events.MAX_LINE), arguments have a larger one."""
+    out: list[str] = []
+    room = MAX_TOLD
+    for word in argv[:64]:
+        room -= len(json.dumps(word)) + 1
+        if room < 0:
+            return [*out, "…"]
+        out.append(word)
+    return out
 
 
 class Request(Frozen):

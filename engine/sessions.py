@@ -18,13 +18,14 @@ import shlex
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine import host
-from engine.errors import Busy, EngineError, NoSpace, NotFound
+from engine.errors import Busy, DeadlineExceeded, EngineError, NoSpace, NotFound
 from engine.events import Journal
 from engine.execution import COULD_NOT_START, Execution, one_line, start_failure_code
 from engine.failures import Failures
@@ -34,9 +35,9 @@ from engine.logsopen import Recent
 from engine.records import Container, Records
 from engine.runtimes import base
 from engine.runtimes.base import Exit, parse_signal
+from engine.runtimes.sessions import INPUT_PATIENCE, SessionSpec
 from engine.runtimes.sessions import Sessions as Driver
-from engine.runtimes.sessions import SessionSpec
-from engine.session import OVER, Phase, Session, checked, load, plain
+from engine.session import OVER, Phase, Session, checked, load, plain, told
 from engine.store.meta import Meta
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,12 @@ class Sessions:
         self._failures = failures
         self._records = records
         self._execution = execution
-        self._changed = threading.Condition()  # guards the three below
+        self._changed = threading.Condition()  # guards what is below
         self._table: dict[str, dict[int, Session]] = {}
         self._logs: dict[tuple[str, int], ContainerLogs] = {}
         self._recent = Recent()
         self._locks: dict[tuple[str, int], threading.RLock] = {}
+        self._timers: dict[tuple[str, int], threading.Timer] = {}  # of those that wait for their `start`
         self._closing = False
         execution.before_start = self.forget_ended
 
@@ -149,7 +151,11 @@ class Sessions:
         )
         session = Session(container.id, number, spec.argv, user or "", workdir, tty, stdin)
         with self._lock(session):
-            directory.mkdir(parents=True, mode=0o700)
+            try:
+                directory.parent.mkdir(mode=0o700, exist_ok=True)  # no parents: the container may be removed meanwhile
+                directory.mkdir(mode=0o700)
+            except FileNotFoundError as error:
+                raise NotFound("the container has been removed", at=name) from error
             host.write_atomic(directory / "spec.json", json.dumps(plain(session)).encode(), 0o600)
             self._put(session)
             try:
@@ -162,6 +168,8 @@ class Sessions:
         if wait:
             timer = threading.Timer(ATTACH_PATIENCE, self._give_up, (session,))
             timer.daemon = True
+            with self._changed:
+                self._timers[container.id, number] = timer
             timer.start()
         return session
 
@@ -188,14 +196,14 @@ class Sessions:
         session = self._alive(name, number)
         if not (session.stdin or session.tty):
             raise Busy("its input is not open", hint="run … stdin=true")
-        with self._lock(session):
+        with self._input(session):
             return self._driver(session).send(session.container, number, data)
 
     def end_input(self, name: str, number: int) -> None:
         session = self._alive(name, number)
         if not (session.stdin or session.tty):
             raise Busy("its input is not open", hint="run … stdin=true")
-        with self._lock(session):
+        with self._input(session):
             self._driver(session).end_input(session.container, number)
 
     def resize(self, name: str, number: int, columns: int, rows: int) -> None:
@@ -219,7 +227,7 @@ class Sessions:
         began = time.time_ns()
         pid = driver.start(session.container, session.number)
         session = self._put(replace(session, state=Phase.RUNNING, pid=pid, started_ns=began))
-        self._tell("execStarted", session, {"argv": list(session.argv)[:64], "pid": pid})
+        self._tell("execStarted", session, {"argv": told(session.argv), "pid": pid})
         driver.watch(session.container, session.number, lambda end: self._ended(session, end))
         return session
 
@@ -227,7 +235,7 @@ class Sessions:
         """On a thread of the driver."""
         with self._changed:
             now = self._table.get(session.container, {}).get(session.number)
-            if now is None or now.state in OVER:
+            if now is None or now.state in OVER or self._closing:  # the next daemon asks the driver, and tells of it
                 return
         over = replace(
             session,
@@ -355,9 +363,25 @@ class Sessions:
         with self._changed:
             return self._locks.setdefault((session.container, session.number), threading.RLock())
 
+    @contextmanager
+    def _input(self, session: Session) -> Iterator[None]:
+        """Its lock, for one of several writers; none waits longer than a write to a process that does not read."""
+        lock = self._lock(session)
+        if not lock.acquire(timeout=INPUT_PATIENCE):
+            raise DeadlineExceeded("somebody else writes to its input", hint="try again when it has read that")
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _put(self, session: Session) -> Session:
         with self._changed:
             self._table.setdefault(session.container, {})[session.number] = session
+            timer = (
+                None if session.state is Phase.CREATED else self._timers.pop((session.container, session.number), None)
+            )
+            if timer is not None:
+                timer.cancel()
             self._changed.notify_all()
         return session
 
@@ -421,6 +445,10 @@ class Sessions:
             name = self._records.by_id(session.container).name
             data = {"name": name, "exec": session.number, **data}
             self._journal.append(kind, f"container/{session.container}", data)
+        except sqlite3.ProgrammingError:
+            if not self._closing:  # the catalog is closed
+                raise
+            log.info("%s: %s came too late to be told of", session.object, kind)
         except (NoSpace, sqlite3.OperationalError) as error:
             log.warning("%s: %s was not told of: %s", session.object, kind, error)
         except EngineError as error:

@@ -50,7 +50,7 @@ class _Copy:
         directories: list[bytes] = []
         top = os.dup(source) if isinstance(source, int) else os.open(source, FLAGS)
         try:
-            for path, fd, entries in walk(top):
+            for path, fd, entries in walk(top, whole=True):
                 if path.partition(b"/")[0] in self._skip:
                     continue
                 directories.append(path)

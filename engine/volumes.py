@@ -34,7 +34,8 @@ from engine.walk import usage
 log = logging.getLogger(__name__)
 
 MAX_LABELS = 256
-MAX_TEXT = 64 << 10  # bytes of all options and labels of a volume
+MAX_TEXT = 64 << 10  # bytes of all options of a volume
+MAX_LABEL_TEXT = 32 << 10  # bytes of all labels as JSON: an event holds them (events.MAX_LINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,9 +329,9 @@ class Volumes:
                 at=name,
                 hint="remove those containers, or take it out of their config/volumes",
             )
-        if self._held[name]:
-            raise Busy(f"volume {name} is being copied, read or filled", at=name, hint="see jobs/")
         with self.changing(name):
+            if self._held[name]:  # counted before a use looks for the volume, which it does under this lock
+                raise Busy(f"volume {name} is being copied, read or filled", at=name, hint="see jobs/")
             if driver.mounts(volume.options) and covered(volume.path):
                 try:
                     driver.unmount(volume.path.parent)
@@ -418,8 +419,8 @@ def check_labels(labels: Mapping[str, str]) -> None:
     for key, value in labels.items():
         if not key or "=" in key or not key.isprintable() or "\0" in value:
             raise InvalidArgument(f"labels: bad key or value at {key!r}", at=key[:80])
-    if sum(len(key) + len(value) for key, value in labels.items()) > MAX_TEXT:
-        raise TooLarge(f"labels: more than {MAX_TEXT} characters")
+    if len(json.dumps(dict(labels))) > MAX_LABEL_TEXT:
+        raise TooLarge(f"labels: more than {MAX_LABEL_TEXT} bytes as JSON")
 
 
 def void(_: object) -> None:

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 FRESH = 5.0  # seconds a measured size is good for
 PATIENCE = 0.2  # seconds a reader waits for a first measurement
+MOST = 16  # measured at the same time; who asks for more gets what is known, and asks again
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class Sizes:
         self._measure = measure
         self._guard = threading.Lock()
         self._sizes: dict[str, _Size] = {}
+        self._running = 0
 
     def known(self, name: str) -> int | None:
         """As last measured, without waiting. None: not yet."""
@@ -42,7 +44,7 @@ class Sizes:
     def soon(self, name: str) -> int:
         """As measured within PATIENCE, else as last known, else 0."""
         size, fresh = self._ask(name)
-        if not fresh:
+        if not fresh and size.running:
             size.done.wait(PATIENCE)
         return size.value or 0
 
@@ -55,8 +57,9 @@ class Sizes:
         with self._guard:
             size = self._sizes.setdefault(name, _Size())
             fresh = size.value is not None and time.monotonic() - size.at < FRESH
-            if not fresh and not size.running:
+            if not fresh and not size.running and self._running < MOST:
                 size.running = True
+                self._running += 1
                 size.done.clear()
                 threading.Thread(target=self._run, args=(name, size), name=f"size-{name}"[:15], daemon=True).start()
         return size, fresh
@@ -70,4 +73,5 @@ class Sizes:
             size.at = time.monotonic()
             with self._guard:
                 size.running = False
+                self._running -= 1
             size.done.set()

@@ -54,7 +54,7 @@ def _members(data: Path, task: Task) -> Iterator[tuple[tarout.Member, Iterable[b
         info = os.fstat(top)
         yield tarout.Member(b"./", tarout.DIRECTORY, stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, 0,
                             info.st_mtime_ns), ()  # fmt: skip
-        for path, _, entries in walk(data):
+        for path, _, entries in walk(data, whole=True):
             task.check()
             if path.partition(b"/")[0] in OURS:
                 continue

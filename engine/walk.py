@@ -6,6 +6,7 @@ following any symlink, so a container that swaps a directory for a link meanwhil
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -20,11 +21,17 @@ FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 RESOLVE = host.RESOLVE_BENEATH | host.RESOLVE_NO_SYMLINKS | host.RESOLVE_NO_XDEV
 
 
-def walk(root: Path | int, limit: int = MAX_ENTRIES) -> Iterator[tuple[bytes, int, list[tuple[bytes, os.stat_result]]]]:
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)  # not there any more, or another file system
+
+
+def walk(
+    root: Path | int, limit: int = MAX_ENTRIES, *, whole: bool = False
+) -> Iterator[tuple[bytes, int, list[tuple[bytes, os.stat_result]]]]:
     """(path relative to `root`, b'' first, an open fd of it, its entries sorted by name), parents before children.
 
     The fd is valid until the next step. Directories that vanish meanwhile, that cannot be opened, or whose path is
-    beyond PATH_MAX are left out. TooLarge beyond `limit` entries. `root` may be an open directory.
+    beyond PATH_MAX are left out. TooLarge beyond `limit` entries. `root` may be an open directory. `whole` is for
+    copies: only what vanishes, and other file systems, are left out; TooLarge beyond PATH_MAX, else OSError.
     """
     count = 0
     with ExitStack() as stack:
@@ -35,8 +42,12 @@ def walk(root: Path | int, limit: int = MAX_ENTRIES) -> Iterator[tuple[bytes, in
             path = pending.pop()
             try:
                 here = host.open_in_root(top, path, FLAGS, resolve=RESOLVE)
-            except OSError:
-                continue
+            except OSError as error:
+                if not whole or error.errno in GONE:
+                    continue
+                if error.errno == errno.ENAMETOOLONG:
+                    raise TooLarge(f"a path is too long to be copied: {os.fsdecode(path[:80])}…") from error
+                raise
             try:
                 entries = []
                 for name in sorted(os.listdir(here)):

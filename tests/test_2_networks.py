@@ -295,3 +295,16 @@ def test_hosts_and_resolv_conf() -> None:
     with pytest.raises(InvalidArgument, match="extra_hosts: out:host-gateway"):
         hosts_text(RunNetwork(), "abc", config)
     assert "127.0.1.1\tabc\n" in hosts_text(RunNetwork(), "abc", ContainerConfig())
+
+
+def test_ipv6_subnets_do_not_overlap_either(place: Place) -> None:
+    place.networks.create("a", subnets=("fd00:1::/64",))
+    with pytest.raises(Busy, match="overlaps fd00:1::/64 of network a"):
+        place.networks.create("b", subnets=("fd00::/16",))
+    assert place.networks.names() == ["a"]
+
+
+def test_more_ports_than_there_are_to_choose_from_are_refused(place: Place) -> None:
+    with pytest.raises(InvalidArgument, match="at most 28231 host ports"):
+        place.begin("c", ports=["1-30000"])
+    assert place.connections.ports("c") == []

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound, TooLar
 from engine.events import Journal
 from engine.records import Records
 from engine.store.meta import Meta
+from engine.treecopy import copy_tree
 from engine.volumes import Volumes
+from engine.volumesizes import Sizes
 from engine.walk import usage, walk
 
 
@@ -261,3 +264,76 @@ def test_a_tree_deeper_than_all_open_files_is_deleted(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert not top.exists()
+
+
+def test_a_volume_that_came_into_use_while_its_removal_waited_stays(store: Store) -> None:
+    store.volumes.create("v")
+    waiting = threading.Event()
+    users = store.volumes.users
+
+    def look(name: str) -> list[str]:
+        waiting.set()
+        return users(name)
+
+    store.volumes.users = look  # type: ignore[method-assign]
+    refused: list[BaseException] = []
+
+    def remove() -> None:
+        try:
+            store.volumes.remove("v")
+        except Busy as error:
+            refused.append(error)
+
+    with store.volumes.changing("v"):
+        remover = threading.Thread(target=remove)
+        remover.start()
+        assert waiting.wait(60)
+        with store.volumes.using("v") as volume:
+            held = volume.path
+            store.volumes._locks["v"].release()  # the change is over; the use goes on
+            try:
+                remover.join(60)
+            finally:
+                store.volumes._locks["v"].acquire()
+            assert refused and held.is_dir()
+
+
+def test_labels_that_no_event_could_hold_are_refused(store: Store) -> None:
+    store.volumes.create("v")
+    for value in ("x" * 40_000, "\n" * 20_000, "é" * 10_000):
+        with pytest.raises(TooLarge, match="labels"):
+            store.volumes.set_labels("v", {"a": value})
+    store.volumes.set_labels("v", {"a": "x" * 30_000})
+
+
+def test_many_sizes_asked_for_at_once_are_measured_by_few_threads() -> None:
+    go_on = threading.Event()
+    sizes = Sizes(lambda name: int(go_on.wait(60)))
+    before = threading.active_count()
+    for number in range(200):
+        assert sizes.known(str(number)) is None
+    assert threading.active_count() - before <= 16
+    go_on.set()
+    deadline = time.monotonic() + 60
+    while any(sizes.known(str(number)) is None for number in range(200)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_copy_is_whole_or_fails(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    here = os.open(source, os.O_RDONLY)
+    for _ in range(25):  # beyond PATH_MAX
+        os.mkdir("d" * 200, dir_fd=here)
+        below = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    try:
+        with pytest.raises(TooLarge, match="too long"):
+            copy_tree(source, target)
+    finally:
+        host.remove_tree(source)
+        host.remove_tree(target)

@@ -52,7 +52,7 @@ def _members(upper: Path, tree: Tree, task: Task) -> Iterator[tuple[Member, Iter
     links: dict[tuple[int, int], bytes] = {}
     pending: dict[bytes, list[tuple[Member, Iterable[bytes]]]] = {}
     with host.directory_fd(upper) as top:
-        for path, fd, entries in walk(upper):
+        for path, fd, entries in walk(upper, whole=True):
             task.check()
             yield from pending.pop(path, [])
             if path and is_opaque(fd):

@@ -1,0 +1,115 @@
+"""Two things at once: nothing is lost, and nobody waits for a process that does nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import add_image
+
+from engine import connecting
+from engine.config import parse_config
+from engine.engine import Engine
+from engine.errors import DeadlineExceeded, NotFound
+from engine.lifecycle import State
+
+IMAGE = "docker.io/library/small:1"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    with Engine(tmp_path / "store", runtime="fake") as engine:
+        add_image(engine, IMAGE)
+        yield engine
+
+
+def _running(engine: Engine, name: str = "c", more: str = "") -> None:
+    engine.containers.create(name, parse_config(f"image: {IMAGE}\n{more}"))
+    engine.containers.start(name)
+
+
+def test_two_connects_at_once_keep_both(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.containers.create("c")
+    for name in ("a", "b"):
+        engine.networks.create(name)
+    found = engine.networks.get
+    others = [lambda: connecting.connect(engine.containers, engine.networks, engine.connections, "c", "b")]
+
+    def get(name: str) -> Any:  # after the container was looked at
+        while name == "a" and others:
+            others.pop()()
+        return found(name)
+
+    monkeypatch.setattr(engine.networks, "get", get)
+    connecting.connect(engine.containers, engine.networks, engine.connections, "c", "a")
+    assert {"a", "b"} <= set(engine.containers.get("c").config.networks)
+    others.append(lambda: connecting.disconnect(engine.containers, engine.networks, engine.connections, "c", "b"))
+    connecting.disconnect(engine.containers, engine.networks, engine.connections, "c", "a")
+    assert not {"a", "b"} & set(engine.containers.get("c").config.networks)
+
+
+def test_a_process_that_does_not_read_keeps_nobody_from_killing_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _running(engine, more="stdin: true\n")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def send(id: str, data: bytes) -> int:
+        inside.set()
+        go_on.wait(60)
+        return len(data)
+
+    console = engine.containers.execution.driver_of(engine.containers.get("c")).console
+    monkeypatch.setattr(console, "send", send)
+    writer = threading.Thread(target=lambda: engine.containers.console.send("c", b"x"))
+    writer.start()
+    try:
+        assert inside.wait(60)
+        with pytest.raises(DeadlineExceeded):  # another writer is told so
+            engine.containers.console.send("c", b"y")
+        engine.containers.kill("c")
+        assert engine.containers.get("c").state is State.STOPPED
+    finally:
+        go_on.set()
+        writer.join()
+
+
+def test_a_session_of_a_container_that_goes_meanwhile_leaves_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _running(engine)
+    id = engine.containers.get("c").id
+    sessions = engine.containers.sessions
+    permit = sessions._permit
+
+    def slow(container: Any) -> None:
+        permit(container)
+        engine.containers.remove("c", force=True)
+
+    monkeypatch.setattr(sessions, "_permit", slow)
+    with pytest.raises(NotFound):
+        sessions.run("c", ["true"])
+    assert not (engine.store / "containers" / id).exists() and id not in sessions._table
+
+
+def test_arguments_larger_than_an_event_are_executed(engine: Engine) -> None:
+    _running(engine)
+    argv = ["sleep", "inf", "\n" * 60_000]  # 120 kB as JSON
+    session = engine.containers.sessions.run("c", argv)
+    assert session.argv == tuple(argv) and session.state == "running"
+    (told,) = (event.data["argv"] for event in engine.journal.replay(0, 10_000) if event.type == "execStarted")
+    assert told == ["sleep", "inf", "…"]
+
+
+def test_a_session_that_was_started_keeps_no_thread_waiting_for_its_start(engine: Engine) -> None:
+    _running(engine)
+    for _ in range(20):
+        session = engine.containers.sessions.run("c", ["true"], wait=True)
+        engine.containers.sessions.start("c", session.number)
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer) and thread.function.__name__ == "_give_up":  # type: ignore[attr-defined]
+            assert thread.finished.is_set()  # cancelled: it is about to end
+            thread.join(60)
