@@ -1,8 +1,8 @@
 """What was written by a person, as it may be kept and shown to others: without secrets. Floor 0, pure.
 
 Only here: which words of a command are secret: passwords among mount options (as mount.cifs(8) names them), and the
-values of environment variables. The journal and `error` keep commands for days, and are read by more people and programs
-than wrote them; where a secret is needed (a config, a volume's options) it is kept once, as it is.
+values of environment variables. The journal and `error` keep commands for days, and are read by more people and
+programs than wrote them; where a secret is needed (a config, a volume's options) it is kept once, as it is.
 """
 
 from __future__ import annotations

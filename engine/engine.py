@@ -289,8 +289,8 @@ class Engine:
         """Around carrying out one line written to a ctl (or a field, or a document) of `object`.
 
         Events in the block carry `who` (such as `uid=0 pid=4711`), a `verb` event records the line without its secrets,
-        and an EngineError is recorded in `error` before it goes on. On a full disk nothing is carried out (NoSpace) but what makes room or
-        ends something: for that the store's reserve is given up.
+        and an EngineError is recorded in `error` before it goes on. On a full disk nothing is carried out (NoSpace) but
+        what makes room or ends something: for that the store's reserve is given up.
         """
         line = discreet.command(line)
         with acting(who):
