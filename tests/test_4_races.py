@@ -24,6 +24,8 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     with Engine(tmp_path / "store", runtime="fake") as engine:
         add_image(engine, IMAGE)
         yield engine
+        for container in engine.containers.all():
+            engine.containers.remove(container.name, force=True)  # their root filesystems are mounted
 
 
 def _running(engine: Engine, name: str = "c", more: str = "") -> None:
