@@ -18,6 +18,8 @@ from engine.walk import walk
 
 OPAQUE, USER_OPAQUE = b"trusted.overlay.opaque", b"user.overlay.opaque"
 MAX_CHANGES = 1_000_000
+# made by the runtime to mount something over
+PLACES = frozenset({b"dev", b"proc", b"sys", b"etc/hosts", b"etc/hostname", b"etc/resolv.conf", b".dockerenv"})
 
 
 def is_whiteout(info: os.stat_result) -> bool:
@@ -34,11 +36,27 @@ def is_opaque(fd: int) -> bool:
         return False
 
 
+def is_place(tree: Tree | None, path: bytes, name: bytes, info: os.stat_result, parent: int) -> bool:
+    """Whether the entry `name` of the directory `parent` is a mount point the runtime made: empty, not in the image."""
+    if path not in PLACES or _lookup(tree, path) is not None:
+        return False
+    if stat.S_ISREG(info.st_mode):
+        return info.st_size == 0
+    if not stat.S_ISDIR(info.st_mode):
+        return False
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        return not os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
 def changes(upper: Path, tree: Tree | None) -> Iterator[tuple[str, bytes]]:
     """("A" | "M" | "D", absolute path), parents before children, names in byte order.
 
     A directory something below it changed in is M itself, as `podman diff` has it (its C). A removed tree is one D, its
-    top. Without a tree (no image) everything is A. TooLarge beyond a million entries.
+    top. Without a tree (no image) everything is A. What the runtime made to mount over (/etc/hosts …) is left out, as
+    from a commit. TooLarge beyond a million entries.
     """
     for path, fd, entries in walk(upper, MAX_CHANGES):
         found: list[tuple[bytes, str]] = []
@@ -47,7 +65,10 @@ def changes(upper: Path, tree: Tree | None) -> Iterator[tuple[str, bytes]]:
             here = {name for name, _ in entries}
             found += [(name, "D") for name, _, _ in tree.readdir(below) if name not in here]
         for name, info in entries:
-            there = below is not None and _lookup(tree, path + b"/" + name if path else name) is not None
+            whole = path + b"/" + name if path else name
+            if is_place(tree, whole, name, info, fd):
+                continue
+            there = below is not None and _lookup(tree, whole) is not None
             if not is_whiteout(info):
                 found.append((name, "M" if there else "A"))
             elif there:

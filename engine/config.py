@@ -59,7 +59,7 @@ class ContainerConfig(Frozen):
     user: Text | None = Field(None, description="user[:group], names or numbers")
     group_add: Lines = Field((), description="further groups of its process, names or numbers")
     init: bool = Field(False, description="process 1 is a small init that reaps zombies and passes signals on")
-    hostname: Text | None = Field(None, description="default: the first 12 digits of the id")
+    hostname: Text | None = Field(None, description="default: 12 digits of the id; the host's with networks: host")
     domainname: Text | None = None
     labels: Mapping = Field(default_factory=dict)
     # how it stops, whether it is well, when it starts again

@@ -94,7 +94,9 @@ def permit(state: State, verb: Verb) -> None:
         return
     legal = ", ".join(legal_verbs(state))
     hint = None
-    if verb is V.REMOVE and state in ALIVE:
+    if verb is V.REMOVE and state is S.STOPPING:
+        hint = "wait until it has stopped, or end it now: echo kill > ctl"
+    elif verb is V.REMOVE and state in ALIVE:
         hint = "stop it first: echo stop > ctl"
     elif state in TRANSIENT:
         hint = f"wait until it is no longer {state}"

@@ -188,7 +188,8 @@ def one_line(error: ValidationError, document: str) -> InvalidArgument:
     if first["type"] == "extra_forbidden":
         message = "unknown field"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return InvalidArgument(f"{document}: {where}: {message}{more}", at=where)
+    told = f"{where}: " if first["loc"] else ""  # else the message itself names the field
+    return InvalidArgument(f"{document}: {told}{message}{more}", at=where)
 
 
 class ImageRuntime(BaseModel):

@@ -1,4 +1,4 @@
-"""`dutchman run create ps logs start stop rm`: containers through their files.
+"""`dutchman run create ps logs start`: containers through their files.
 
 Floor 7. Only here: how a command line becomes a config.yaml, and how a log is followed until its container stops.
 One thread, and one more for each Ctrl-C.
@@ -20,11 +20,10 @@ from typing import Any
 import click
 
 from fdfs.cli_limits import fields_of, spec_options
-from fdfs.cli_mount import Failure, Follower, Mount, explain, tail_offset
+from fdfs.cli_mount import Failure, Follower, Mount, tail_offset
 from fdfs.cli_mounts import MOUNT_WORDS, long_mount, mount_options, short_mount
 from fdfs.cli_options import columns, mount_option, network_options
 
-FORCE = 30.0  # seconds `rm -f` goes on killing and removing
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
 NOT_EXECUTED = ("126", "127")  # exit codes of a program that cannot be executed, and of one that is not there
 ENDED = ("created", "stopped", "removing", "removed", "")
@@ -34,6 +33,8 @@ NOUNS = ("anchor", "beacon", "brig", "buoy", "cutter", "dinghy", "galley", "gull
 
 def _create(mount: Mount, name: str | None, what: str) -> str:
     """mkdir containers/<name>, under a free invented name when none is given."""
+    if name is not None and "/" in name:
+        raise Failure(f"{what}: {name!r} cannot be a name: no / in it")
     for _ in range(20):
         chosen = name or f"{random.choice(ADJECTIVES)}-{random.choice(NOUNS)}-{random.randrange(100)}"
         try:
@@ -356,60 +357,9 @@ def for_each(where: Mount, names: tuple[str, ...], *acts: Callable[[str], object
     return failed
 
 
-def _await_stop(where: Mount, name: str) -> None:
-    """`stop` returns after a second; this waits for the rest of the grace period. Failure when it would not end."""
-    while (state := where.field("containers", name, "state")) == "stopping":
-        time.sleep(POLL[0])
-    if state in ("running", "paused"):
-        reason, more = explain(where.field("containers", name, "error"))
-        raise Failure(f"stop {name}: it is {state}" + (f": {reason}" if reason else ""), *more)
-
-
 @click.command("start")
 @mount_option
 @click.argument("names", nargs=-1, required=True)
 def start_command(mount: str | None, names: tuple[str, ...]) -> int:
     """Start containers that are created or stopped."""
     return each(mount, names, "start", "start")
-
-
-@click.command("stop")
-@mount_option
-@click.option("-t", "--time", "seconds", type=click.IntRange(min=0), help="Seconds of grace before SIGKILL.")
-@click.argument("names", nargs=-1, required=True)
-def stop_command(mount: str | None, seconds: int | None, names: tuple[str, ...]) -> int:
-    """Stop running containers: the stop signal, a grace period, SIGKILL. Returns when they have stopped."""
-    line = "stop" if seconds is None else f"stop {seconds}"
-    where = Mount.find(mount)
-    ask = lambda name: where.command(("containers", name), line, what=f"stop {name}")  # noqa: E731
-    return for_each(where, names, ask, lambda name: _await_stop(where, name))
-
-
-@click.command("rm")
-@mount_option
-@click.option("-f", "--force", is_flag=True, help="Kill what runs first.")
-@click.option("-v", "--volumes", is_flag=True, help="Nothing more: anonymous volumes go with it anyway.")
-@click.argument("names", nargs=-1, required=True)
-def rm_command(mount: str | None, force: bool, volumes: bool, names: tuple[str, ...]) -> int:
-    """Remove containers with everything they wrote."""
-    if not force:
-        return each(mount, names, "remove", "rm")
-    where = Mount.find(mount)
-    return for_each(where, names, lambda name: _remove(where, name))
-
-
-def _remove(where: Mount, name: str) -> None:
-    """Kill and remove it, in whatever state it is, also in one that passes."""
-    container, until = ("containers", name), time.monotonic() + FORCE
-    while True:
-        ended = where.field(*container, "state") in ENDED
-        if not ended:
-            with contextlib.suppress(Failure):  # it may end by itself meanwhile; removing says what is wrong
-                where.command(container, "kill", what="rm")
-        try:
-            where.command(container, "remove", what=f"rm {name}")
-            return
-        except Failure:
-            if ended or time.monotonic() > until:
-                raise
-        time.sleep(POLL[0])

@@ -115,10 +115,14 @@ class Mount:
         return name
 
     def failure(self, error: OSError, *objects: tuple[str, ...], what: str) -> Failure:
-        """A Failure for a refused operation: the newest words in the first `error` file that has any."""
+        """A Failure for a refused operation: the newest words in the first `error` file that has any of this errno.
+
+        Others are of something earlier: the kernel refuses by itself, too, and then nothing is written down.
+        """
         for parts in objects:
             text = self.field(*parts, "error")
-            if text:
+            head = re.match(r"\d{4}-\d\d-\S+Z (\w+)\n", text)
+            if text and (head is None or getattr(errno, head[1], error.errno) == error.errno):
                 reason, more = explain(text)
                 return Failure(f"{what}: {reason}", *more)
         return Failure(f"{what}: {error.strerror}")

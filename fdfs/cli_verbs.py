@@ -1,10 +1,11 @@
-"""`dutchman kill pause resume restart port rename update wait top stats diff inspect`: one container, one file each.
+"""Short commands on containers, one file each: `stop`, `rm`, `restart`, `port`, `update`, `stats`, `inspect` and their like.
 
 Floor 7. Only here: these short commands. One thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -16,12 +17,64 @@ from fdfs.cli_limits import fields_of, limit_options
 from fdfs.cli_mount import Failure, Mount, explain
 from fdfs.cli_options import columns, human, mount_option
 
+FORCE = 30.0  # seconds `rm -f` goes on killing and removing
 PATIENCE, POLL = 10.0, 0.05  # seconds: between stop and start of a restart; between two looks
 SAMPLE = 1.0  # seconds over which CPU use is measured
 SHOWN = (
     "id", "state", "reason", "image", "pid", "exit_code", "oom", "restarts", "created_at", "started_at",
     "finished_at", "runtime",
 )  # fmt: skip
+
+
+def _await_stop(where: Mount, name: str) -> None:
+    """`stop` returns after a second; this waits for the rest of the grace period. Failure when it would not end."""
+    while (state := where.field("containers", name, "state")) == "stopping":
+        time.sleep(POLL)
+    if state in ("running", "paused"):
+        reason, more = explain(where.field("containers", name, "error"))
+        raise Failure(f"stop {name}: it is {state}" + (f": {reason}" if reason else ""), *more)
+
+
+@click.command("stop")
+@mount_option
+@click.option("-t", "--time", "seconds", type=click.IntRange(min=0), help="Seconds of grace before SIGKILL.")
+@click.argument("names", nargs=-1, required=True)
+def stop_command(mount: str | None, seconds: int | None, names: tuple[str, ...]) -> int:
+    """Stop running containers: the stop signal, a grace period, SIGKILL. Returns when they have stopped."""
+    line = "stop" if seconds is None else f"stop {seconds}"
+    where = Mount.find(mount)
+    ask = lambda name: where.command(("containers", name), line, what=f"stop {name}")  # noqa: E731
+    return for_each(where, names, ask, lambda name: _await_stop(where, name))
+
+
+@click.command("rm")
+@mount_option
+@click.option("-f", "--force", is_flag=True, help="Kill what runs first.")
+@click.option("-v", "--volumes", is_flag=True, help="Nothing more: anonymous volumes go with it anyway.")
+@click.argument("names", nargs=-1, required=True)
+def rm_command(mount: str | None, force: bool, volumes: bool, names: tuple[str, ...]) -> int:
+    """Remove containers with everything they wrote."""
+    if not force:
+        return each(mount, names, "remove", "rm")
+    where = Mount.find(mount)
+    return for_each(where, names, lambda name: _remove(where, name))
+
+
+def _remove(where: Mount, name: str) -> None:
+    """Kill and remove it, in whatever state it is, also in one that passes."""
+    container, until = ("containers", name), time.monotonic() + FORCE
+    while True:
+        ended = where.field(*container, "state") in ENDED
+        if not ended:
+            with contextlib.suppress(Failure):  # it may end by itself meanwhile; removing says what is wrong
+                where.command(container, "kill", what="rm")
+        try:
+            where.command(container, "remove", what=f"rm {name}")
+            return
+        except Failure:
+            if ended or time.monotonic() > until:
+                raise
+        time.sleep(POLL)
 
 
 @click.command("kill")

@@ -268,6 +268,7 @@ def test_create_as_run_without_the_start(engine: Dutchman) -> None:
     assert engine.sh("cat containers/made/state").stdout == "created\n"
     engine.cli("start", "made")
     assert engine.cli("wait", "made").stdout == "0\n" and engine.cli("logs", "made").stdout == "inner\n"
+    assert "/etc/h" not in engine.cli("diff", "made").stdout
     assert engine.cli("commit", "made", "kept").stdout.startswith("sha256:")
     assert engine.cli("rmi", "kept").stdout == "kept:latest\n"
     engine.cli("rm", "made")
@@ -320,7 +321,9 @@ def test_what_could_not_start_is_not_kept(engine: Dutchman) -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "..", "-x", "a b", "ä"])
 def test_names_that_cannot_be(engine: Dutchman, name: str) -> None:
-    assert engine.cli("run", f"--name={name}", "demo:1", code=1).stderr.startswith("dutchman: ")
+    engine.sh("mkdir containers/.earlier", code=1)
+    said = engine.cli("run", f"--name={name}", "demo:1", code=1).stderr
+    assert said.startswith("dutchman: ") and "earlier" not in said
     assert engine.cli("logs", "--", name, code=1).stderr.startswith("dutchman: there is no container")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine import host
-from engine.changes import is_opaque, is_whiteout
+from engine.changes import is_opaque, is_place, is_whiteout
 from engine.errors import Busy, Unsupported
 from engine.images import tarout
 from engine.images.tarout import Member
@@ -26,8 +26,6 @@ from engine.store.tree import Tree
 from engine.walk import RESOLVE, walk
 
 PIECE = 1 << 20
-# made by the runtime to mount something over; only left out when empty and not in the image
-PLACES = frozenset({b"dev", b"proc", b"sys", b"etc/hosts", b"etc/hostname", b"etc/resolv.conf", b".dockerenv"})
 _OVERLAY = ("trusted.overlay.", "user.overlay.")
 _HOST_ONLY = ("security.selinux", "security.ima", "security.evm", "security.apparmor")
 _NEEDS_LOWER = ("trusted.overlay.redirect", "trusted.overlay.metacopy")
@@ -60,7 +58,7 @@ def _members(upper: Path, tree: Tree, task: Task) -> Iterator[tuple[Member, Iter
             # a subdirectory's own entry stands before its content, which the walk brings later: directories wait
             for name, info in entries:
                 below = path + b"/" + name if path else name
-                if _place(tree, below, info, top):
+                if is_place(tree, below, name, info, fd):
                     continue
                 if stat.S_ISDIR(info.st_mode):
                     pending[below] = [entry(top, below, info, links)]
@@ -69,26 +67,6 @@ def _members(upper: Path, tree: Tree, task: Task) -> Iterator[tuple[Member, Iter
                     yield Member((path + b"/" if path else b"") + WHITEOUT + name, mode=0o600), ()
                 elif not stat.S_ISSOCK(info.st_mode):
                     yield entry(top, below, info, links)
-
-
-def _place(tree: Tree, path: bytes, info: os.stat_result, top: int) -> bool:
-    """Whether this is a mount point the runtime made: empty, and not in the image."""
-    if path not in PLACES:
-        return False
-    try:
-        tree.lookup(path)
-        return False
-    except KeyError:
-        pass
-    if stat.S_ISREG(info.st_mode):
-        return info.st_size == 0
-    if not stat.S_ISDIR(info.st_mode):
-        return False
-    fd = _open(top, path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        return not os.listdir(fd)
-    finally:
-        os.close(fd)
 
 
 def _open(top: int, path: bytes, flags: int) -> int:

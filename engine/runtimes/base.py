@@ -20,6 +20,7 @@ from engine import envfile
 from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument
 from engine.model import ImageConfig
+from engine.netconfig import HOST
 from engine.runtimes.netfiles import RunNetwork
 from engine.runtimes.resources import Resources
 
@@ -224,7 +225,8 @@ def make_spec(
 ) -> RunSpec:
     """The run of `config` on `image`. InvalidArgument names the field that makes it impossible."""
     image = image or ImageConfig()
-    hostname = config.hostname or id[:12]
+    # with the host's network its name, too: names resolve as they do there
+    hostname = config.hostname or (os.uname().nodename if HOST in config.networks else id[:12])
     if config.uts is Namespace.HOST:
         for field, value in (("hostname", config.hostname), ("domainname", config.domainname)):
             if value:
