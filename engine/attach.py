@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +30,7 @@ from engine.options import tmpfs
 from engine.records import Container, Records
 from engine.runtimes.base import Mount
 from engine.runtimes.users import identify, make_directory
+from engine.staging import RESOLVE, Staging
 from engine.treecopy import copy_metadata, copy_tree
 from engine.volumefill import OURS, empty, fill
 from engine.volumes import Volumes
@@ -44,7 +44,6 @@ _SYSTEM = """/ /bin /boot /dev /etc /home /lib /lib64 /media /mnt /opt /proc /ro
     /usr/bin /usr/lib /usr/local /usr/sbin /usr/share /var /var/cache /var/lib /var/log /var/run /var/tmp"""
 NOT_OURS = frozenset(_SYSTEM.split())
 CONTAINER_LABEL = b"system_u:object_r:container_file_t:s0\0"
-RESOLVE = host.RESOLVE_IN_ROOT
 
 
 @dataclass(slots=True)
@@ -76,9 +75,8 @@ class Attachments:
     def __init__(
         self, store: Path, records: Records, volumes: Volumes, image_of: Callable[[Container], ImageConfig]
     ) -> None:
-        self._staging = store / "run" / "sources"
+        self._places = Staging(store / "run" / "sources")
         self._records, self._volumes, self._image_of = records, volumes, image_of
-        self._staging.mkdir(parents=True, exist_ok=True)
 
     # --- which mounts -------------------------------------------------------------------------------------------------
 
@@ -150,7 +148,7 @@ class Attachments:
         """The mounts of a start, ready to be used while the block runs. Errors name the path that is at fault.
 
         A path inside a volume is bound to a place of our own while the block runs: whoever writes to the volume cannot
-        exchange it between the look and the mount.
+        exchange it between the look and the mount. So is what has its owners mapped.
         """
         out = Attached()
         with ExitStack() as stack:
@@ -175,6 +173,10 @@ class Attachments:
                 self._label(source, out)
             if item.own:
                 give(source, rootfs, user)
+            if item.idmap:
+                source = stack.enter_context(
+                    self._places.mapped(source, item.idmap, identify(rootfs, user), item.source)
+                )
             return Mount(
                 item.type, source, item.target, item.read_only, (item.propagation,) if item.propagation else ()
             )
@@ -191,33 +193,11 @@ class Attachments:
         if item.own:
             give(source, rootfs, user)
         if options and options.subpath:
-            source = stack.enter_context(self._staged(volume.path, item.source, options.subpath))
+            source = stack.enter_context(self._places.below(volume.path, item.source, options.subpath))
+        if item.idmap:
+            who = identify(rootfs, user)
+            source = stack.enter_context(self._places.mapped(source, item.idmap, who, f"volume {item.source}"))
         return Mount(item.type, source, item.target, item.read_only or volume.read_only)
-
-    @contextmanager
-    def _staged(self, data: Path, name: str, subpath: str) -> Iterator[Path]:
-        """What `subpath` names inside a volume, links resolved within it. NotFound, InvalidArgument."""
-        with host.directory_fd(data) as root:
-            try:
-                fd = host.open_in_root(root, subpath, getattr(os, "O_PATH", os.O_RDONLY), resolve=RESOLVE)
-            except FileNotFoundError as error:
-                raise NotFound(f"volumes: volume {name} has no {subpath}", at=subpath) from error
-            except OSError as error:
-                raise InvalidArgument(f"volumes: {subpath} in volume {name}: {error.strerror}", at=subpath) from error
-        try:
-            place = Path(tempfile.mkdtemp(dir=self._staging)) / "source"
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                place.mkdir()
-            else:
-                place.touch()
-            host.bind(Path(f"/proc/self/fd/{fd}"), place)
-        finally:
-            os.close(fd)
-        try:
-            yield place
-        finally:
-            host.unmount(place)
-            host.remove_tree(place.parent)
 
     @staticmethod
     def _label(source: Path, out: Attached) -> None:
@@ -257,10 +237,7 @@ class Attachments:
     def settle_all(self) -> None:
         """After a restart: take down what a driver mounted for containers that do not run any more, and what a start
         that was killed left."""
-        for place in self._staging.iterdir():
-            while host.LINUX and host.is_mounted(Path(os.path.realpath(place / "source"))):
-                host.unmount(place / "source")
-            host.remove_tree(place)
+        self._places.clear()
         for volume in self._volumes.all():
             if self._volumes.mounts(volume):
                 self._volumes.settle(volume.name)

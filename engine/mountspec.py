@@ -7,11 +7,13 @@ Only here: the grammar and its bounds; which of it a host can carry out is said 
     /data                 an anonymous volume: named after the container, removed with it
     /host/dir:/data       a bind mount (also ./ and ~/); a missing directory is made, as `docker run -v` does
     …:ro,z,rslave         ro rw · z Z · U · nocopy · [r]shared [r]slave [r]private · consistent cached delegated
+    …:idmap               owners shown as others: podman's, with ranges or without (`id_ranges`)
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -20,6 +22,53 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from engine.model import Frozen, Size
 
 MAX_MOUNTS = 1024
+MAX_RANGES = 100  # of ids: the kernel takes a page of text for a map
+
+IdRange = tuple[int, int, int]  # first id on the host, first in the container, how many
+ALL_IDS: IdRange = (0, 0, (1 << 32) - 1)  # the last one means none
+
+
+def _ranges(text: str) -> tuple[IdRange, ...]:
+    out, texts = [], text.split("#")
+    if len(texts) > MAX_RANGES:
+        raise ValueError(f"idmap: more than {MAX_RANGES} ranges")
+    for row in texts:
+        words = row.removeprefix("@").split("-")  # @: relative to the container's user namespace, which is the host's
+        if len(words) != 3 or not all(word.isascii() and word.isdigit() and len(word) <= 10 for word in words):
+            raise ValueError(f"idmap: HOST-CONTAINER-COUNT expected, not {row!r}")
+        first, inside, count = (int(word) for word in words)
+        if not count or max(first, inside) + count > ALL_IDS[2]:
+            raise ValueError(f"idmap: {row!r} does not lie between 0 and {ALL_IDS[2] - 1}")
+        out.append((first, inside, count))
+    for side in (0, 1):
+        for one, after in pairwise(sorted((row[side], row[2]) for row in out)):
+            if sum(one) > after[0]:
+                raise ValueError(f"idmap: two ranges have the id {after[0]}")
+    return tuple(out)
+
+
+def id_ranges(text: str) -> dict[str, tuple[IdRange, ...]]:
+    """`uids=H-C-N[#H-C-N…];gids=…` as ranges of "uid" and "gid", empty where not said. ValueError names the fault."""
+    out: dict[str, tuple[IdRange, ...]] = {"uid": (), "gid": ()}
+    for part in text.split(";"):
+        kind, _, rows = part.partition("=")
+        if kind not in ("uids", "gids") or out[kind[:3]]:
+            raise ValueError(f"idmap: uids=HOST-CONTAINER-COUNT;gids=… expected, not {text!r}")
+        out[kind[:3]] = _ranges(rows)
+    return out
+
+
+def _idmap(value: Any) -> Any:
+    """True, false, or ranges in their plainest spelling."""
+    if isinstance(value, str) and value not in ("true", "false"):
+        said = [(kind, rows) for kind, rows in id_ranges(value).items() if rows]
+        return ";".join(f"{kind}s=" + "#".join("-".join(map(str, row)) for row in rows) for kind, rows in said)
+    if isinstance(value, str | bool):
+        return value in ("true", True)
+    raise ValueError("true or uids=HOST-CONTAINER-COUNT;gids=… expected")
+
+
+IdMap = Annotated[bool | str, BeforeValidator(_idmap)]
 
 
 class MountKind(StrEnum):
@@ -58,11 +107,13 @@ class BindOptions(Frozen):
     propagation: Propagation | None = None
     create_host_path: bool = False
     selinux: SELinux | None = None
+    idmap: IdMap = False
 
 
 class VolumeOptions(Frozen):
     nocopy: bool = False
     subpath: str = ""
+    idmap: IdMap = False
 
     @field_validator("subpath")
     @classmethod
@@ -129,6 +180,10 @@ class MountSpec(Frozen):
             raise ValueError("source: a tmpfs has none")
         if self.own and self.type is MountKind.TMPFS:
             raise ValueError("own: a tmpfs has no source to give away")
+        if self.own and self.idmap:
+            raise ValueError("idmap: U changes the owners that idmap leaves as they are")
+        if self.idmap and self.propagation in (Propagation.SHARED, Propagation.RSHARED):
+            raise ValueError(f"idmap: no {self.propagation} mount: what is mounted in the container stays there")
         return self
 
     @property
@@ -138,6 +193,12 @@ class MountSpec(Frozen):
     @property
     def selinux(self) -> SELinux | None:
         return self.bind.selinux if self.bind else None
+
+    @property
+    def idmap(self) -> bool | str:
+        """Whether owners are mapped: the source's owner to the container's user (True), or by ranges (`id_ranges`)."""
+        options = self.bind or self.volume
+        return options.idmap if options else False
 
     @property
     def anonymous(self) -> bool:
@@ -155,6 +216,7 @@ class MountSpec(Frozen):
     def _short(self) -> str:
         words = [word for word, said in (("ro", self.read_only), (self.selinux, self.selinux),
                                          (self.propagation, self.propagation), ("U", self.own),
+                                         ("idmap" if self.idmap is True else f"idmap={self.idmap}", self.idmap),
                                          ("nocopy", self.volume and self.volume.nocopy),
                                          (self.consistency, self.consistency)) if said]  # fmt: skip
         source = f"{self.source}:" if self.source else ""
@@ -174,9 +236,9 @@ class MountSpec(Frozen):
         return data
 
 
-_ACCESS = ("ro", "rw")
+_ACCESS, _MAPPED = ("ro", "rw"), ("idmap",)
 _CLASSES: tuple[tuple[str, ...], ...] = (
-    _ACCESS, tuple(SELinux), tuple(Propagation), tuple(Consistency), ("nocopy",), ("U",)
+    _ACCESS, tuple(SELinux), tuple(Propagation), tuple(Consistency), ("nocopy",), ("U",), _MAPPED
 )  # fmt: skip
 
 
@@ -184,7 +246,7 @@ def _options(text: str, whole: str) -> dict[tuple[str, ...], str]:
     """Each word's class and the word. ValueError for an unknown one, or two of a class."""
     out: dict[tuple[str, ...], str] = {}
     for word in text.split(","):
-        found = next((words for words in _CLASSES if word in words), None)
+        found = _MAPPED if word.startswith("idmap=") else next((words for words in _CLASSES if word in words), None)
         if found is None:
             known = " ".join(word for words in _CLASSES for word in words)
             raise ValueError(f"invalid mode {text!r} in {whole!r}: {word!r} is none of {known}")
@@ -201,17 +263,18 @@ def short_form(text: str) -> dict[str, Any]:
         raise ValueError(f"source:target[:options] or /target expected, not {text!r}")
     words = _options(parts[2], text) if len(parts) == 3 else {}
     source, target = ("", parts[0]) if len(parts) == 1 else parts[:2]
-    access, label, spread, consistency, nocopy, own = (words.get(kind) for kind in _CLASSES)
+    access, label, spread, consistency, nocopy, own, mapped = (words.get(kind) for kind in _CLASSES)
+    idmap = mapped.removeprefix("idmap=") if mapped != "idmap" and mapped else bool(mapped)
     data: dict[str, Any] = {
         "source": source, "target": target, "read_only": access == "ro", "own": bool(own), "consistency": consistency,
     }  # fmt: skip
     if source[:1] in ("/", ".", "~"):
-        bind = {"propagation": spread, "create_host_path": True, "selinux": label}
+        bind = {"propagation": spread, "create_host_path": True, "selinux": label, "idmap": idmap}
         return {**data, "type": MountKind.BIND, "bind": bind}
     if spread:
         raise ValueError(f"invalid mode {parts[2]!r} in {text!r}: a volume has no mount propagation")
-    if nocopy:
-        data["volume"] = {"nocopy": True}
+    if nocopy or mapped:
+        data["volume"] = {"nocopy": bool(nocopy), "idmap": idmap}
     return data  # z and Z: the store's own files have the label containers may use
 
 

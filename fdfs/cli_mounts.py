@@ -19,6 +19,7 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "bind-propagation": ("bind", "propagation"), "bind-create-src": ("bind", "create_host_path"),
     "bind-selinux": ("bind", "selinux"), "volume-nocopy": ("volume", "nocopy"), "volume-subpath": ("volume", "subpath"),
     "tmpfs-size": ("tmpfs", "size"), "tmpfs-mode": ("tmpfs", "mode"), "chown": ("own",), "U": ("own",),
+    "idmap": ("idmap",),
 }  # fmt: skip
 _FLAGS = ("readonly", "ro", "bind-create-src", "volume-nocopy", "chown", "U")
 
@@ -45,7 +46,7 @@ def long_mount(text: str) -> dict[str, Any]:
     for word in next(csv.reader([text]), []):
         key, equals, value = word.partition("=")
         place = _PLACES.get(key)
-        if place is None or (not equals and key not in _FLAGS):
+        if place is None or (not equals and key not in (*_FLAGS, "idmap")):
             raise click.UsageError(f"--mount: {word!r}: one of {', '.join(_PLACES)} expected, as KEY=VALUE")
         here = out
         for part in place[:-1]:
@@ -53,7 +54,9 @@ def long_mount(text: str) -> dict[str, Any]:
         flag = value in ("", "true", "1") if value in ("", "true", "1", "false", "0") else None
         if key in _FLAGS and flag is None:
             raise click.UsageError(f"--mount: {word!r}: true or false expected")
-        here[place[-1]] = flag if key in _FLAGS else value
+        here[place[-1]] = flag if key in _FLAGS else value if equals or key != "idmap" else True
+    if "idmap" in out:  # an option of either type
+        out.setdefault(out.get("type", "volume"), {})["idmap"] = out.pop("idmap")
     if out.get("type") == "bind" and str(out.get("source", ""))[:1] in (".", "~"):
         out["source"] = str(absolute(out["source"]))
     return out

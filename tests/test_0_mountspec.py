@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from engine.config import ContainerConfig, MountKind
 from engine.errors import InvalidArgument
 from engine.fields import field_text, validated, with_field
 from engine.model import check_name
-from engine.mountspec import MountSpec, parse_from, parse_mode, short_form
+from engine.mountspec import ALL_IDS, MountSpec, id_ranges, parse_from, parse_mode, short_form
 from engine.runtimes.base import Mount
+from engine.runtimes.idmap import exchanged
 
 TABLES = Path(__file__).parents[2] / "shared" / "fixtures" / "tables" / "moby-volume-mounts.json"
 
@@ -224,7 +226,20 @@ def test_the_tables_are_there_and_none_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["data:/d:U,nocopy", "/h:/d:ro,Z,rslave", "/h:/d:cached", "~/x:/y", "./x:/y:z", "/anon", "/anon space", "v:/d:z"],
+    [
+        "data:/d:U,nocopy",
+        "/h:/d:ro,Z,rslave",
+        "/h:/d:cached",
+        "~/x:/y",
+        "./x:/y:z",
+        "/anon",
+        "/anon space",
+        "v:/d:z",
+        "v:/d:idmap",
+        "/h:/d:ro,idmap",
+        "/h:/d:idmap=uids=4242-1000-1#0-0-10;gids=7-8-9",
+        "v:/d:idmap=gids=0-1-10,nocopy",
+    ],
 )
 def test_short_forms_read_back(text: str) -> None:
     config = validated({"volumes": [text]})
@@ -254,11 +269,52 @@ def test_short_binds_make_their_directory_and_long_ones_do_not() -> None:
         ({"source": "v", "target": "//"}, "target"),
         ("v:/t:ro,rw", "ro and rw"),
         ("v:/t:zz", "zz"),
+        ("v:/t:idmap=", "idmap"),
+        ("v:/t:idmap=both=0-1-1", "idmap"),
+        ("v:/t:idmap=uids=0-1", "HOST-CONTAINER-COUNT"),
+        ("v:/t:idmap=uids=0-1-x", "0-1-x"),
+        ("v:/t:idmap=uids=0-1-0", "0-1-0"),
+        ("v:/t:idmap=uids=0-1-1;uids=1-2-1", "idmap"),
+        ("v:/t:idmap=uids=0-4294967294-2", "4294967294"),
+        ("v:/t:idmap=uids=0-10-5#4-20-5", "two ranges have the id 4"),
+        ("v:/t:idmap=gids=0-10-5#5-14-5", "two ranges have the id 14"),
+        ("v:/t:idmap=uids=" + "#".join(f"{n}-{n}-1" for n in range(101)), "more than 100"),
+        ("v:/t:idmap,idmap=uids=0-1-1", "exclude each other"),
+        ("v:/t:idmap,U", "idmap"),
+        ("/h:/t:idmap,rshared", "idmap"),
+        ({"type": "tmpfs", "target": "/t", "tmpfs": {"idmap": True}}, "idmap"),
+        ({"source": "v", "target": "/t", "volume": {"idmap": 7}}, "idmap"),
     ],
 )
 def test_faults_are_named(mount: Any, named: str) -> None:
     with pytest.raises(InvalidArgument, match=named):
         validated({"volumes": [mount]})
+
+
+def test_id_ranges_are_podmans() -> None:
+    """The first of three is the id on the host, the second what the container sees it as."""
+    assert id_ranges("uids=0-1-10#10-11-10;gids=0-100-10") == {
+        "uid": ((0, 1, 10), (10, 11, 10)),
+        "gid": ((0, 100, 10),),
+    }
+    assert id_ranges("uids=@2000-1-1") == {"uid": ((2000, 1, 1),), "gid": ()}
+    long = {"type": "bind", "source": "/h", "target": "/t", "bind": {"idmap": "gids=01-2-3;uids=@0-1-1"}}
+    spec = validated({"volumes": [long]}).volumes[0]
+    assert spec.idmap == "uids=0-1-1;gids=1-2-3" and parsed("/h:/t:" + f"idmap={spec.idmap}").idmap == spec.idmap
+    for said, idmap in ((True, True), ("true", True), (False, False)):
+        assert MountSpec.model_validate({"source": "v", "target": "/t", "volume": {"idmap": said}}).idmap is idmap
+    assert parsed("v:/t").idmap is False
+
+
+@pytest.mark.parametrize(("one", "other"), [(4242, 1000), (0, 1000), (0, 1), (7, 7), (4294967294, 0)])
+def test_two_ids_are_exchanged_and_all_others_stay(one: int, other: int) -> None:
+    rows = exchanged(one, other)
+    assert sum(count for _, _, count in rows) == ALL_IDS[2]
+    for side in (0, 1):
+        edges = sorted((row[side], row[side] + row[2]) for row in rows)
+        assert edges[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(edges))
+    seen = lambda id: next(inside + id - first for first, inside, count in rows if first <= id < first + count)  # noqa: E731
+    assert (seen(one), seen(other), seen(500), seen(70000)) == (other, one, 500, 70000)
 
 
 def test_volumes_from_are_names_with_or_without_access() -> None:

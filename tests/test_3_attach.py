@@ -19,7 +19,7 @@ from ociimages import busybox_rootfs_tar, make_layout
 from engine import host, volumefill, volumeusers
 from engine.attach import give
 from engine.engine import Engine
-from engine.errors import Busy, EngineError, InvalidArgument, NotFound
+from engine.errors import Busy, EngineError, InvalidArgument, NotFound, Unsupported
 from engine.images.archive import load
 from engine.mounts import mount_of
 from engine.treecopy import copy_tree
@@ -152,6 +152,72 @@ def test_u_gives_the_source_away_without_following_links(tmp_path: Path, ran: Ca
     assert os.stat(tmp_path / "other").st_uid == 0
     with pytest.raises(InvalidArgument, match="/usr"):
         give(Path("/usr"), tmp_path, "1000")
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    """A file system that can have its owners mapped, whatever the host's own is."""
+    if host.kernel_version() < (6, 3):
+        pytest.skip("tmpfs maps owners from Linux 6.3 on")
+    place = tmp_path / "ram"
+    place.mkdir()
+    host.mount("tmpfs", place, "tmpfs", 0, "size=4m,mode=0755")
+    host.mount("none", place, "none", 1 << 20)  # MS_SHARED, as systemd has it
+    yield place
+    while host.is_mounted(place):
+        host.unmount(place)
+
+
+def owned(place: Path, uid: int, gid: int) -> Path:
+    place.mkdir(mode=0o700)
+    (place / "f").write_text("x")
+    for path in (place, place / "f"):
+        os.chown(path, uid, gid)
+    return place
+
+
+def test_idmap_shows_the_owner_as_the_containers_user(engine: Engine, ram: Path, ran: Callable[..., str]) -> None:
+    source = owned(ram / "src", 4242, 4343)
+    (source / "roots").write_text("x")
+    (source / "sub").mkdir()
+    host.mount("tmpfs", source / "sub", "tmpfs", 0, "size=1m,uid=4242,gid=4343")
+    script = "cd /m; stat -c '%u:%g %n' . f roots sub; touch new sub/new; stat -c %u:%g new"
+    try:
+        said = ran(script, user="1000:1001", volumes=[f"{source}:/m:idmap"])
+        assert host.is_mounted(source / "sub")  # taking down ours took nothing of the host's with it
+        info = os.stat(source / "sub" / "new")
+        assert (info.st_uid, info.st_gid) == (4242, 4343)
+    finally:
+        host.unmount(source / "sub")
+    assert said.split("\n") == ["1000:1001 .", "1000:1001 f", "0:0 roots", "1000:1001 sub", "1000:1001", ""]
+    for name, owner in (("new", (4242, 4343)), ("f", (4242, 4343)), ("roots", (0, 0))):
+        info = os.stat(source / name)
+        assert (info.st_uid, info.st_gid) == owner, name
+    assert ran("stat -c %u:%g /one; echo no > /one", user="1000", code=1, volumes=[f"{source}/f:/one:ro,idmap"])
+    assert ran("stat -c %u:%g /m", user="4242:4343", volumes=[f"{source}:/m:idmap"]) == "4242:4343\n"
+
+
+def test_idmap_takes_ranges_and_volumes(engine: Engine, ram: Path, ran: Callable[..., str]) -> None:
+    source = owned(ram / "src", 4242, 4343)
+    (source / "roots").write_text("x")
+    said = ran(
+        "stat -c '%u:%g %n' /m /m/roots; touch /m/new; chown 9:9 /m/new 2>&1 | grep -o Value",
+        volumes=[f"{source}:/m:idmap=uids=4242-0-1;gids=4300-0-100"],
+    )
+    assert said == "0:43 /m\n65534:65534 /m/roots\nValue\n"  # what no range names is nobody, and nobody can be it
+    assert (os.stat(source / "new").st_uid, os.stat(source / "new").st_gid) == (4242, 4300)
+    engine.volumes.create("mapped", options={"type": "tmpfs", "device": "tmpfs", "o": "size=1m,uid=7,mode=0700"})
+    spread = {"source": "mapped", "target": "/v", "volume": {"nocopy": True, "idmap": True}}
+    assert ran("stat -c %u:%g /v; touch /v/x", user="1000:1000", volumes=[spread]) == "1000:1000\n"
+
+
+def test_a_file_system_that_cannot_map_owners_is_named(engine: Engine, tmp_path: Path, ran: Callable[..., str]) -> None:
+    error = refused(engine, ["/proc/sys/kernel:/m:idmap"], user="1000")
+    assert (
+        isinstance(error, Unsupported) and "/proc/sys/kernel: its owners" in error.reason and "U " in (error.hint or "")
+    )
+    assert not list((engine.store / "run/sources").iterdir())
+    assert ran("stat -c %u /m", volumes=["/proc/sys/kernel:/m:idmap"]) == "0\n"  # root to root: nothing to map
 
 
 def test_z_is_noted_where_there_is_no_selinux(engine: Engine, tmp_path: Path, ran: Callable[..., str]) -> None:

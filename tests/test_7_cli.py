@@ -15,6 +15,7 @@ from dutchman import ROOT, Dutchman, demo_archive, needs_oci, wait_for
 from engine import host
 from fdfs.cli import COMMANDS
 from fdfs.cli_mount import explain, tail_offset
+from fdfs.cli_mounts import long_mount
 
 
 @pytest.fixture(scope="module")
@@ -404,3 +405,7 @@ def test_volumes_by_the_command(engine: Dutchman, tmp_path: Path) -> None:
     assert "small" in engine.cli("volume", "prune", "--yes").stdout
     assert engine.cli("volume", "ls", "-q").stdout == ""
     assert "--mount" in engine.cli("run", "--mount", "type=bind,colour=red", "demo:1", code=2).stderr
+    bound = {"type": "bind", "source": "/h", "target": "/t", "bind": {"idmap": True}}
+    assert long_mount("idmap,type=bind,source=/h,target=/t") == bound
+    named = {"source": "v", "target": "/t", "volume": {"idmap": "uids=0-1-1#1-0-1;gids=0-1-1"}}
+    assert long_mount("source=v,target=/t,idmap=uids=0-1-1#1-0-1;gids=0-1-1") == named

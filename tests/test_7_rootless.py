@@ -217,6 +217,9 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     me.make("limited", '{"image": "demo:1", "memory": "64MiB", "command": ["true"]}')
     me.sh(f"echo start > {me.mount}/containers/limited/ctl", code=None)
     wait_for(lambda: "memory: an engine without root" in me.out("cat containers/limited/error"), 20, "memory is named")
+    me.make("mapped", '{"image": "demo:1", "user": "1000", "volumes": ["v:/v:idmap"], "command": ["true"]}')
+    me.sh(f"echo start > {me.mount}/containers/mapped/ctl", code=None)
+    wait_for(lambda: "volume v: its owners cannot be mapped" in me.out("cat containers/mapped/error"), 20, "idmap is")
     me.sh(f"echo pause > {me.mount}/containers/web/ctl", code=1)
     assert "pause: an engine without root" in me.out("cat containers/web/error")
 
@@ -241,7 +244,7 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     assert me.out("cat containers/web/state containers/web/exit_code").split() == ["stopped", "3"]
 
     # files of other ids can be removed with it, and nothing is left behind
-    me.sh("dutchman rm web low once host limited")
+    me.sh("dutchman rm web low once host limited mapped")
     assert not list((me.store / "run/trees").iterdir())
     me.sh("dutchman down")
     wait_for(lambda: not me.processes(), what="everything has ended")
