@@ -1,4 +1,4 @@
-"""Short commands on containers, one file each: `stop`, `rm`, `restart`, `port`, `update`, `stats`, `inspect` and their like.
+"""Short commands on containers: `stop`, `rm`, `restart`, `port`, `update`, `stats`, `inspect` and their like.
 
 Floor 7. Only here: these short commands. One thread.
 """
