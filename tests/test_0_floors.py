@@ -47,6 +47,7 @@ def floors() -> dict[str, int]:
         elif word.isdigit():
             floor = int(word)
         else:
+            assert folder + word not in table, f"{word} has two places in ARCHITECTURE.md, ## Floors"
             table[folder + word + ("*" if word.endswith("/") else "")] = floor
     return table
 

@@ -327,7 +327,7 @@ def test_a_device_put_in_a_files_place_is_not_opened(tmp_path: Path) -> None:
     os.mknod(tmp_path / "file", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     os.mkfifo(tmp_path / "fifo")
     os.symlink("/etc/passwd", tmp_path / "link")
-    tree = Loopback(tmp_path, writable=True)
+    tree = Loopback(tmp_path, writable=lambda: True)
     for name in (b"file", b"fifo", b"link"):
         with pytest.raises(OSError) as caught:
             tree.open(name, os.O_RDONLY)
