@@ -332,9 +332,9 @@ class Containers:
         signum = parse_signal(str(signal))
         container = self.get(name)
         lifecycle.permit(container.state, Verb.KILL)
-        if signum in (signals.SIGKILL, self.execution.stop_signal(container)):
-            self.restarts.stopped_by_person(container.id)
-        self.execution.signal(container, signum)
+        asked = signum in (signals.SIGKILL, self.execution.stop_signal(container))
+        with self.restarts.stopped_by_person(container.id) if asked else contextlib.nullcontext():
+            self.execution.signal(container, signum)
         if signum == signals.SIGKILL:
             self.records.wait(container.id, lambda now: now.state not in ALIVE, STOP_PATIENCE)
 

@@ -169,6 +169,7 @@ class Engine:
             "engineStarted", "engine", {"version": self.version, "pid": os.getpid(), "runtime": self._runtime}
         )
         reconcile(self.containers)
+        self.volumes.remove_orphans()
         self.containers.execution.attachments.settle_all()
         self.connections.reconcile({container.id for container in self.containers.all() if container.state in ALIVE})
         if self.drivers.default == "oci" and self.connections.usable:

@@ -178,6 +178,17 @@ class HealthChecks:
         return next_probe(watch.health, watch.check, self._since_start(container, self._clock.time_ns()))
 
     def _probe(self, id: str) -> None:
+        try:
+            self._probe_once(id)
+        except Exception:  # whatever it was, a container is not left without its checks
+            log.exception("container %s could not be asked whether it is well", id)
+            with self._lock:
+                watch = self._watches.get(id)
+                check = None if watch is None or watch.asleep else watch.check
+            if check is not None:
+                self._scheduler.after(id, check.interval, lambda: self._probe(id))
+
+    def _probe_once(self, id: str) -> None:
         with self._lock:
             watch = self._watches.get(id)
             if watch is None or watch.check is None or watch.asleep:

@@ -34,8 +34,12 @@ def note(db: sqlite3.Connection, id: str, seq: int, state: State, digest: str) -
 
 def forget(db: sqlite3.Connection, id: str) -> None:
     """It has been removed."""
+    rows = db.execute("SELECT DISTINCT config FROM history WHERE container = ?", (id,)).fetchall()
     db.execute("DELETE FROM history WHERE container = ?", (id,))
-    db.execute("DELETE FROM configs WHERE digest NOT IN (SELECT config FROM history)")
+    db.executemany(  # only its own: a look at all of history would take its time, and hold the catalog meanwhile
+        "DELETE FROM configs WHERE digest = ?1 AND NOT EXISTS (SELECT 1 FROM history WHERE config = ?1)",
+        [(row["config"],) for row in rows],
+    )
 
 
 class Entry(NamedTuple):

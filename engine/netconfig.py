@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping as AnyMapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from engine.model import NAME, Frozen
 
@@ -145,7 +145,18 @@ def parse_ports(value: Any) -> Any:
     return out
 
 
-Ports = Annotated[tuple[PortSpec, ...], BeforeValidator(parse_ports), Field(max_length=256)]
+MAX_PORTS = 65535  # of a container, ranges counted whole: each is tried on the host by every start
+
+
+def _not_too_many(ports: tuple[PortSpec, ...]) -> tuple[PortSpec, ...]:
+    if sum(port.count for port in ports) > MAX_PORTS:
+        raise ValueError(f"more than {MAX_PORTS} ports")
+    return ports
+
+
+Ports = Annotated[
+    tuple[PortSpec, ...], BeforeValidator(parse_ports), Field(max_length=256), AfterValidator(_not_too_many)
+]
 
 
 # --- networks ---------------------------------------------------------------------------------------------------
@@ -154,7 +165,7 @@ Ports = Annotated[tuple[PortSpec, ...], BeforeValidator(parse_ports), Field(max_
 class Endpoint(Frozen):
     """How a container is in one network: further names there, and addresses it insists on."""
 
-    aliases: tuple[str, ...] = ()
+    aliases: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     ipv4_address: str = ""
     ipv6_address: str = ""
     mac_address: str = ""

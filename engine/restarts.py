@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from engine.errors import Busy, EngineError, Gone
 from engine.events import Journal
@@ -78,11 +79,18 @@ class Restarts:
         self._scheduler.cancel(container.id)
         return True
 
-    def stopped_by_person(self, id: str) -> None:
-        """A person has asked for its end by a signal."""
+    @contextmanager
+    def stopped_by_person(self, id: str) -> Iterator[None]:
+        """A person asks for its end by a signal, sent in the block. When that cannot be, its policy counts on."""
         with self._meta.tx() as db:
-            self._row(db, id)
+            before = int(self._row(db, id)["stopped"])
             db.execute("UPDATE restarts SET stopped = ? WHERE id = ?", (PERSON, id))
+        try:
+            yield
+        except BaseException:
+            with self._meta.tx() as db:
+                db.execute("UPDATE restarts SET stopped = ? WHERE id = ?", (before, id))
+            raise
 
     def close(self) -> None:
         self._scheduler.close()
@@ -158,7 +166,7 @@ class Restarts:
                 self._records.move(id, State.STARTING, only=State.STOPPED, restarts=container.restarts + 1)
         except (Gone, Busy):
             return
-        except EngineError as error:  # a full disk: the row still says that it is due
+        except (EngineError, sqlite3.OperationalError) as error:  # a full disk: the row still says that it is due
             log.warning("container %s was not started again yet: %s", id, error)
             self._scheduler.after(id, 5.0, lambda: self._fire(id))
             return

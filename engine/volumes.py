@@ -249,6 +249,11 @@ class Volumes:
                 log.info("anonymous volume %s stays: %s", name, error.reason)
         return removed
 
+    def remove_orphans(self) -> None:
+        """The same for all containers that are gone: their removal was cut short, or the volumes were in use then."""
+        for id in volumeusers.gone_owners(self._meta.query):
+            self.remove_anonymous(id)
+
     # --- in use -------------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -350,7 +355,8 @@ class Volumes:
 
     def unused(self) -> list[Volume]:
         """What no container uses and no job works on."""
-        return [volume for volume in self.all() if not self._held[volume.name] and not self.users(volume.name)]
+        used = volumeusers.used(self._meta.query)
+        return [volume for volume in self.all() if volume.name not in used and not self._held[volume.name]]
 
     def prune(self) -> list[str]:
         """Remove every volume no container's config mounts; their names."""

@@ -40,6 +40,26 @@ def disown(db: sqlite3.Connection, name: str) -> None:
     db.execute("DELETE FROM meta WHERE key = ?", (_KEY + name,))
 
 
+def gone_owners(query: Query) -> list[str]:
+    """Ids of containers that are gone and have anonymous volumes still."""
+    rows = query(
+        "SELECT DISTINCT value FROM meta WHERE key LIKE 'anonymous/%' AND value NOT IN (SELECT id FROM containers)", ()
+    )
+    return [row["value"] for row in rows]
+
+
+def used(query: Query) -> set[str]:
+    """Names of the volumes that have any `users`: one look at all containers, however many volumes there are."""
+    out = {
+        str(mount["source"])
+        for row in query("SELECT config FROM containers WHERE instr(config, '\"volumes\":[{')", ())
+        for mount in json.loads(row["config"]).get("volumes", ())
+        if mount.get("type") == MountKind.VOLUME
+    }
+    rows = query("SELECT key FROM meta WHERE key LIKE 'anonymous/%' AND value IN (SELECT id FROM containers)", ())
+    return out | {row["key"][len(_KEY) :] for row in rows}
+
+
 def users(query: Query, name: str, *, alive: bool = False) -> list[str]:
     """Names of the containers that use it, sorted; `alive`: only those that run or are about to."""
     rows = list(

@@ -22,6 +22,7 @@ from engine.netconfig import PortSpec
 from engine.networks import Networks, host_routes
 from engine.runtimes.netbase import Link
 from engine.runtimes.netfiles import NetworkMode, RunNetwork, hosts_text, resolv_text
+from engine.runtimes.usernet import UserNetworks
 from engine.store.meta import Meta
 
 
@@ -308,3 +309,13 @@ def test_more_ports_than_there_are_to_choose_from_are_refused(place: Place) -> N
     with pytest.raises(InvalidArgument, match="at most 28231 host ports"):
         place.begin("c", ports=["1-30000"])
     assert place.connections.ports("c") == []
+
+
+def test_ports_are_bounded(tmp_path: Path, place: Place) -> None:
+    with pytest.raises(InvalidArgument, match="more than 65535 ports"):
+        validated({"ports": ["1-65535:1-65535", "1-65535:1-65535/udp"]})
+    outside = UserNetworks(tmp_path / "state", tmp_path)
+    many = [PortSpec(host=1024, host_last=2047, container=1024, container_last=2047)]
+    with pytest.raises(InvalidArgument, match="at most 512"):
+        outside.setup(tmp_path / "netns", "id", "name", [], many, [])
+    assert list(tmp_path.glob("slirp*")) == []

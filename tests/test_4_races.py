@@ -13,7 +13,7 @@ from engines import add_image
 from engine import connecting
 from engine.config import parse_config
 from engine.engine import Engine
-from engine.errors import DeadlineExceeded, NotFound
+from engine.errors import Busy, DeadlineExceeded, NotFound
 from engine.lifecycle import State
 
 IMAGE = "docker.io/library/small:1"
@@ -115,3 +115,60 @@ def test_a_session_that_was_started_keeps_no_thread_waiting_for_its_start(engine
         if isinstance(thread, threading.Timer) and thread.function.__name__ == "_give_up":  # type: ignore[attr-defined]
             assert thread.finished.is_set()  # cancelled: it is about to end
             thread.join(60)
+
+
+def test_a_kill_that_was_refused_ends_no_restart_policy(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    _running(engine, more="restart: always\n")
+    id = engine.containers.get("c").id
+    execution = engine.containers.execution
+
+    def refuse(container: Any, signum: int) -> None:
+        raise Busy("another command on this container is being carried out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "signal", refuse)
+        with pytest.raises(Busy):
+            engine.containers.kill("c")
+    execution.driver_of(engine.containers.get("c")).signal(id, 9)  # it crashes
+    again = engine.containers.records.wait(id, lambda now: now.state is State.RUNNING and now.restarts == 1, 60)
+    assert again is not None and again.restarts == 1
+
+
+def test_anonymous_volumes_go_though_the_daemon_ended_in_between(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with Engine(store, runtime="fake") as engine:
+        add_image(engine, IMAGE)
+        for name in ("gone", "there"):
+            _running(engine, name, "volumes: [/data]\n")
+            engine.containers.stop(name, 0)
+        assert len(engine.volumes.names()) == 2 and not engine.volumes.unused()
+        engine.volumes.remove_anonymous = lambda id: []  # type: ignore[method-assign]
+        engine.containers.remove("gone")
+        assert [volume.name for volume in engine.volumes.all() if not engine.volumes.users(volume.name)] == [
+            volume.name for volume in engine.volumes.unused()
+        ]
+    with Engine(store, runtime="fake") as engine:
+        (left,) = engine.volumes.names()
+        assert engine.volumes.users(left) == ["there"]
+        engine.containers.remove("there")
+        assert engine.volumes.names() == []
+
+
+def test_a_probe_that_stumbles_is_made_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    health = engine.containers.health
+
+    def ask(container: Any, check: Any) -> tuple[int, bytes]:
+        asked.append(container.name)
+        if len(asked) == 1:
+            raise ValueError("not foreseen")
+        return 0, b"well"
+
+    monkeypatch.setattr(health, "_ask", ask)
+    _running(engine, more="healthcheck: {test: [CMD, 'true'], interval: 10ms}\n")
+    subscription = engine.journal.subscribe(since=0)
+    for event in subscription:
+        if getattr(event, "type", "") == "healthStatus" and event.data["health"] == "healthy":  # type: ignore[union-attr]
+            break
+    subscription.close()
+    assert len(asked) >= 2

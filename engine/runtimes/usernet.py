@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from engine.errors import InvalidArgument
 from engine.netconfig import PortSpec
 from engine.runtimes.netavark import Netavark
 from engine.runtimes.netbase import Link
 from engine.runtimes.slirp import Forward, Uplink
+
+MAX_FORWARDS = 512  # each is a question to slirp4netns and a descriptor of its
 
 
 def _forwards(ports: Sequence[PortSpec]) -> Iterator[Forward]:
@@ -38,6 +41,10 @@ class UserNetworks:
     def setup(
         self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
     ) -> None:
+        if sum(port.count for port in ports) > MAX_FORWARDS:
+            raise InvalidArgument(
+                f"ports: an engine without root publishes at most {MAX_FORWARDS} of a container", at="ports"
+            )
         self._uplink.ensure()
         # where a port is asked for at is the host's affair; inside, it comes in at the one address there is
         inner = [port.model_copy(update={"host_ip": ""}) for port in ports]

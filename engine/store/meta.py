@@ -215,6 +215,7 @@ CREATE TABLE IF NOT EXISTS history (
     config      TEXT NOT NULL,           -- configs.digest
     PRIMARY KEY (container, seq)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS history_config ON history (config);
 
 -- configs of containers as JSON, each once
 CREATE TABLE IF NOT EXISTS configs (digest TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
