@@ -28,6 +28,7 @@ from engine.options import (
     Tmpfs,
     Ulimits,
     parse_count,
+    parse_limit,
     parse_namespace,
 )
 from engine.upkeep import HealthSpec, Restart
@@ -75,7 +76,7 @@ class ContainerConfig(Frozen):
     memory: Size = Field(None, description="limit in bytes; max for none")
     memory_swap: Swap = Field(None, description="memory and swap in bytes; max for no limit; default: twice memory")
     memory_reservation: Size = Field(None, description="bytes kept for it when memory is short")
-    cpus: Annotated[float, Field(gt=0, le=4096)] | None = None
+    cpus: Annotated[Annotated[float, Field(gt=0, le=4096)] | None, BeforeValidator(parse_limit)] = None
     cpu_shares: Annotated[int, Field(ge=2, le=262144)] | None = Field(None, description="weight; default: 1024")
     cpuset: Cpuset = Field("", description="the CPUs it may run on, such as 0-3,7")
     pids: Annotated[Annotated[int, Field(gt=0, lt=1 << 63)] | None, BeforeValidator(parse_count)] = None

@@ -369,6 +369,11 @@ def parse_count(value: Any) -> Any:
     return None if value in ("max", "unlimited") or str(value).strip() in ("-1", "0") else value
 
 
+def parse_limit(value: Any) -> Any:
+    """A number, or `max` for no limit."""
+    return None if value == "max" else value
+
+
 def parse_namespace(value: Any) -> Any:
     """`private` is the default: the container has its own."""
     return "" if value in (None, "private") else value

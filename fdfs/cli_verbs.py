@@ -161,9 +161,10 @@ def rename_command(mount: str | None, name: str, new: str) -> None:
 @click.command("update")
 @mount_option
 @limit_options
+@click.option("--restart", metavar="POLICY", help="no, on-failure[:n], always or unless-stopped.")
 @click.argument("names", nargs=-1, required=True)
 def update_command(mount: str | None, names: tuple[str, ...], **options: Any) -> int:
-    """Change limits of containers, at once where they run."""
+    """Change limits and the restart policy of containers, at once where they run."""
     import yaml
 
     where = Mount.find(mount)

@@ -267,6 +267,10 @@ def test_create_as_run_without_the_start(engine: Dutchman) -> None:
     words = ["--name", "made", "-h", "inner", "--net", "none", "demo:1", "hostname"]
     assert engine.cli("create", *words).stdout == "made\n"
     assert engine.sh("cat containers/made/state").stdout == "created\n"
+    engine.cli("update", "--cpus", "2", "--memory", "64m", "made")
+    engine.cli("update", "--cpus", "max", "--memory", "max", "--restart", "on-failure:2", "made")
+    shown = engine.sh("cd containers/made/config && cat cpus memory restart").stdout
+    assert shown == "max\nmax\non-failure:2\n"
     engine.cli("start", "made")
     assert engine.cli("wait", "made").stdout == "0\n" and engine.cli("logs", "made").stdout == "inner\n"
     assert "/etc/h" not in engine.cli("diff", "made").stdout
