@@ -7,6 +7,8 @@ Helpers: mounting.py (a live mount), registry.py (a real registry); fixtures com
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from engine import host
 
 # containers of tests have loopback alone unless a test asks for networks: the host's stay as they are
 os.environ.setdefault("DUTCHMAN_DEFAULT_NETWORK", "none")
+
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else all we start ignores it too
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 SKIPPED: list[str] = []

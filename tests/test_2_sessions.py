@@ -192,6 +192,8 @@ def test_a_terminal_has_a_size_and_takes_control_c(oci: Execs) -> None:
 
         terminal.send(b"stty size; cat\n")
         until(b"43 101")
+        terminal.send(b"typed\n")
+        until(b"typed\r\ntyped\r\n")  # echoed, and said again by cat: from here on ^C is for cat
         terminal.send(b"\x03")
         until(b"^C")
         seen = seen.partition(b"^C")[2]
