@@ -15,7 +15,7 @@ from engine.options import MAX_LIMIT, RLIMITS, parse_ulimits, rlimits
 WORD = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=12)
 LINE = st.text(st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp", "Zs")), min_size=1, max_size=12)
 KEY = LINE.filter(lambda key: "=" not in key)
-PATH = st.from_regex(r"/[a-z0-9.]{1,8}(/[a-z]{1,5}){0,2}", fullmatch=True).filter(lambda path: ".." not in path)
+PATH = st.from_regex(r"/[a-z0-9][a-z0-9.]{0,7}(/[a-z]{1,5}){0,2}", fullmatch=True).filter(lambda path: ".." not in path)
 MOUNT = st.one_of(
     st.fixed_dictionaries({"type": st.just("volume"), "source": st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True),
                            "target": PATH, "read_only": st.booleans()}),
