@@ -98,6 +98,8 @@ def _runs(container: Container) -> bool:
         return False
     if container.state not in ALIVE or container.state is State.STOPPING:
         raise Busy(f"the container is {container.state}", at=container.name)
+    if container.runtime == "vm":
+        raise Busy("a virtual machine keeps the networks it was started with", at=container.name, hint="stop it first")
     if container.runtime != "oci":
         raise InvalidArgument(f"the {container.runtime} driver has no networks", at=container.name)
     return True

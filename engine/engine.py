@@ -172,7 +172,7 @@ class Engine:
         self.volumes.remove_orphans()
         self.containers.execution.attachments.settle_all()
         self.connections.reconcile({container.id for container in self.containers.all() if container.state in ALIVE})
-        if self.drivers.default == "oci" and self.connections.usable:
+        if self.drivers.default != "fake" and self.connections.usable:
             self.networks.ensure_default()
         self.history.adopt()
         self.retention.start()

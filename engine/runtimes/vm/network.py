@@ -1,0 +1,164 @@
+"""A guest in the network namespace of its run: what netavark made for a process, handed on to a virtual machine. Floor 2.
+
+Only here: the tap devices QEMU is given, and the bridge that joins each with the namespace's interface. The guest takes
+over the interface's hardware address, its addresses and its routes, so that names, published ports and other containers
+work by what was made for the interface. Linux, with the rights of whoever made the namespace (root, or root of the user
+namespace of runtimes/rootless.py).
+
+    netavark's veth ── eth0 ── guest0 (bridge) ── tap0 ── QEMU ── eth0 of the guest
+
+Nothing is to be taken down: the tap ends with QEMU, everything else with the namespace. Stateless.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import RuntimeFailure, Unsupported
+from engine.programs import run_helper
+from engine.runtimes.netns import CLONE_NEWNET
+
+PATHS = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+DEADLINE = 10.0  # seconds for one call of ip
+MAX_ANSWER = 1 << 20
+TUNSETIFF = 0x400454CA  # <linux/if_tun.h>
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    to: str  # CIDR, or "default"
+    via: str = ""  # gateway; empty: on the link
+    metric: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """What an interface of the guest is to have."""
+
+    name: str  # eth0, eth1, …: in the order of the taps
+    mac: str
+    mtu: int
+    addresses: tuple[str, ...]  # with their prefix lengths
+    routes: tuple[Route, ...]
+
+
+def make_taps(namespace: Path, count: int) -> list[int]:
+    """`count` new tap devices tap0, tap1, … in the namespace bound at `namespace`: their descriptors, for QEMU
+    (`-netdev tap,fd=`), not inherited unless passed on. Unsupported where the host has no tun; OSError otherwise."""
+    made: list[int] = []
+
+    def work() -> None:
+        for number in range(count):
+            try:
+                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise Unsupported("this host has no /dev/net/tun", hint="modprobe tun") from error
+            made.append(fd)
+            flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", f"tap{number}".encode(), flags))
+
+    try:
+        _inside(namespace, work)
+    except BaseException:
+        for fd in made:
+            os.close(fd)
+        raise
+    return made
+
+
+def join(namespace: Path, count: int) -> list[Interface]:
+    """Join eth0…, which are set up, with tap0… of the namespace: what the guest's interfaces are to have.
+
+    Called again it finds what it made. RuntimeFailure with the words of `ip`.
+    """
+    found = [_read(namespace, f"eth{number}") for number in range(count)]
+    commands = []
+    for number, interface in enumerate(found):
+        port, bridge, tap = interface.name, f"guest{number}", f"tap{number}"
+        commands += [
+            f"link add {bridge} type bridge mcast_snooping 0 forward_delay 0",
+            f"link set {bridge} mtu {interface.mtu} addrgenmode none",
+            f"link set {port} down",  # takes its addresses' routes along
+            f"addr flush dev {port}",
+            # the guest answers for the address of old: the bridge would keep for itself what is sent to a port's own
+            f"link set {port} address {_random_mac()} addrgenmode none",
+            f"link set {port} master {bridge}",
+            f"link set {tap} mtu {interface.mtu} addrgenmode none",
+            f"link set {tap} master {bridge}",
+            *(f"link set {each} up" for each in (bridge, port, tap)),
+        ]
+    _ip(namespace, ["-batch", "-"], "\n".join(commands) + "\n")
+    return found
+
+
+def _read(namespace: Path, name: str) -> Interface:
+    (link,) = json.loads(_ip(namespace, ["-json", "address", "show", "dev", name]))
+    addresses = tuple(
+        f"{item['local']}/{item['prefixlen']}" for item in link["addr_info"] if item.get("scope") == "global"
+    )
+    routes: list[Route] = []
+    for family in ("-4", "-6"):
+        for item in json.loads(_ip(namespace, ["-json", family, "route", "show", "dev", name]) or "[]"):
+            routes += _route(item)
+    return Interface(name, link["address"], link["mtu"], addresses, tuple(routes))
+
+
+def _route(item: dict[str, Any]) -> list[Route]:
+    """What the guest does not get by itself with an address."""
+    if item.get("protocol") == "kernel" or item["dst"].startswith(("fe80:", "ff00:")):
+        return []
+    return [Route(item["dst"], item.get("gateway", ""), item.get("metric", 0))]
+
+
+def _random_mac() -> str:
+    first, *rest = secrets.token_bytes(6)
+    return ":".join(f"{byte:02x}" for byte in ((first & 0xFC) | 0x02, *rest))  # locally administered, one station
+
+
+def _ip(namespace: Path, arguments: Sequence[str], stdin: str = "") -> str:
+    enter, ip = shutil.which("nsenter", path=PATHS), shutil.which("ip", path=PATHS)
+    if enter is None or ip is None:
+        raise Unsupported("networks of the vm runtime need ip and nsenter", hint="apt-get install iproute2 util-linux")
+    argv = [enter, f"--net={namespace}", ip, *arguments]
+    code, out, said = run_helper(argv, stdin.encode(), DEADLINE, MAX_ANSWER)
+    if code:
+        words = " ".join(said.decode(errors="replace").split())[:500]
+        raise RuntimeFailure(f"ip {' '.join(arguments)}: {words or f'exit status {code}'}")
+    return out.decode(errors="replace")
+
+
+def _inside(namespace: Path, work: Callable[[], None]) -> None:
+    """Run `work` on a thread that is in the network namespace, and ends right after."""
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                libc = ctypes.CDLL(None, use_errno=True)
+                if libc.setns(fd, CLONE_NEWNET) < 0:
+                    number = ctypes.get_errno()
+                    raise OSError(number, f"setns: {os.strerror(number)}", str(namespace))
+            finally:
+                os.close(fd)
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=body, name="taps")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
