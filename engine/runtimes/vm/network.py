@@ -1,4 +1,4 @@
-"""A guest in the network namespace of its run: what netavark made for a process, handed on to a virtual machine. Floor 2.
+"""A guest in the network namespace of its run: what netavark made for a process, handed on to a VM. Floor 2.
 
 Only here: the tap devices QEMU is given, and the bridge that joins each with the namespace's interface. The guest takes
 over the interface's hardware address, its addresses and its routes, so that names, published ports and other containers
