@@ -22,6 +22,7 @@ import zstandard
 from engine import host
 from engine.errors import Busy, Damaged, InvalidArgument, NoSpace, NotFound, TooLarge
 from engine.store.blobs import Blobs
+from engine.store.bodies import Sieve
 from engine.store.check import check, repair
 from engine.store.index import Entry, IndexWriter, Kind, read_index
 from engine.store.layers import Layers
@@ -291,6 +292,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from engine.store.meta import Meta
+from engine.store.bodies import Sieve
 from engine.store.layers import Layers
 root = Path(sys.argv[1])
 data = Path(sys.argv[2]).read_bytes()
@@ -340,6 +342,7 @@ MEMORY = """
 import resource, sys, tarfile
 from pathlib import Path
 from engine.store.meta import Meta
+from engine.store.bodies import Sieve
 from engine.store.layers import Layers
 import zstandard
 root, gibibytes = Path(sys.argv[1]), int(sys.argv[2])
@@ -425,3 +428,19 @@ def test_the_index_round_trips_and_damage_is_found(tmp_path: Path) -> None:
     path.write_bytes(data + b"x")
     with pytest.raises(Damaged):
         list(read_index(path, own))
+
+
+def test_the_sieve_never_denies_a_body_that_is_there(tmp_path: Path) -> None:
+    meta = Meta(tmp_path / "db.sqlite")
+    digests = [hashlib.sha256(str(number).encode()).digest() for number in range(4000)]
+    with meta.tx() as tx:
+        tx.executemany("INSERT INTO bodies VALUES (?, 1, 0, 1)", [(digest,) for digest in digests[:1000]])
+    sieve = Sieve(meta.path)
+    assert sieve.may_have(digests[3999])  # nothing is known yet: all must be asked for
+    sieve.ready()
+    for digest in digests[1000:2000]:
+        sieve.add(digest)
+    assert all(map(sieve.may_have, digests[:2000]))
+    assert sum(map(sieve.may_have, digests[2000:])) < 5
+    sieve.MOST = 1999
+    assert all(map(sieve.may_have, digests)), "fuller than it can be of use: all are asked for"

@@ -28,7 +28,7 @@ from engine.errors import Busy, Damaged, NotFound, TooLarge
 from engine.host import fsync_dir
 from engine.model import check_digest, hex_of
 from engine.store.blobs import BlobWriter, no_space
-from engine.store.bodies import MAX_SEEN, DataWriter, KnownBodies
+from engine.store.bodies import MAX_SEEN, DataWriter, KnownBodies, Sieve
 from engine.store.entries import entry_of
 from engine.store.index import Entry, IndexWriter, Kind, read_index
 from engine.store.inflate import inflate
@@ -74,6 +74,7 @@ class Layers:
         self._tmp = root / "tmp"
         self._dir.mkdir(parents=True, exist_ok=True)
         self._tmp.mkdir(parents=True, exist_ok=True)
+        self._sieve = Sieve(meta.path)
         self._lock = threading.Lock()  # pins and removal; never held over an ingest
         self._publish = threading.Lock()  # one layer at a time takes its place
         self._pins: Counter[str] = Counter()  # layers whose data a running ingest refers to
@@ -180,7 +181,7 @@ class Layers:
         pins: list[str] = []
         work = Path(tempfile.mkdtemp(dir=self._tmp, prefix="ingest-"))
         try:
-            known = KnownBodies(self.meta.path, lambda dep: self._pin(dep, pins))
+            known = KnownBodies(self.meta.path, lambda dep: self._pin(dep, pins), self._sieve)
             try:
                 with (
                     DataWriter(work / "data", known) as data,
@@ -291,10 +292,12 @@ class Layers:
                 raise
         return self.info(diff_id)
 
-    @staticmethod
-    def _own(directory: Path, diff_id: str) -> Iterator[Entry]:
-        """Entries of a fresh index (whose own data is called "") with a body stored in this layer."""
-        return (entry for entry in read_index(directory / "index", diff_id) if entry.sha256 and entry.data == diff_id)
+    def _own(self, directory: Path, diff_id: str) -> Iterator[Entry]:
+        """Entries of a fresh index (whose own data is called "") with a body stored in this layer, to become rows."""
+        for entry in read_index(directory / "index", diff_id):
+            if entry.sha256 and entry.data == diff_id:
+                self._sieve.add(entry.sha256)
+                yield entry
 
     def _pin(self, diff_id: str, pins: list[str]) -> None:
         """Keep a layer from being removed until `_unpin`."""
