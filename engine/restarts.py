@@ -65,6 +65,10 @@ class Restarts:
         row = self._meta.row("SELECT due_ns FROM restarts WHERE id = ? AND due_ns IS NOT NULL", (id,))
         return None if row is None else max(0.0, (row["due_ns"] - self._clock.time_ns()) / 1e9)
 
+    def all_due(self) -> set[str]:
+        """Ids of all that wait to be started again."""
+        return {row["id"] for row in self._meta.query("SELECT id FROM restarts WHERE due_ns IS NOT NULL")}
+
     def cancel(self, container: Container) -> bool:
         """A person stops the waiting; False when it does not wait (any more)."""
         with self._meta.tx() as db:

@@ -312,27 +312,24 @@ def logs_command(
 @click.option("-q", "--quiet", is_flag=True, help="Names only.")
 def ps_command(mount: str | None, everything: bool, quiet: bool) -> None:
     """List containers."""
-    where = Mount.find(mount)
     rows = []
-    for name in where.names("containers"):
-        state = where.field("containers", name, "state")
-        if not state or (not everything and state in ENDED):
+    for container in Mount.find(mount).containers():
+        state, code = container["state"], container["exit_code"]
+        if not everything and state in ENDED:
             continue
-        code = where.field("containers", name, "exit_code")
-        shown = f"{state} ({code})" if state == "stopped" and code else state
-        health = where.field("containers", name, "health")
-        if health not in ("", "none"):
-            shown = f"{state} ({health})"
-        elif where.field("containers", name, "restarting") == "1":
+        shown = f"{state} ({code})" if state == "stopped" and code is not None else state
+        if container["health"] != "none":
+            shown = f"{state} ({container['health']})"
+        elif container["restarting"]:
             shown = f"restarting ({code})"
-        image = where.field("containers", name, "config", "image")
-        pid = where.field("containers", name, "pid") if state not in ENDED else ""
-        rows.append((name, image, shown, pid, where.field("containers", name, "started_at")[:19]))
+        pid = "" if state in ENDED else str(container["pid"] or "")
+        ports = ", ".join("->".join(reversed(port.split(" "))) for port in container["ports"])
+        rows.append((container["name"], container["image"], shown, pid, container["started_at"][:19], ports))
     if quiet:
         for row in rows:
             click.echo(row[0])
         return
-    columns(("NAME", "IMAGE", "STATE", "PID", "STARTED"), rows)
+    columns(("NAME", "IMAGE", "STATE", "PID", "STARTED", "PORTS"), rows)
 
 
 def each(mount: str | None, names: tuple[str, ...], line: str, what: str) -> int:

@@ -302,9 +302,9 @@ def _store_behind(mount: Path) -> Path | None:
 
 def _running(mount: Mount) -> list[str]:
     return [
-        name
-        for name in mount.names("containers")
-        if mount.field("containers", name, "state") in ("running", "starting", "paused", "stopping")
+        container["name"]
+        for container in mount.containers()
+        if container["state"] in ("running", "starting", "paused", "stopping")
     ]
 
 

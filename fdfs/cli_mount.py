@@ -7,10 +7,12 @@ Used by short-lived processes with one thread; nothing of the engine is imported
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CHUNK = 256 << 10
 
@@ -107,6 +109,14 @@ class Mount:
                 return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
+
+    def containers(self) -> list[dict[str, Any]]:
+        """All containers by name, with the keys of containers/list.jsonl: one read however many there are."""
+        try:
+            raw = self.path("containers", "list.jsonl").read_bytes()
+        except FileNotFoundError:  # nothing is mounted there
+            return []
+        return [json.loads(line) for line in raw.split(b"\n") if line]
 
     def container(self, name: str) -> str:
         """`name`, checked: Failure when there is no such container or the text cannot be a name."""

@@ -236,7 +236,7 @@ def inspect_command(mount: str | None, names: tuple[str, ...]) -> None:
 def stats_command(mount: str | None, names: tuple[str, ...]) -> None:
     """What containers use: CPU over a second, memory, network and disk since their start, processes."""
     where = Mount.find(mount)
-    running = [name for name in where.names("containers") if where.field("containers", name, "state") not in ENDED]
+    running = [container["name"] for container in where.containers() if container["state"] not in ENDED]
     chosen = [where.container(name) for name in names] or running
     before = {name: (time.monotonic(), _stats(where, name)) for name in chosen}
     if chosen:

@@ -287,6 +287,7 @@ def test_the_command_does_the_same(sea: Harbour) -> None:
     assert sea.sh(f"{dutchman} run {at} -d --name cli {options} busybox {command}") == "cli\n"
     config = {name: sea.read(f"containers/cli/config/{name}") for name in ("ports", "dns", "extra_hosts")}
     assert config == {"ports": "8087:80", "dns": "192.0.2.53", "extra_hosts": "far:10.8.8.8"}
+    assert "0.0.0.0:8087->80/tcp" in sea.sh(f"{dutchman} ps {at}")
     sea.finds("cli", "shop", sea.ip("cli"))
     assert (sea.state / "netavark/aardvark-dns" / sea.read("networks/dutchman/bridge")[5:]).read_text().count(
         "192.0.2.53"

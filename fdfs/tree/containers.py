@@ -19,6 +19,7 @@ from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
 from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.console import CONSOLE, VERBS, console_verbs
+from fdfs.tree.containerlist import LIST
 from fdfs.tree.errors import error_file
 from fdfs.tree.history import HISTORY
 from fdfs.tree.networks import CONTAINER_FILES
@@ -439,5 +440,6 @@ CONTAINERS = Dir(
             ),
         ),
         error_file(containers_object),
+        LIST,
     ),
 )
