@@ -1,0 +1,223 @@
+"""QEMU's command line for one guest. Floor 2, pure.
+
+Only here: machines, processors, devices, the kernel's command line. What may vary between hosts is in `Machine`; what
+varies between containers in `Guest`. Paths may be relative to the directory QEMU is started in (sockets always are: a
+socket's path is limited to about 100 bytes).
+
+    x86_64    -M microvm, virtio-mmio; with ACPI for kernels without VIRTIO_MMIO_CMDLINE_DEVICES (Debian's)
+    aarch64   -M virt, virtio-pci
+
+Reasons for options that look odd: `tsc_early_khz` keeps a TCG guest from calibrating its clock, which hangs on a loaded
+host; `nolapic_timer` is only right with one CPU; without `reboot=t` a stop takes 3 s; -no-reboot makes a panic the end
+of QEMU (panic=-1 reboots at once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import InvalidArgument
+from engine.runtimes.vm.accel import Accelerator
+
+PORT_NAME = "fd.agent"
+OVERHEAD = 64  # MiB of the guest's memory that its kernel and page tables take
+LEAST, DEFAULT = 128, 512  # MiB of a guest
+KERNEL_ARGUMENTS = "quiet panic=-1 oops=panic mitigations=off random.trust_cpu=on"
+SLOTS = {"microvm": 8, "microvm-acpi": 24, "virt": 28}  # virtio devices a machine has room for
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A virtio disk; the guest finds it by `serial` in /sys/block/*/serial."""
+
+    path: Path
+    serial: str  # at most 20 characters
+    read_only: bool = False
+    format: str = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A host directory in the guest, by 9p."""
+
+    path: Path
+    tag: str  # at most 31 characters
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A network interface whose frames go through a tap device: its inherited descriptor."""
+
+    fd: int
+    mac: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UserNet:
+    """QEMU's own network, without any right of the host: egress, and ports published on the host."""
+
+    ports: tuple[tuple[str, str, int, int], ...] = ()  # protocol, host address, host port, guest port
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The kind of machine."""
+
+    arch: str  # x86_64 or aarch64
+    accelerator: Accelerator
+    acpi: bool = True  # of microvm
+    tsc_khz: int = 0  # the host's, for TCG on x86-64; 0 is unknown
+
+    @property
+    def kind(self) -> str:
+        return "microvm" if self.arch == "x86_64" else "virt"
+
+    @property
+    def slots(self) -> int:
+        return SLOTS["microvm-acpi" if self.kind == "microvm" and self.acpi else self.kind]
+
+    @property
+    def device(self) -> str:
+        """How names of virtio devices end."""
+        return "device" if self.kind == "microvm" else "pci"
+
+    @property
+    def machine(self) -> str:
+        if self.kind == "virt":
+            return "virt,gic-version=host" if self.accelerator is Accelerator.KVM else "virt"
+        acpi = "on" if self.acpi else "off"
+        # a hardware guest has kvmclock or a calibrated TSC; an emulated one needs the old timer to begin with
+        timers = "pit=on,pic=on,rtc=on" if not self.accelerator.hardware else "rtc=on"
+        return f"microvm,acpi={acpi},{timers},isa-serial=off"
+
+    @property
+    def cpu(self) -> str:
+        if self.accelerator.hardware:
+            return "host"
+        return "max,-xsave,-la57" if self.arch == "x86_64" else "max,pauth-impdef=on"
+
+    @property
+    def accel(self) -> str:
+        return "tcg,thread=multi" if self.accelerator is Accelerator.TCG else str(self.accelerator)
+
+    def kernel_arguments(self, cpus: int) -> str:
+        words = [KERNEL_ARGUMENTS]
+        if self.arch == "x86_64":
+            words.append("reboot=t tsc=reliable no_timer_check")
+            if not self.accelerator.hardware:
+                if self.tsc_khz:
+                    words.append(f"tsc_early_khz={self.tsc_khz}")
+                if cpus == 1:
+                    words.append("nolapic_timer")
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    kernel: Path
+    initfs: Path
+    memory: int = DEFAULT  # MiB
+    cpus: int = 1
+    agent_fd: int = -1  # of the agent's port: one end of a socket pair, inherited
+    console_fd: int = -1  # of the console, likewise; -1: none
+    qmp: str = "qmp.sock"
+    disks: Sequence[Disk] = ()
+    shares: Sequence[Share] = ()
+    nets: Sequence[Tap | UserNet] = ()
+    name: str = ""  # shown by ps
+    arguments: str = ""  # more of the kernel's
+
+
+def memory_of(limit: int | None) -> int:
+    """MiB of the guest for a container limited to `limit` bytes."""
+    if limit is None:
+        return DEFAULT
+    return max(LEAST, -(-limit // (1 << 20)) + OVERHEAD)
+
+
+def quoted(value: object) -> str:
+    """A value inside a list of QEMU's options, where a comma is doubled."""
+    text = str(value)
+    if "\n" in text or "\0" in text:
+        raise InvalidArgument("a path with a newline or NUL cannot be given to QEMU", at=text[:80])
+    return text.replace(",", ",,")
+
+
+def options(kind: str, values: Mapping[str, object]) -> str:
+    return ",".join([kind, *(f"{key}={quoted(value)}" for key, value in values.items())])
+
+
+def argv(qemu: Path, machine: Machine, guest: Guest) -> list[str]:
+    """The whole command line. InvalidArgument when the machine has no room for the devices."""
+    count = 1 + len(guest.disks) + len(guest.shares) + len(guest.nets)
+    if count > machine.slots:
+        raise InvalidArgument(
+            f"{count} disks, shares and networks, and this machine has room for {machine.slots}",
+            hint="mount fewer volumes, or directories instead of many files",
+        )
+    suffix = machine.device
+    out = [str(qemu), "-M", machine.machine, "-accel", machine.accel, "-cpu", machine.cpu]
+    out += ["-m", str(guest.memory), "-smp", str(guest.cpus)]
+    out += ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
+    if guest.name:
+        out += ["-name", options(f"guest={quoted(guest.name)}", {})]
+    console = "console=hvc0 " if guest.console_fd >= 0 else ""
+    append = f"{console}{machine.kernel_arguments(guest.cpus)} {guest.arguments}".strip()
+    out += ["-kernel", str(guest.kernel), "-initrd", str(guest.initfs), "-append", append]
+    out += ["-device", f"virtio-serial-{suffix},id=vs0", "-chardev", f"socket,id=agent,fd={guest.agent_fd}"]
+    out += ["-device", f"virtserialport,bus=vs0.0,nr=1,chardev=agent,name={PORT_NAME}"]
+    if guest.console_fd >= 0:
+        out += ["-chardev", f"socket,id=console,fd={guest.console_fd}"]
+        out += ["-device", "virtconsole,bus=vs0.0,nr=0,chardev=console"]
+    out += ["-chardev", options("socket", {"id": "qmp", "path": guest.qmp, "server": "on", "wait": "off"})]
+    out += ["-mon", "chardev=qmp,mode=control"]
+    for number, disk in enumerate(guest.disks):
+        out += disk_options(number, disk, suffix)
+    for number, share in enumerate(guest.shares):
+        values = {"id": f"share{number}", "path": share.path, "security_model": "passthrough", "multidevs": "remap"}
+        out += ["-fsdev", options("local", values | ({"readonly": "on"} if share.read_only else {}))]
+        out += ["-device", f"virtio-9p-{suffix},fsdev=share{number},mount_tag={quoted(share.tag)}"]
+    for number, net in enumerate(guest.nets):
+        out += net_options(number, net, suffix)
+    if machine.kind == "virt":
+        out += ["-device", "virtio-rng-pci"]
+    return out
+
+
+def disk_options(number: int, disk: Disk, suffix: str) -> list[str]:
+    node = f"disk{number}"
+    file = {"driver": disk.format, "node-name": node, "read-only": "on" if disk.read_only else "off"}
+    file |= {"file.driver": "file", "file.filename": str(disk.path)}
+    if not disk.read_only:
+        file |= {"discard": "unmap", "detect-zeroes": "unmap"}
+    device = f"virtio-blk-{suffix},drive={node},serial={quoted(disk.serial)}"
+    return ["-blockdev", options_only(file), "-device", device]
+
+
+def options_only(values: Mapping[str, object]) -> str:
+    return ",".join(f"{key}={quoted(value)}" for key, value in values.items())
+
+
+def net_options(number: int, net: Tap | UserNet, suffix: str) -> list[str]:
+    name = f"net{number}"
+    if isinstance(net, Tap):
+        mac = f",mac={net.mac}" if net.mac else ""
+        return ["-netdev", f"tap,id={name},fd={net.fd}", "-device", f"virtio-net-{suffix},netdev={name}{mac}"]
+    forwards = "".join(
+        f",hostfwd={protocol}:{address}:{port}-:{inside}" for protocol, address, port, inside in net.ports
+    )
+    return ["-netdev", f"user,id={name}{forwards}", "-device", f"virtio-net-{suffix},netdev={name}"]
+
+
+def tsc_khz(cpuinfo: str) -> int:
+    """The frequency of an x86 host from /proc/cpuinfo's text; 0 when it does not tell."""
+    for line in cpuinfo.splitlines():
+        if line.startswith("cpu MHz"):
+            try:
+                return int(float(line.partition(":")[2]) * 1000)
+            except ValueError:
+                return 0
+    return 0

@@ -1,0 +1,131 @@
+"""Accelerators and QEMU's command line: what is pure is checked for every platform, the probe runs where QEMU is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from runtimebench import skip_or_fail
+
+from engine.errors import InvalidArgument, Unsupported
+from engine.runtimes.vm import accel, qemu
+from engine.runtimes.vm.accel import Accelerator, Accelerators
+from engine.runtimes.vm.qemu import Disk, Guest, Machine, Share, Tap, UserNet
+
+GUEST = Guest(kernel=Path("/k/vmlinux"), initfs=Path("/k/initfs"), agent_fd=5, console_fd=6)
+
+
+def after(argv: list[str], option: str) -> list[str]:
+    return [argv[index + 1] for index, word in enumerate(argv) if word == option]
+
+
+def test_x86_guest_emulated() -> None:
+    machine = Machine("x86_64", Accelerator.TCG, acpi=False, tsc_khz=2_000_000)
+    argv = qemu.argv(Path("/usr/bin/qemu-system-x86_64"), machine, GUEST)
+    assert after(argv, "-M") == ["microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=off"]
+    assert after(argv, "-accel") == ["tcg,thread=multi"] and after(argv, "-cpu") == ["max,-xsave,-la57"]
+    (append,) = after(argv, "-append")
+    assert {"reboot=t", "tsc_early_khz=2000000", "nolapic_timer", "console=hvc0"} <= set(append.split())
+    assert "virtio-serial-device,id=vs0" in argv and "socket,id=agent,fd=5" in argv
+    two = qemu.argv(Path("q"), machine, dataclasses.replace(GUEST, cpus=2))
+    assert "nolapic_timer" not in after(two, "-append")[0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "accelerator", "kind", "cpu", "device"),
+    [
+        ("x86_64", Accelerator.KVM, "microvm,acpi=on,rtc=on,isa-serial=off", "host", "virtio-blk-device"),
+        ("x86_64", Accelerator.HVF, "microvm,acpi=on,rtc=on,isa-serial=off", "host", "virtio-blk-device"),
+        ("aarch64", Accelerator.KVM, "virt,gic-version=host", "host", "virtio-blk-pci"),
+        ("aarch64", Accelerator.HVF, "virt", "host", "virtio-blk-pci"),
+        ("aarch64", Accelerator.TCG, "virt", "max,pauth-impdef=on", "virtio-blk-pci"),
+    ],
+)
+def test_machines(arch: str, accelerator: Accelerator, kind: str, cpu: str, device: str) -> None:
+    guest = dataclasses.replace(GUEST, disks=[Disk(Path("/d/a,b"), "image", True), Disk(Path("/d/u"), "upper")])
+    argv = qemu.argv(Path("q"), Machine(arch, accelerator), guest)
+    assert after(argv, "-M") == [kind] and after(argv, "-cpu") == [cpu]
+    assert after(argv, "-accel") == ["tcg,thread=multi" if accelerator is Accelerator.TCG else str(accelerator)]
+    assert f"{device},drive=disk0,serial=image" in argv
+    image, upper = after(argv, "-blockdev")
+    assert "file.filename=/d/a,,b" in image and "read-only=on" in image and "discard" not in image
+    assert "read-only=off" in upper and "detect-zeroes=unmap" in upper
+    (append,) = after(argv, "-append")
+    assert "tsc_early" not in append and ("reboot=t" in append) == (arch == "x86_64")
+
+
+def test_shares_and_networks() -> None:
+    guest = dataclasses.replace(
+        GUEST,
+        shares=[Share(Path("/v"), "sh0", True)],
+        nets=[Tap(9, "02:00:00:00:00:01"), UserNet((("tcp", "127.0.0.1", 8080, 80),))],
+    )
+    argv = qemu.argv(Path("q"), Machine("x86_64", Accelerator.TCG), guest)
+    assert after(argv, "-fsdev") == ["local,id=share0,path=/v,security_model=passthrough,multidevs=remap,readonly=on"]
+    assert "virtio-9p-device,fsdev=share0,mount_tag=sh0" in argv
+    assert after(argv, "-netdev") == ["tap,id=net0,fd=9", "user,id=net1,hostfwd=tcp:127.0.0.1:8080-:80"]
+    assert "virtio-net-device,netdev=net0,mac=02:00:00:00:00:01" in argv
+    many = dataclasses.replace(GUEST, shares=[Share(Path("/v"), f"sh{number}") for number in range(30)])
+    with pytest.raises(InvalidArgument, match="31 disks, shares"):
+        qemu.argv(Path("q"), Machine("x86_64", Accelerator.TCG), many)
+    with pytest.raises(InvalidArgument, match="newline"):
+        qemu.quoted("a\nb")
+
+
+def test_memory() -> None:
+    assert qemu.memory_of(None) == qemu.DEFAULT and qemu.memory_of(1 << 20) == qemu.LEAST
+    assert qemu.memory_of((256 << 20) + 1) == 257 + qemu.OVERHEAD
+
+
+def test_clock() -> None:
+    assert qemu.tsc_khz("processor\t: 0\ncpu MHz\t\t: 2899.998\n") == 2_899_998
+    assert qemu.tsc_khz("") == 0 and qemu.tsc_khz("cpu MHz : fast") == 0
+
+
+def test_the_choice_is_made_once_a_boot(tmp_path: Path) -> None:
+    asked: list[Accelerator] = []
+
+    def probe(qemu: Path, arch: str, accelerator: Accelerator) -> str:
+        asked.append(accelerator)
+        return ""
+
+    there = tmp_path / "qemu"
+    there.write_text("")
+    first = Accelerators(tmp_path, probe, "darwin")
+    assert first.known(there, "aarch64") is None
+    assert first.choose(there, "aarch64").accelerator is Accelerator.HVF
+    second = Accelerators(tmp_path, probe, "darwin")
+    assert second.choose(there, "aarch64") == first.choose(there, "aarch64") and asked == [Accelerator.HVF]
+    second.refuse(there, "aarch64", "no hello within 10 s")
+    after = first.choose(there, "aarch64")
+    assert after.accelerator is Accelerator.TCG and "no hello" in after.reason and len(asked) == 1
+    there.unlink()  # another QEMU: what was found no longer counts
+    there.write_text("x")
+    assert first.choose(there, "aarch64").accelerator is Accelerator.HVF and len(asked) == 2
+
+
+def test_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (accel.candidate("linux"), accel.candidate("darwin")) == (Accelerator.KVM, Accelerator.HVF)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert accel.architecture() == "aarch64"
+    monkeypatch.setattr("platform.machine", lambda: "s390x")
+    with pytest.raises(Unsupported, match="s390x"):
+        accel.architecture()
+    monkeypatch.setattr("shutil.which", lambda *a, **k: None)
+    monkeypatch.setattr("engine.host.MACOS", True)
+    with pytest.raises(Unsupported) as caught:
+        accel.find_qemu("aarch64")
+    assert caught.value.hint == "brew install qemu"
+
+
+def test_the_probing_guest_runs() -> None:
+    """Emulation always works, so it shows that the guest does what the probe expects of it."""
+    try:
+        program = accel.find_qemu("x86_64")
+    except Unsupported as error:
+        skip_or_fail(error.reason)
+    assert accel.runs_guests(program, "x86_64", Accelerator.TCG, 60) == ""
+    assert "no end within" in accel.runs_guests(program, "x86_64", Accelerator.TCG, 0.001)
+    refused = accel.runs_guests(Path("/nonexistent/qemu"), "x86_64", Accelerator.TCG)
+    assert refused.startswith("QEMU cannot be started")
