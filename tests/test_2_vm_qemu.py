@@ -11,7 +11,7 @@ from runtimebench import skip_or_fail
 from engine.errors import InvalidArgument, Unsupported
 from engine.runtimes.vm import accel, qemu
 from engine.runtimes.vm.accel import Accelerator, Accelerators
-from engine.runtimes.vm.qemu import Disk, Guest, Machine, Share, Tap, UserNet
+from engine.runtimes.vm.qemu import Disk, Guest, Machine, Platform, Share, Tap, UserNet
 
 GUEST = Guest(kernel=Path("/k/vmlinux"), initfs=Path("/k/initfs"), agent_fd=5, console_fd=6)
 
@@ -21,7 +21,7 @@ def after(argv: list[str], option: str) -> list[str]:
 
 
 def test_x86_guest_emulated() -> None:
-    machine = Machine("x86_64", Accelerator.TCG, acpi=False, tsc_khz=2_000_000)
+    machine = Platform("x86_64", Accelerator.TCG, acpi=False, tsc_khz=2_000_000)
     argv = qemu.argv(Path("/usr/bin/qemu-system-x86_64"), machine, GUEST)
     assert after(argv, "-M") == ["microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=off"]
     assert after(argv, "-accel") == ["tcg,thread=multi"] and after(argv, "-cpu") == ["max,-xsave,-la57"]
@@ -44,7 +44,7 @@ def test_x86_guest_emulated() -> None:
 )
 def test_machines(arch: str, accelerator: Accelerator, kind: str, cpu: str, device: str) -> None:
     guest = dataclasses.replace(GUEST, disks=[Disk(Path("/d/a,b"), "image", True), Disk(Path("/d/u"), "upper")])
-    argv = qemu.argv(Path("q"), Machine(arch, accelerator), guest)
+    argv = qemu.argv(Path("q"), Platform(arch, accelerator), guest)
     assert after(argv, "-M") == [kind] and after(argv, "-cpu") == [cpu]
     assert after(argv, "-accel") == ["tcg,thread=multi" if accelerator is Accelerator.TCG else str(accelerator)]
     assert f"{device},drive=disk0,serial=image" in argv
@@ -61,16 +61,28 @@ def test_shares_and_networks() -> None:
         shares=[Share(Path("/v"), "sh0", True)],
         nets=[Tap(9, "02:00:00:00:00:01"), UserNet((("tcp", "127.0.0.1", 8080, 80),))],
     )
-    argv = qemu.argv(Path("q"), Machine("x86_64", Accelerator.TCG), guest)
+    argv = qemu.argv(Path("q"), Platform("x86_64", Accelerator.TCG), guest)
     assert after(argv, "-fsdev") == ["local,id=share0,path=/v,security_model=passthrough,multidevs=remap,readonly=on"]
     assert "virtio-9p-device,fsdev=share0,mount_tag=sh0" in argv
     assert after(argv, "-netdev") == ["tap,id=net0,fd=9", "user,id=net1,hostfwd=tcp:127.0.0.1:8080-:80"]
     assert "virtio-net-device,netdev=net0,mac=02:00:00:00:00:01" in argv
     many = dataclasses.replace(GUEST, shares=[Share(Path("/v"), f"sh{number}") for number in range(30)])
     with pytest.raises(InvalidArgument, match="31 disks, shares"):
-        qemu.argv(Path("q"), Machine("x86_64", Accelerator.TCG), many)
+        qemu.argv(Path("q"), Platform("x86_64", Accelerator.TCG), many)
     with pytest.raises(InvalidArgument, match="newline"):
         qemu.quoted("a\nb")
+
+
+def test_a_containers_machine() -> None:
+    machine = Machine("x86_64", "tcg", "/k", "/i", 320, 2, True, "/c/image.vmdk", "/c/upper.ext4", 7, 8, taps=(9, 10))
+    argv = qemu.command(dataclasses.replace(machine, share="/c/shares", append="extra=1"))
+    assert argv[0] == "qemu-system-x86_64" and after(argv, "-m") == ["320"] and after(argv, "-smp") == ["2"]
+    assert after(argv, "-append")[0].endswith(" extra=1")
+    image, upper = after(argv, "-blockdev")
+    assert "driver=vmdk" in image and "driver=raw" in upper and "file.filename=/c/upper.ext4" in upper
+    assert after(argv, "-netdev") == ["tap,id=net0,fd=9", "tap,id=net1,fd=10"]
+    assert "virtio-9p-device,fsdev=share0,mount_tag=shares" in argv
+    assert "-fsdev" not in qemu.command(machine)
 
 
 def test_memory() -> None:

@@ -1,7 +1,7 @@
 """QEMU's command line for one guest. Floor 2, pure.
 
-Only here: machines, processors, devices, the kernel's command line. What may vary between hosts is in `Machine`; what
-varies between containers in `Guest`. Paths may be relative to the directory QEMU is started in (sockets always are: a
+Only here: machines, processors, devices, the kernel's command line. `command` is for a container's `Machine`; it is made
+of what varies between hosts, `Platform`, and between guests, `Guest`. Paths may be relative to the directory QEMU is started in (sockets always are: a
 socket's path is limited to about 100 bytes).
 
     x86_64    -M microvm, virtio-mmio; with ACPI for kernels without VIRTIO_MMIO_CMDLINE_DEVICES (Debian's)
@@ -63,7 +63,7 @@ class UserNet:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Platform:
     """The kind of machine."""
 
     arch: str  # x86_64 or aarch64
@@ -131,6 +131,51 @@ class Guest:
     arguments: str = ""  # more of the kernel's
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A container's machine, in plain values that a file of JSON can hold."""
+
+    arch: str
+    accelerator: str  # kvm, hvf, tcg
+    kernel: str
+    initfs: str
+    memory: int  # MiB
+    cpus: int
+    acpi: bool
+    image: str  # a VMDK descriptor, read-only: /dev/vda in the guest
+    upper: str  # raw: /dev/vdb
+    agent: int  # inherited descriptors
+    console: int = -1
+    qmp: str = "qmp.sock"
+    taps: tuple[int, ...] = ()
+    share: str | None = None  # a directory, by 9p, with the tag SHARES
+    append: str = ""
+    qemu: str = ""  # the program; empty: by its usual name
+    tsc_khz: int = 0
+
+
+SHARES = "shares"
+
+
+def command(machine: Machine) -> list[str]:
+    """The command line of a container's machine."""
+    platform = Platform(machine.arch, Accelerator(machine.accelerator), machine.acpi, machine.tsc_khz)
+    guest = Guest(
+        kernel=Path(machine.kernel),
+        initfs=Path(machine.initfs),
+        memory=machine.memory,
+        cpus=machine.cpus,
+        agent_fd=machine.agent,
+        console_fd=machine.console,
+        qmp=machine.qmp,
+        disks=[Disk(Path(machine.image), "image", True, "vmdk"), Disk(Path(machine.upper), "upper")],
+        shares=[Share(Path(machine.share), SHARES)] if machine.share is not None else [],
+        nets=[Tap(fd) for fd in machine.taps],
+        arguments=machine.append,
+    )
+    return argv(Path(machine.qemu or f"qemu-system-{machine.arch}"), platform, guest)
+
+
 def memory_of(limit: int | None) -> int:
     """MiB of the guest for a container limited to `limit` bytes."""
     if limit is None:
@@ -150,7 +195,7 @@ def options(kind: str, values: Mapping[str, object]) -> str:
     return ",".join([kind, *(f"{key}={quoted(value)}" for key, value in values.items())])
 
 
-def argv(qemu: Path, machine: Machine, guest: Guest) -> list[str]:
+def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     """The whole command line. InvalidArgument when the machine has no room for the devices."""
     count = 1 + len(guest.disks) + len(guest.shares) + len(guest.nets)
     if count > machine.slots:
