@@ -125,11 +125,6 @@ class Connections:
         row = self._meta.row("SELECT ports FROM connections WHERE container = ?", (id,))
         return read_ports(row["ports"]) if row is not None else []
 
-    def all_ports(self) -> dict[str, list[PortSpec]]:
-        """The same of every container that publishes any, by id."""
-        rows = self._meta.query("SELECT container, ports FROM connections")
-        return {row["container"]: ports for row in rows if (ports := read_ports(row["ports"]))}
-
     def _rows(self, id: str) -> list[sqlite3.Row]:
         return self._meta.query(
             "SELECT * FROM endpoints WHERE container = ? ORDER BY length(interface), interface", (id,)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from engine.errors import Busy, InvalidArgument
 from engine.netconfig import PortSpec, is_v6
+from engine.store.meta import Meta
 
 FIRST, LAST = 32768, 60999  # host ports the engine chooses from
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}  # host ports of which can be tried; sctp's cannot
@@ -51,6 +52,12 @@ def choose_ports(db: sqlite3.Connection, wanted: Sequence[PortSpec], v6: bool) -
 
 def read_ports(text: str) -> list[PortSpec]:
     return [PortSpec.model_validate(item) for item in json.loads(text)]
+
+
+def all_ports(meta: Meta) -> dict[str, list[PortSpec]]:
+    """What is published now, every host port decided, by container id."""
+    rows = meta.query("SELECT container, ports FROM connections")
+    return {row["container"]: ports for row in rows if (ports := read_ports(row["ports"]))}
 
 
 def _random_ports(count: int) -> Iterator[int]:

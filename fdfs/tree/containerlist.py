@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from engine.netconfig import PortSpec
+from engine.ports import all_ports
 from fdfs.entry import File
 from fdfs.tree.text import line, stamp
 
@@ -23,7 +24,7 @@ def published(port: PortSpec) -> str:
 def containers(engine: Any) -> str:
     """Three queries however many there are. Keys are named as a container's files; `image` is as config.yaml has it."""
     due = engine.containers.restarts.all_due()
-    ports = engine.connections.all_ports()
+    ports = all_ports(engine.meta)
     out = []
     for container in engine.containers.all():
         row = {
