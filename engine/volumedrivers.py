@@ -10,6 +10,7 @@ one volume at the same time.
     local type=… device=… o=…   whatever mount(8) would mount there, as Docker's driver of that name does: tmpfs, a
                         directory (o=bind), nfs, cifs, a block device
     ext4 size=…         a file system of its own in one sparse file: full at `size`, whatever the disk still holds
+    any other name      a program of that name in the store: volumeplugins.py
 
 Sources of `local`: moby daemon/volume/local/local_linux.go and moby/sys/mount flags_linux.go.
 """
@@ -28,6 +29,7 @@ from engine import discreet, host, loops
 from engine.errors import EngineError, InvalidArgument, NotFound, RuntimeFailure, Unreachable, Unsupported
 from engine.model import parse_size
 from engine.programs import run_helper
+from engine.volumeplugins import DIRECTORY, Plugin
 from engine.walk import usage
 
 READ_ONLY = "read_only"  # an option of every driver: containers and people only read the volume
@@ -40,10 +42,10 @@ Resolver = Callable[[str], str]  # a host's name -> one address
 
 class Driver(Protocol):
     name: str
-    keys: tuple[str, ...]  # the options it takes, READ_ONLY aside
+    keys: tuple[str, ...] | None  # the options it takes, READ_ONLY aside; None: `check` knows
 
     def check(self, options: Options) -> None: ...  # InvalidArgument names what is wrong; touches nothing
-    def create(self, directory: Path, options: Options) -> None: ...  # `data/` is there, empty
+    def create(self, directory: Path, name: str, options: Options) -> None: ...  # `data/` is there, empty
     def mounts(self, options: Options) -> bool: ...  # whether `data/` is nothing until it is mounted
     def mount(self, directory: Path, options: Options) -> None: ...  # over `data/`; it is not mounted
     def unmount(self, directory: Path) -> None: ...  # OSError EBUSY while something in it is open
@@ -101,7 +103,7 @@ def source_and_options(options: Options, resolve: Resolver = first_address) -> t
 
 class Local:
     name = "local"
-    keys: tuple[str, ...] = ("type", "device", "o", "size")
+    keys: tuple[str, ...] | None = ("type", "device", "o", "size")
 
     def check(self, options: Options) -> None:
         if "size" in options:
@@ -126,7 +128,7 @@ class Local:
         if flags & host.MS_BIND and not device.startswith("/"):
             raise InvalidArgument("device: an absolute path of a directory expected", at=device)
 
-    def create(self, directory: Path, options: Options) -> None:
+    def create(self, directory: Path, name: str, options: Options) -> None:
         pass
 
     def mounts(self, options: Options) -> bool:
@@ -176,7 +178,7 @@ def _cannot(error: OSError, kind: str, device: str) -> EngineError:
 
 class Ext4:
     name = "ext4"
-    keys: tuple[str, ...] = ("size",)
+    keys: tuple[str, ...] | None = ("size",)
 
     def check(self, options: Options) -> None:
         text = options.get("size", "")
@@ -185,7 +187,7 @@ class Ext4:
         if not _is_size(text) or not MIN_EXT4 <= int(parse_size(text)) <= MAX_EXT4:
             raise InvalidArgument(f"invalid size: {text!r} (from 2m to 16t)", at="size")
 
-    def create(self, directory: Path, options: Options) -> None:
+    def create(self, directory: Path, name: str, options: Options) -> None:
         image = directory / "image"
         fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -256,19 +258,15 @@ _ALL: tuple[Driver, ...] = (Local(), Ext4())
 DRIVERS: Mapping[str, Driver] = {driver.name: driver for driver in _ALL}
 
 
-def find(name: str) -> Driver:
-    try:
-        return DRIVERS[name]
-    except KeyError:
-        raise InvalidArgument(
-            f"driver: unknown driver {name!r}", at=name, hint=f"one of {', '.join(DRIVERS)}"
-        ) from None
+def find(store: Path, name: str) -> Driver:
+    """A driver of ours, or the program of that name in the store, which `check` looks for."""
+    return DRIVERS.get(name) or Plugin(store / DIRECTORY, name)
 
 
 def check(driver: Driver, options: Options) -> None:
     """Every option known, values bounded, and what the driver itself says."""
     for key, value in options.items():
-        if key not in (*driver.keys, READ_ONLY):
+        if driver.keys is not None and key not in (*driver.keys, READ_ONLY):
             raise InvalidArgument(
                 f"invalid option: {key!r} of the {driver.name} driver", at=key,
                 hint=f"it takes {', '.join((*driver.keys, READ_ONLY))}",

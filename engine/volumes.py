@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import host, volumedrivers, volumefill, volumeusers
+from engine import host, volumedrivers, volumefill, volumeplugins, volumeusers
 from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, ReadOnly, TooLarge
 from engine.events import Journal
 from engine.jobs import Task
@@ -67,6 +67,7 @@ class Volumes:
         self._filling: set[str] = set()
         for path in (self._root, self._tmp):
             path.mkdir(parents=True, exist_ok=True)
+        (store / volumeplugins.DIRECTORY).mkdir(mode=0o700, exist_ok=True)
 
     def create(
         self,
@@ -77,7 +78,7 @@ class Volumes:
     ) -> Volume:
         """Make an empty volume. AlreadyExists when the name is taken; InvalidArgument names what cannot be."""
         check_name(name, "volume")
-        found = volumedrivers.find(driver)
+        found = self._driver(driver)
         options, labels = dict(options or {}), dict(labels or {})
         volumedrivers.check(found, options)
         check_labels(labels)
@@ -103,7 +104,7 @@ class Volumes:
         try:
             (aside / "data").mkdir()
             os.chmod(aside / "data", 0o755)  # whatever the umask
-            driver.create(aside, options)
+            driver.create(aside, name, _of_driver(options))
             if fill is not None:
                 self._fill_aside(driver, aside, options, fill)
             host.fsync_dir(aside)
@@ -124,6 +125,7 @@ class Volumes:
                 os.rename(aside, self._root / name)
                 host.fsync_dir(self._root)
         except BaseException:
+            _undo(driver, aside, options)
             host.remove_tree(aside)
             raise
         return self.get(name)
@@ -146,8 +148,8 @@ class Volumes:
         """A volume with what is in `name` now. Options go along, but for those of a place that both would share."""
         check_name(new, "volume")
         with self.using(name) as source:
-            driver = volumedrivers.find(source.driver)
-            options = {key: value for key, value in source.options.items() if key != volumedrivers.READ_ONLY}
+            driver = self._driver(source.driver)
+            options = _of_driver(source.options)
             if driver.name == "local":
                 options = {}
             if read_only:
@@ -224,7 +226,7 @@ class Volumes:
             try:
                 return self.get(name)
             except NotFound:
-                return self._create(check_name(name, "volume"), volumedrivers.find("local"), {}, {})
+                return self._create(check_name(name, "volume"), self._driver("local"), {}, {})
 
     def anonymous(self, id: str, target: str) -> Volume:
         """The volume of the container `id` at `target`, made when it is not there."""
@@ -233,7 +235,7 @@ class Volumes:
             try:
                 return self.get(name)
             except NotFound:
-                return self._create(name, volumedrivers.find("local"), {}, {"anonymous": "true"}, owner=id)
+                return self._create(name, self._driver("local"), {}, {"anonymous": "true"}, owner=id)
 
     def remove_anonymous(self, id: str) -> list[str]:
         """With the container `id`, which is gone: its anonymous volumes that no other container uses."""
@@ -256,10 +258,12 @@ class Volumes:
 
     # --- in use -------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def mounts(volume: Volume) -> bool:
+    def _driver(self, name: str) -> volumedrivers.Driver:
+        return volumedrivers.find(self._root.parent, name)
+
+    def mounts(self, volume: Volume) -> bool:
         """Whether its driver mounts its files on the first use."""
-        return volumedrivers.find(volume.driver).mounts(volume.options)
+        return self._driver(volume.driver).mounts(volume.options)
 
     def mounted(self, volume: Volume) -> bool:
         """Whether its files are at `path` now."""
@@ -274,7 +278,7 @@ class Volumes:
     def _acquire(self, name: str) -> Volume:
         with self.changing(name):
             volume = self.get(name)
-            driver = volumedrivers.find(volume.driver)
+            driver = self._driver(volume.driver)
             if driver.mounts(volume.options) and not covered(volume.path):
                 driver.mount(volume.path.parent, volume.options)
                 log.info("volume %s (%s) is mounted", name, volume.driver)
@@ -286,7 +290,7 @@ class Volumes:
         try:
             with self.changing(name):
                 volume = self.get(name)
-                driver = volumedrivers.find(volume.driver)
+                driver = self._driver(volume.driver)
                 if not driver.mounts(volume.options) or not covered(volume.path) or self._held[name]:
                     return
                 if volumeusers.users(self._meta.query, name, alive=True):
@@ -326,7 +330,7 @@ class Volumes:
     def remove(self, name: str) -> None:
         """Delete a volume and its data. Busy, naming the containers, while a container's config mounts it."""
         volume = self.get(name)
-        driver = volumedrivers.find(volume.driver)
+        driver = self._driver(volume.driver)
         users = self.users(name)
         if users:
             raise Busy(
@@ -349,9 +353,14 @@ class Volumes:
                 db.execute("DELETE FROM failures WHERE object = ?", (f"volume/{name}",))
                 volumeusers.disown(db, name)
                 self._journal.append("volumeRemoved", f"volume/{name}", {"name": name})
-            driver.remove(volume.path.parent, volume.options)
-            self._sizes.forget(name)
-            self._discard(name)
+            try:
+                driver.remove(volume.path.parent, volume.options)
+            except EngineError as error:
+                hint = "the volume is gone here; the next start asks the driver again"
+                raise type(error)(error.reason, at=error.at, hint=hint) from error
+            finally:
+                self._sizes.forget(name)
+                self._discard(name)
 
     def unused(self) -> list[Volume]:
         """What no container uses and no job works on."""
@@ -394,8 +403,9 @@ class Volumes:
             if not data.is_dir():
                 log.warning("volume %s lost its data directory: made anew, empty", name)
                 data.mkdir(parents=True, mode=0o755)
-            if not volumedrivers.find(self.get(name).driver).mounts(self.get(name).options):
+            if not self._driver(self.get(name).driver).mounts(self.get(name).options):
                 volumefill.recover(data)
+        volumeplugins.clean(self._root, {volume.name: volume.driver for volume in self.all()})
 
     def known_size(self, name: str) -> int | None:
         """As last measured, without waiting; measured anew by the way. None: never measured yet."""
@@ -412,11 +422,23 @@ class Volumes:
         volume = self.get(name)
         if self.mounted(volume):
             return usage(volume.path)
-        return volumedrivers.find(volume.driver).usage(volume.path.parent, volume.options)
+        return self._driver(volume.driver).usage(volume.path.parent, volume.options)
 
     def free_bytes(self) -> int:
         """Room on the file system that holds the volumes."""
         return shutil.disk_usage(self._root).free
+
+
+def _of_driver(options: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in options.items() if key != volumedrivers.READ_ONLY}
+
+
+def _undo(driver: volumedrivers.Driver, aside: Path, options: Mapping[str, str]) -> None:
+    """What a driver made for a volume that does not come to be goes; raises nothing."""
+    try:
+        driver.remove(aside, _of_driver(options))
+    except (EngineError, OSError) as error:
+        log.warning("%s: left with its driver until the next start: %s", aside.name, error)
 
 
 def check_labels(labels: Mapping[str, str]) -> None:

@@ -128,7 +128,7 @@ def check_create(row: dict[str, Any]) -> None:
     faulty = bool(row.get("expectedErr"))
     try:
         check_name(row.get("name", "data"), "volume")
-        volumedrivers.check(volumedrivers.find("local"), options)
+        volumedrivers.check(volumedrivers.DRIVERS["local"], options)
     except InvalidArgument as error:
         assert faulty, error
         if "missing required option" in row["expectedErr"]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engines import eventually
-from mounting import Daemon, can_mount
+from mounting import ROOT, Daemon, can_mount
 from ociimages import busybox_rootfs_tar, make_layout
 
 from engine import host
@@ -106,6 +107,30 @@ def test_an_ext4_volume_is_mounted_on_use_and_outlives_the_daemon(daemon: Daemon
     daemon.until("cat volumes/disk2/mounted", "0")
     daemon.sh("rmdir volumes/disk volumes/disk2")
     assert not [point for point, _, _ in host.mounts() if "/volumes/disk" in point]
+
+
+def test_a_driver_of_others_outlives_the_daemon_too(daemon: Daemon, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tools" / "volume-drivers" / "dirs", daemon.store / "volume-drivers" / "dirs")
+    daemon.refused("echo 'create far driver=dirs' > volumes/ctl", "Invalid argument")
+    assert "dirs: check: it takes one option: root=DIRECTORY" in daemon.sh("cat volumes/error")
+    daemon.sh(f"echo 'create far driver=dirs root={tmp_path}' > volumes/ctl")
+    run(daemon, "away", "echo kept > /v/f; sleep 60", "['far:/v']")
+    daemon.until("cat volumes/far/data/f", "kept")
+    daemon.kill()
+    (left,) = tmp_path.iterdir()
+    notes = daemon.store / "volume-drivers" / ".made"
+    dead = "0" * 32  # as if the daemon had been killed between the driver's creation and the volume's row
+    (tmp_path / dead).mkdir()
+    (notes / dead).write_text((notes / left.name).read_text().replace(left.name, dead))
+    daemon.start()
+    eventually(lambda: not (tmp_path / dead).exists() and not (notes / dead).exists())
+    assert daemon.sh("cat volumes/far/mounted volumes/far/data/f containers/away/state") == "1\nkept\nrunning\n"
+    daemon.sh("echo kill > containers/away/ctl")
+    daemon.until("cat volumes/far/mounted", "0")
+    assert finish(daemon, "volumes/far", "clone far2").startswith("far2\n")
+    assert sorted(path.read_text() for path in tmp_path.glob("*/f")) == ["kept\n", "kept\n"]
+    daemon.sh("rmdir containers/away; rmdir volumes/far volumes/far2")
+    assert not list(tmp_path.iterdir()) and not list(notes.iterdir())
 
 
 def test_snapshots_are_read_only_for_all(daemon: Daemon) -> None:

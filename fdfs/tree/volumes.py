@@ -188,7 +188,7 @@ VOLUME = Dir(
     object=object_of,
     rows=(
         Dir(name="data", doc="its files, writable", graft=data, bind=data_source),
-        File(name="driver", doc="where its bytes are kept: local or ext4", show=driver),
+        File(name="driver", doc="where its bytes are kept: local, ext4, or a program", show=driver),
         File(name="options", doc="KEY=VALUE lines: what its driver was given; passwords are not shown", show=options),
         File(name="mounted", doc="1 when its files are at data/; 0 for a driver that mounts on use", show=mounted),
         File(name="labels", doc="KEY=VALUE lines", show=labels, set=set_labels, object=object_of),
