@@ -34,6 +34,10 @@ OPTIONAL = (
     "erofs",
     "overlay",
     "seccomp profile",
+    "qemu",
+    "accelerator",
+    "ip",
+    "runtime vm",
 )  # of the runtimes' facts: one runtime is enough
 
 

@@ -39,6 +39,7 @@ from engine.retention import Retention
 from engine.runtimes.netavark import Netavark
 from engine.runtimes.netbase import Backend
 from engine.runtimes.usernet import UserNetworks
+from engine.runtimes.vm import report
 from engine.scheduler import Clock
 from engine.store import check
 from engine.store.blobs import Blobs
@@ -83,8 +84,8 @@ def _make_private(path: Path, *, create: bool) -> None:
 class Engine:
     """Open the store at `store`: create what is missing, lock it, reconcile with what really runs, start the threads.
 
-    `runtime` is `auto`, `oci` or `fake`; `mount` is only written into the lock and `status`, for people; `clock` is for
-    tests. Busy, naming the holder, when another daemon has the store.
+    `runtime` is one of runtimes.select.NAMES; `mount` is only written into the lock and `status`, for people; `clock`
+    is for tests. Busy, naming the holder, when another daemon has the store.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class Engine:
             "store": str(self.store),
             "mount": str(self.mount or ""),
             "runtime": self._runtime,
+            "accelerator": report.summary(),
             "rootfs": self._rootfs(),
             "networks": self.connections.summary(),
             "images": str(self._count("images")),

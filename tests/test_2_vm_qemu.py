@@ -9,7 +9,7 @@ import pytest
 from runtimebench import skip_or_fail
 
 from engine.errors import InvalidArgument, Unsupported
-from engine.runtimes.vm import accel, qemu
+from engine.runtimes.vm import accel, qemu, report
 from engine.runtimes.vm.accel import Accelerator, Accelerators
 from engine.runtimes.vm.qemu import Disk, Guest, Machine, Platform, Share, Tap, UserNet
 
@@ -141,3 +141,27 @@ def test_the_probing_guest_runs() -> None:
     assert "no end within" in accel.runs_guests(program, "x86_64", Accelerator.TCG, 0.001)
     refused = accel.runs_guests(Path("/nonexistent/qemu"), "x86_64", Accelerator.TCG)
     assert refused.startswith("QEMU cannot be started")
+
+
+def test_report_without_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("shutil.which", lambda *a, **k: None)
+    assert report.summary().startswith("none: qemu-system-")
+    ((name, ok, found, advice),) = report.rows()
+    assert (name, ok) == ("qemu", False) and "not installed" in found and "qemu" in advice
+    assert not report.possible(tmp_path / "containers")
+
+
+def test_report_tells_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not Path("/usr/bin/qemu-system-x86_64").exists():
+        skip_or_fail("needs qemu-system-x86_64")
+    monkeypatch.setattr("engine.host.runtime_dir", lambda: tmp_path)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert report.summary() == "not tried yet"
+    qemu_ = accel.find_qemu("x86_64")
+    Accelerators().refuse(qemu_, "x86_64", "it stood still")
+    assert "it stood still" in report.summary()
+    rows = {row[0]: row for row in report.rows()}
+    assert rows["qemu"][1] and not rows["accelerator"][1] and "virtualisation" in rows["accelerator"][3]
+    assert not report.possible(tmp_path / "containers")  # no kernel
+    (tmp_path / "kernels" / "one").mkdir(parents=True)
+    assert report.possible(tmp_path / "containers")

@@ -10,6 +10,7 @@ the first VM of a boot pays for it. `refuse` takes back what looked good and fai
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -143,6 +144,7 @@ def runs_guests(qemu: Path, arch: str, accelerator: Accelerator, limit: float = 
     return f"QEMU ended with status {done.returncode}{': ' + said if said else ''}"
 
 
+@functools.cache
 def boot_id() -> str:
     """Of this boot of the host; empty where it cannot be told."""
     try:

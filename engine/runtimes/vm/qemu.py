@@ -1,8 +1,8 @@
 """QEMU's command line for one guest. Floor 2, pure.
 
-Only here: machines, processors, devices, the kernel's command line. `command` is for a container's `Machine`; it is made
-of what varies between hosts, `Platform`, and between guests, `Guest`. Paths may be relative to the directory QEMU is started in (sockets always are: a
-socket's path is limited to about 100 bytes).
+Only here: machines, processors, devices, the kernel's command line. `command` is for a container's `Machine`; it is
+made of what varies between hosts, `Platform`, and between guests, `Guest`. Paths may be relative to the directory QEMU
+is started in; sockets should be, for their paths are limited to about 100 bytes.
 
     x86_64    -M microvm, virtio-mmio; with ACPI for kernels without VIRTIO_MMIO_CMDLINE_DEVICES (Debian's)
     aarch64   -M virt, virtio-pci

@@ -1,0 +1,57 @@
+"""What the vm runtime finds on this host, for `status` and `doctor`. Floor 2, no state."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from engine import host
+from engine.errors import Unsupported
+from engine.runtimes.calls import first_line
+from engine.runtimes.vm import accel
+from engine.runtimes.vm.network import PATHS
+
+Row = tuple[str, bool, str, str]  # name, ok, what was found, what to do
+
+
+def possible(containers: Path) -> bool:
+    """Whether it is worth trying: QEMU is installed, and the store has a kernel for guests. Cheap."""
+    try:
+        accel.find_qemu(accel.architecture())
+        return any(os.scandir(containers.parent / "kernels"))
+    except (Unsupported, OSError):
+        return False
+
+
+def summary() -> str:
+    """The accelerator of guests, as far as it is known; nothing is tried for it. For `status`."""
+    try:
+        arch = accel.architecture()
+        choice = accel.Accelerators().known(accel.find_qemu(arch), arch)
+    except Unsupported as error:
+        return f"none: {error.reason.removeprefix('runtime vm: ')}"
+    return "not tried yet" if choice is None else choice.reason
+
+
+def rows() -> list[Row]:
+    """What virtual machines need: none of it is needed for the oci runtime. Tries the accelerator, once a boot."""
+    try:
+        arch = accel.architecture()
+        qemu = accel.find_qemu(arch)
+    except Unsupported as error:
+        return [("qemu", False, error.reason.removeprefix("runtime vm: "), error.hint or "")]
+    out: list[Row] = [("qemu", True, f"{qemu}: {first_line([str(qemu), '--version'])}", "")]
+    choice = accel.Accelerators().choose(qemu, arch)
+    advice = "" if choice.accelerator.hardware else slow_advice()
+    out.append(("accelerator", choice.accelerator.hardware, choice.reason, advice))
+    if host.LINUX:
+        ip = shutil.which("ip", path=PATHS)
+        out.append(("ip", ip is not None, ip or "not installed", "" if ip else "apt-get install iproute2"))
+    return out
+
+
+def slow_advice() -> str:
+    if host.MACOS:
+        return "guests run all the same, many times slower: sysctl kern.hv_support says whether this Mac can do better"
+    return "guests run all the same, many times slower: enable VT-x or AMD-V, or nested virtualisation of this machine"
