@@ -30,13 +30,13 @@ from pathlib import Path
 from engine.errors import InvalidArgument, NotFound
 from engine.logformat import JSONL, STDOUT, VIEWS, parse
 from engine.logindex import Segment, in_background
+from engine.logpieces import shared as pieces
 
 log = logging.getLogger(__name__)
 
 BUDGET = 0.05  # seconds of indexing per call
 ASK_AGAIN = 5.0  # seconds until conmon is asked once more to reopen: twice at once would lose what is in between
 ROOM = 32 << 20  # free bytes below which nothing is rotated: conmon ends when it cannot open its new file
-CACHED = 16  # rendered pieces kept
 WORTH_SAVING = 32 << 20  # raw bytes of a current segment whose index is saved on close
 OPEN_SEGMENTS = 8  # rotated segments whose file and checkpoints are kept in memory
 _NAME = re.compile(r"^ctr\.log\.([1-9][0-9]{0,8})(\.zst|\.idx)?$")
@@ -50,7 +50,6 @@ class ContainerLogs:
         self._lock = threading.RLock()
         self._segments: list[Segment] = []  # oldest first; the last one grows
         self._bases: dict[str, list[int]] = {view: [0] for view in VIEWS}  # view offset where each segment starts
-        self._pieces: OrderedDict[tuple[int | None, str, int, int], bytes] = OrderedDict()
         self._used: OrderedDict[int, Segment] = OrderedDict()  # rotated segments read lately
         self._retiring: Segment | None = None  # renamed, but conmon may still write to it
         self._asked = -ASK_AGAIN
@@ -120,7 +119,7 @@ class ContainerLogs:
                     except OSError as error:  # a full disk, say: it is made again then
                         log.warning("the index of %s was not saved: %s", segment.path, error)
                 segment.close()
-            self._pieces.clear()
+            pieces.forget(self._segments)
 
     def rest(self) -> None:
         """Close files until the next read. Not while a rotation or the helper needs them."""
@@ -129,7 +128,7 @@ class ContainerLogs:
                 for segment in self._segments:
                     segment.close()
                 self._used.clear()
-                self._pieces.clear()
+                pieces.forget(self._segments)
 
     # --- rotation -----------------------------------------------------------------------------------------------
 
@@ -157,8 +156,6 @@ class ContainerLogs:
             number = max([other.number or 0 for other in self._segments] + [0]) + 1
             target = self._directory / f"{self.current.name}.{number}"
             os.rename(self.current, target)
-            for key in [key for key in self._pieces if key[0] is None]:
-                self._pieces[(number, *key[1:])] = self._pieces.pop(key)
             segment.path, segment.number = target, number
             self._retiring = segment
             self._ask(reopen)
@@ -231,7 +228,7 @@ class ContainerLogs:
                     del self._segments[0]
                     for bases in self._bases.values():
                         del bases[1:2]
-                self._pieces.clear()
+                pieces.forget((segment,))
                 freed += size
 
     def _sealed(self, segment: Segment) -> bool:
@@ -328,7 +325,7 @@ class ContainerLogs:
         last = len(bases) - 1
         return bases[-1] + (self._segments[last].sizes[view] if last < len(self._segments) else 0)
 
-    def _part(self, view: str, offset: int, size: int) -> bytes:
+    def _part(self, view: str, offset: int, size: int) -> bytes | memoryview:
         """Some bytes at `offset`, at least one; `offset` is below the total."""
         bases = self._bases[view]
         number = bisect_right(bases, offset) - 1  # the last that starts there: empty segments share their start
@@ -336,16 +333,9 @@ class ContainerLogs:
         if segment.dropped:
             return b"\n" * min(size, segment.sizes[view] - inside, 1 << 20)
         start, end, base = segment.piece(view, inside)
-        key = (segment.number, view, start, end)
-        text = self._pieces.get(key)
-        if text is None:
-            text = self._pieces[key] = segment.rendered(view, start, end)
-            if len(self._pieces) > CACHED:
-                self._pieces.popitem(last=False)
-            self._touch(segment)
-        else:
-            self._pieces.move_to_end(key)
-        return text[inside - base : inside - base + size]
+        text = pieces.get(segment, view, start, end)
+        self._touch(segment)
+        return memoryview(text)[inside - base : inside - base + size]
 
     def _touch(self, segment: Segment) -> None:
         """Keep the files and checkpoints of a few rotated segments only."""

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from engine.errors import AccessDenied, EngineError, InvalidArgument, TooLarge
+from engine.errors import AccessDenied, EngineError, InvalidArgument, NotFound, TooLarge
 from fdfs import ctl
 from fdfs.entry import BLOCK, Attr, File, Found, Keys, attr_of, render
 
@@ -88,7 +88,13 @@ class Reader:
         return None if self._content is None or self._row.wait is not None else len(self._content)
 
     def attr(self) -> Attr | None:
-        return None
+        """Of a growing file, which is asked for its size all the time: by its pinned keys."""
+        if self._row.read is None or not self.path:
+            return None
+        try:
+            return self.kept(self.path)
+        except NotFound:
+            return None  # removed: what the path says now
 
     def kept(self, path: bytes) -> Attr:
         """What fstat(2) says of a file that is open while its path has gone: its object has another name."""
