@@ -36,7 +36,7 @@ SETUP: Mapping[str, Mapping[str, str]] = {
     "SYSCTL": {"set*": "NAME\\0VALUE, dots or slashes in the name"},
     "ROOT": {"name": "a root for the file verbs", "path": "a directory of the guest"},
     "SYNC": {},
-    "POWEROFF": {"reboot?": "1: reset instead, which ends a QEMU run with -no-reboot"},
+    "POWEROFF": {"off?": "1: by ACPI or PSCI; absent: a reset, which ends a QEMU run with -no-reboot"},
 }
 PROCESSES: Mapping[str, Mapping[str, str]] = {
     "RUN": {

@@ -1,0 +1,365 @@
+"""A connection to the agent of a guest: calls with deadlines, streams with credit, over any connected socket.
+
+Floor 2. What is only here: which stream belongs to which call. Thread-safe: any thread may call, read or write; one
+thread of the client reads the socket. Closing, by either side or for a broken rule, wakes everybody with the reason.
+Nothing waits longer than its deadline (seconds); an answer that comes later is dropped.
+
+Errors: GuestError (an OSError with the guest's errno) where the agent refused; DeadlineExceeded; ProtocolError when the
+agent broke the protocol; RuntimeFailure when the connection ended.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import os
+import select
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+from engine.errors import DeadlineExceeded, EngineError, RuntimeFailure
+from engine.runtimes.vm import protocol
+from engine.runtimes.vm.protocol import Credit, Frame, Parser, ProtocolError, Side, Type, Values, Words
+
+DEADLINE = 10.0
+RECEIVE = 256 << 10
+
+
+class GuestError(OSError):
+    """The agent refused a request: the guest's errno, and what it was doing."""
+
+    def __init__(self, number: int, verb: str, step: str) -> None:
+        super().__init__(number, f"{verb}: {step}: {os.strerror(number)}" if step else f"{verb}: {os.strerror(number)}")
+        self.verb, self.step = verb, step
+
+
+class Data(NamedTuple):
+    flag: int  # STDOUT (also of a terminal or a dialled port) or STDERR
+    data: bytes
+
+
+class End(NamedTuple):
+    flag: int
+
+
+class Exit(NamedTuple):
+    code: int
+    oom: bool
+    signaled: bool
+
+
+Event = Data | End | Exit
+
+
+class _Pending:
+    """What one stream waits for. Guarded by the client's lock."""
+
+    def __init__(self, verb: str, keeps: bool) -> None:
+        self.verb = verb
+        self.keeps = keeps  # RUN, EXEC, DIAL: lives on after RESP
+        self.answer: tuple[int, Values] | None = None
+        self.abandoned = False
+        self.events: collections.deque[Event] = collections.deque()
+        self.incoming = Credit()  # of the guest
+        self.outgoing = Credit()  # ours
+        self.ends: set[int] = set()
+        self.ended_input = False
+        self.over = False
+
+
+KEEPS = frozenset({"RUN", "EXEC", "DIAL"})
+
+
+class AgentClient:
+    """Over `sock`, whose first frame is the agent's HELLO. The client owns the socket from here on."""
+
+    def __init__(self, sock: socket.socket, *, deadline: float = DEADLINE) -> None:
+        self._sock = sock
+        sock.setblocking(False)
+        self._parser = Parser(Side.GUEST)
+        self._state = threading.Condition()  # guards all below but the sending
+        self._streams: dict[int, _Pending] = {}
+        self._pings: dict[int, bool] = {}
+        self._next = 0
+        self._hello: Values | None = None
+        self._failure: EngineError | None = None
+        self._sending = threading.Lock()  # guards _unsent and the order of frames
+        self._unsent = bytearray()  # the rest of a frame whose sender ran out of time
+        self._wake, self._woken = os.pipe()
+        self._reader = threading.Thread(target=self._read, name="agent-reader", daemon=True)
+        self._reader.start()
+        try:
+            self._wait(lambda: self._hello is not None, time.monotonic() + deadline, "the agent's hello")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def hello(self) -> Values:
+        assert self._hello is not None
+        return self._hello
+
+    @property
+    def closed(self) -> bool:
+        return self._failure is not None
+
+    def close(self, reason: str = "the connection to the guest's agent was closed") -> None:
+        """Idempotent; wakes who waits. Does not wait for the reader when called by it."""
+        self._fail(RuntimeFailure(reason))
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+
+    # ---- calls
+
+    def call(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE) -> Values:
+        """One request and its answer. Not for verbs that keep their stream."""
+        assert verb not in KEEPS
+        return self._ask(verb, words, deadline)[1]
+
+    def open(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE) -> tuple[Stream, Values]:
+        """RUN, EXEC or DIAL: the stream of the process or connection, and the answer."""
+        assert verb in KEEPS
+        number, values = self._ask(verb, words, deadline)
+        return Stream(self, number, self._streams[number]), values
+
+    def ping(self, *, deadline: float = DEADLINE) -> float:
+        """Seconds of one round trip."""
+        until = time.monotonic() + deadline
+        began = time.monotonic()
+        with self._state:
+            number = self._number()
+            self._pings[number] = False
+        try:
+            self._send(protocol.frame(Type.PING, number, b"ping"), until)
+            self._wait(lambda: self._pings[number], until, "the agent's answer to a ping")
+        except DeadlineExceeded:
+            raise  # the number stays taken: its PONG may come yet
+        with self._state:
+            del self._pings[number]
+        return time.monotonic() - began
+
+    def _ask(self, verb: str, words: Words | None, deadline: float) -> tuple[int, Values]:
+        until = time.monotonic() + deadline
+        payload = protocol.request(verb, words)
+        pending = _Pending(verb, verb in KEEPS)
+        with self._state:
+            number = self._number()
+            self._streams[number] = pending
+        try:
+            self._send(protocol.frame(Type.REQ, number, payload), until)
+            self._wait(lambda: pending.answer is not None, until, f"the agent's answer to {verb}")
+        except DeadlineExceeded:
+            with self._state:
+                pending.abandoned = True  # its answer may come yet
+                if pending.answer is not None and not pending.keeps:
+                    self._streams.pop(number, None)
+            raise
+        assert pending.answer is not None
+        error, values = pending.answer
+        if error or not pending.keeps:
+            with self._state:
+                self._streams.pop(number, None)
+        if error:
+            raise GuestError(error, verb, values.text("step"))
+        return number, values
+
+    def _number(self) -> int:
+        if self._failure is not None:
+            raise self._failure
+        while True:
+            self._next = self._next % 0x7FFFFFFF + 1
+            if self._next not in self._streams and self._next not in self._pings:
+                return self._next
+
+    def _wait(self, ready: collections.abc.Callable[[], bool], until: float, what: str) -> None:
+        with self._state:
+            while not ready():
+                if self._failure is not None:
+                    raise self._failure
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded(
+                        f"{what} did not come in time", hint="the guest may hang; see its console log"
+                    )
+                self._state.wait(left)
+
+    # ---- the socket
+
+    def _send(self, data: bytes, until: float) -> None:
+        """Sends whole frames in order. On DeadlineExceeded the rest of a frame goes before the next."""
+        if not self._sending.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise DeadlineExceeded("the guest's agent takes nothing")
+        try:
+            if self._unsent:
+                self._push(self._unsent, until)
+            view = bytearray(data)
+            try:
+                self._push(view, until)
+            except DeadlineExceeded:
+                if len(view) < len(data):
+                    self._unsent = view
+                raise
+        finally:
+            self._sending.release()
+
+    def _push(self, data: bytearray, until: float) -> None:
+        """Sends from the front of `data` and takes away what went."""
+        while data:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                count = self._sock.send(data)
+            except BlockingIOError:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded("the guest's agent takes nothing") from None
+                select.select((), (self._sock,), (self._sock,), min(left, 0.5))  # a close is noticed soon
+            except OSError as error:
+                self._fail(RuntimeFailure(f"the connection to the guest's agent broke: {error}"))
+            else:
+                del data[:count]
+
+    def _read(self) -> None:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        try:
+            while self._failure is None:
+                poll.poll()
+                try:
+                    data = self._sock.recv(RECEIVE)
+                except BlockingIOError:
+                    continue
+                if not data:
+                    raise RuntimeFailure("the guest's agent closed the connection")
+                with self._state:
+                    for frame in self._parser.feed(data):
+                        self._take(frame)
+                    self._state.notify_all()
+        except EngineError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(RuntimeFailure(f"the connection to the guest's agent broke: {error}"))
+        finally:
+            self._sock.close()
+            os.close(self._wake)
+
+    def _fail(self, error: EngineError) -> None:
+        with self._state:
+            if self._failure is None:
+                self._failure = error
+                os.close(self._woken)
+            self._state.notify_all()
+
+    def _take(self, frame: Frame) -> None:
+        """One frame of the guest, under the lock. ProtocolError for what was not to come."""
+        if frame.type is Type.HELLO:
+            self._hello = protocol.parse_hello(frame.payload)
+            return
+        if frame.type is Type.PONG:
+            if self._pings.get(frame.stream, True):
+                raise ProtocolError("a PONG nobody asked for")
+            self._pings[frame.stream] = True
+            return
+        pending = self._streams.get(frame.stream)
+        if pending is None:
+            raise ProtocolError(f"{frame.type.name} on the stream {frame.stream}, which nobody has")
+        if frame.type is Type.RESP:
+            if pending.answer is not None:
+                raise ProtocolError(f"a second answer to {pending.verb}")
+            pending.answer = protocol.parse_response(frame.payload)
+            if pending.abandoned and (not pending.keeps or pending.answer[0]):
+                del self._streams[frame.stream]
+            return
+        if not pending.keeps or pending.answer is None:
+            raise ProtocolError(f"{frame.type.name} on the stream of {pending.verb}")
+        self._take_of_stream(frame, pending)
+
+    def _take_of_stream(self, frame: Frame, pending: _Pending) -> None:
+        if frame.type is Type.DATA:
+            if frame.flag in pending.ends:
+                raise ProtocolError("DATA after its END")
+            pending.incoming.take(len(frame.payload))
+            pending.events.append(Data(frame.flag, frame.payload))
+        elif frame.type is Type.END:
+            if frame.flag in pending.ends:
+                raise ProtocolError("a second END")
+            pending.ends.add(frame.flag)
+            pending.events.append(End(frame.flag))
+            self._dial_over(frame.stream, pending)
+        elif frame.type is Type.EXIT:
+            code, bits = protocol.parse_exit(frame.payload)
+            pending.events.append(Exit(code, bool(bits & protocol.OOM), bool(bits & protocol.SIGNALED)))
+            self._end(frame.stream, pending)
+        else:
+            pending.outgoing.give(protocol.parse_credit(frame.payload))
+
+    def _dial_over(self, number: int, pending: _Pending) -> None:
+        if pending.verb == "DIAL" and pending.ended_input and pending.ends:
+            self._end(number, pending)
+
+    def _end(self, number: int, pending: _Pending) -> None:
+        pending.over = True
+        self._streams.pop(number, None)
+
+
+class Stream:
+    """Of a process or a dialled port. One reader and one writer at a time."""
+
+    def __init__(self, client: AgentClient, number: int, pending: _Pending) -> None:
+        self._client, self._number, self._pending = client, number, pending
+
+    def next(self, *, deadline: float | None = None) -> Event | None:
+        """The next event; None after the last. What is taken here is what the guest may send anew."""
+        client, pending = self._client, self._pending
+        until = time.monotonic() + (deadline if deadline is not None else 1e9)
+        client._wait(lambda: bool(pending.events) or pending.over, until, "output of the guest")
+        with client._state:
+            if not pending.events:
+                return None
+            event = pending.events.popleft()
+            if isinstance(event, Data) and not pending.over:
+                pending.incoming.give(len(event.data))
+        if isinstance(event, Data) and not pending.over and not client.closed:
+            client._send(protocol.credit(self._number, len(event.data)), time.monotonic() + DEADLINE)
+        return event
+
+    def write(self, data: bytes, *, deadline: float = DEADLINE) -> None:
+        """Blocks while the guest does not read. BrokenPipeError once the process has ended."""
+        client, pending = self._client, self._pending
+        until = time.monotonic() + deadline
+        view = memoryview(data)
+        while view:
+            client._wait(lambda: pending.outgoing.left > 0 or pending.over, until, "room for input")
+            with client._state:
+                if pending.over:
+                    raise BrokenPipeError("the process has ended")
+                count = min(pending.outgoing.left, len(view), protocol.BULK)
+                pending.outgoing.take(count)
+            client._send(protocol.frame(Type.DATA, self._number, bytes(view[:count])), until)
+            view = view[count:]
+
+    def end_input(self, *, deadline: float = DEADLINE) -> None:
+        client, pending = self._client, self._pending
+        with client._state:
+            if pending.over or pending.ended_input:
+                return
+            pending.ended_input = True
+        client._send(protocol.frame(Type.END, self._number), time.monotonic() + deadline)
+        with client._state:
+            client._dial_over(self._number, pending)
+
+    def wait(self, *, deadline: float = 3600.0) -> tuple[Exit, bytes, bytes]:
+        """Everything to the end: exit, stdout, stderr. For processes with little output."""
+        until = time.monotonic() + deadline
+        out: dict[int, bytearray] = {protocol.STDOUT: bytearray(), protocol.STDERR: bytearray()}
+        while True:
+            event = self.next(deadline=max(0.0, until - time.monotonic()))
+            if isinstance(event, Data):
+                out[event.flag] += event.data
+            elif isinstance(event, Exit):
+                return event, bytes(out[protocol.STDOUT]), bytes(out[protocol.STDERR])
+            elif event is None:
+                raise RuntimeFailure("the stream ended without an exit")
