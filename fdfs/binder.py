@@ -87,7 +87,7 @@ class Binder:
 
     def before_follow(self, target: bytes) -> None:
         """A symlink to `target` is about to be followed: have its trees bound first, within FOLLOW_SECONDS."""
-        if not self._alive or not target.startswith((b"/images/by-digest/", b"/layers/")):
+        if not self._alive or not target.startswith((b"/images/by-digest/", b"/layers/")) or self._listed():
             return
         try:
             found = walk(self._engine, self._root, target)
@@ -98,20 +98,27 @@ class Binder:
         for row in found.row.rows:
             if isinstance(row, Dir) and row.bind is not None:
                 path = target.rstrip(b"/") + b"/" + row.name.encode()
-                if not self._listing(path):
+                if self._unbound(path):
                     self.on_graft(path, row, found.keys)
                     self._settled(path)
 
-    def _listing(self, path: bytes) -> bool:
+    def _listed(self) -> bool:
         """Whether links are read for their own sake, as `ls -l` does: readlink(2) does not say. A thousand images must
         not be mounted, nor waited for, one after the other; whoever then does go into one has it bound by that."""
         with self._lock:
-            if path in self._bound:
-                return False
             now = time.monotonic()
             many = len(self._followed) == FOLLOWED and now - self._followed[0] < 1.0
-            self._followed.append(now)
+            if many:
+                self._followed.append(now)
             return many
+
+    def _unbound(self, path: bytes) -> bool:
+        """Whether it is worth a wish; counts for `_listed`."""
+        with self._lock:
+            if path in self._bound:
+                return False
+            self._followed.append(time.monotonic())
+            return True
 
     def _settled(self, path: bytes) -> None:
         deadline = time.monotonic() + FOLLOW_SECONDS

@@ -27,6 +27,7 @@ from engine.store.check import check, repair
 from engine.store.index import Entry, IndexWriter, Kind, read_index
 from engine.store.layers import Layers
 from engine.store.meta import Meta
+from engine.store.pipeline import FEED, gathered
 from engine.store.tar import Limits
 from engine.store.trees import Trees
 
@@ -444,3 +445,28 @@ def test_the_sieve_never_denies_a_body_that_is_there(tmp_path: Path) -> None:
     assert sum(map(sieve.may_have, digests[2000:])) < 5
     sieve.MOST = 1999
     assert all(map(sieve.may_have, digests)), "fuller than it can be of use: all are asked for"
+
+
+def test_a_failed_ingest_leaves_its_turn_to_the_next(layers: Layers) -> None:
+    """Also while its error, whose traceback holds everything it had, is still around."""
+    good = archive({"a": bytes(5000)})
+    with pytest.raises(Damaged) as caught:
+        layers.ingest([good[:512] + b"\1" * 5120, b"\1" * (4 << 20)], "")
+    taken: list[str] = []
+    other = threading.Thread(target=lambda: taken.append(layers.ingest([good], "").diff_id), daemon=True)
+    other.start()
+    other.join(60)
+    assert taken == ["sha256:" + hashlib.sha256(good).hexdigest()], caught.value
+
+
+def test_small_pieces_are_gathered_and_what_came_before_a_failure_is_handed_on() -> None:
+    def broken() -> Iterator[bytes]:
+        yield from (b"a" * 1000, b"b" * FEED, b"c", b"d")
+        raise NotFound("gone")
+
+    out: list[bytes] = []
+    with pytest.raises(NotFound, match="gone"):
+        out.extend(gathered(broken()))
+    assert b"".join(out) == b"a" * 1000 + b"b" * FEED + b"cd" and out[-1] == b"cd"
+    assert [len(piece) for piece in gathered([bytes(3 * FEED + 1)])] == [FEED, FEED, FEED, 1]
+    assert len(list(gathered([b"x"] * 100))) < 100

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -230,6 +232,20 @@ def test_a_pull_killed_in_the_middle_is_resumed(tmp_path: Path, registry: Regist
         assert image.digest == digest
         assert "resuming at byte" in task.log_text()
         store.images.verify(digest, None)
+
+
+def test_a_layer_may_link_to_files_of_those_below_it(tmp_path: Path, registry: Registry) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        link = tarfile.TarInfo("name")
+        link.type, link.linkname = tarfile.LNKTYPE, "file"
+        tar.addfile(link)
+    make_layout(tmp_path / "layout", [{"file": b"below"}, out.getvalue()], reference="linked")
+    registry.push_layout(tmp_path / "layout", "linked:1", "linked")
+    with ImageStore(tmp_path / "store") as store:
+        image = pull(store.images, f"{registry.host}/linked:1")
+        tree = store.trees.open(image.chain_id)
+        assert tree.lookup(b"name") == tree.lookup(b"file")
 
 
 def test_a_damaged_part_is_fetched_from_the_start(tmp_path: Path, registry: Registry) -> None:

@@ -26,6 +26,7 @@ from engine.jobs import Task
 from engine.model import ImageConfig, check_digest
 from engine.store.blobs import Blobs
 from engine.store.layers import Layers
+from engine.store.merge import Merger
 from engine.store.meta import Meta
 from engine.store.trees import Trees
 
@@ -241,11 +242,15 @@ class Images:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def add(self, manifest: bytes, media_type: str, reference: str | None, *, event: str = "imagePulled") -> Image:
+    def add(
+        self, manifest: bytes, media_type: str, reference: str | None, merger: Merger | None = None,
+        *, event: str = "imagePulled",
+    ) -> Image:  # fmt: skip
         """Make an image visible whose blobs and layers are in the store: trees, rows, name and event.
 
-        `reference` is normalised or None. Idempotent; a name that stood for another image moves. NotFound for a missing
-        layer or configuration, Damaged when manifest and configuration disagree.
+        `reference` is normalised or None, `merger` the merge of its layers as far as it has gone. Idempotent; a name
+        that stood for another image moves. NotFound for a missing layer or configuration, Damaged when manifest and
+        configuration disagree.
         """
         named = None if reference is None else parse(reference).normalised()
         with self.lease():
@@ -257,7 +262,7 @@ class Images:
             diff_ids = [layer.diff_id for layer in parsed.layers]
             infos = [self.store_layers.info(diff_id) for diff_id in diff_ids]
             try:
-                chain = self.trees.build(diff_ids)
+                chain = self.trees.build(diff_ids, merger)
                 for diff_id in dict.fromkeys(diff_ids):
                     with suppress(Damaged):  # it may link to files of those below it
                         self.trees.build([diff_id])

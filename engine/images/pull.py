@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 
 from engine.errors import Damaged, EngineError, InvalidArgument, NotFound
@@ -26,6 +26,7 @@ from engine.images.registry import Registry
 from engine.images.transport import Policy
 from engine.jobs import Cancelled, Task
 from engine.model import ImageConfig
+from engine.store.merge import Merger
 
 WORKERS = 3  # layers of one pull under way at a time, as Docker
 MAX_UNDER_WAY = 6  # layers of all pulls
@@ -121,11 +122,11 @@ def pull(
         _check_platform(config, wanted)
         images.blobs.put(config_raw, manifest.config.media_type)
         task.progress(f"pulling {name}")
-        _layers(images, registry, manifest, config, task)
+        merger = _layers(images, registry, manifest, config, task)
         task.check()
         task.progress(f"building the tree of {name}")
         takes = platforms.takes_name(images, name, index, wanted)
-        image = images.add(raw, manifest.media_type, name if takes else None)
+        image = images.add(raw, manifest.media_type, name if takes else None, merger)
         task.progress(f"pulled {name} {image.digest}")
         return image
 
@@ -171,14 +172,15 @@ def _check_platform(config: ImageConfig, wanted: Platform | None) -> None:
         raise NotFound(f"no image for {wanted}; there is only {there}", at=str(wanted))
 
 
-def _layers(images: Images, registry: Registry, manifest: Manifest, config: ImageConfig, task: Task) -> None:
-    """Every layer into the store; the first failure ends the others."""
+def _layers(images: Images, registry: Registry, manifest: Manifest, config: ImageConfig, task: Task) -> Merger | None:
+    """Every layer into the store; the first failure ends the others. Returns the merge of those that came early."""
     pairs: dict[str, tuple[Descriptor, str]] = {}
     for entry, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True):
         if pairs.setdefault(entry.digest, (entry, diff_id))[1] != diff_id:
             raise Damaged("one blob stands for two different diff_ids", at=entry.digest)
     for entry, _ in pairs.values():
         task.advance(entry.digest[:19], 0, entry.size, "waiting")
+    begun = images.trees.begin(config.rootfs.diff_ids)
     stop = threading.Event()
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="pull")
     try:
@@ -190,12 +192,14 @@ def _layers(images: Images, registry: Registry, manifest: Manifest, config: Imag
             for future in done:
                 future.result()
             task.check()
+            begun.advance()
     finally:
         stop.set()
         pool.shutdown(wait=not task.cancelled.is_set(), cancel_futures=True)
         if task.cancelled.is_set():
             # reads under way have been broken; only a connection being made is not waited for
             wait(futures, timeout=2.0)
+    return begun.merger
 
 
 def _layer(
@@ -216,7 +220,8 @@ def _layer(
             return
         with _turn(task, stop):
             _store(images, registry, entry, diff_id, task, going)
-        images.trees.build([diff_id])  # wanted anyway, and cheap while others download
+        with suppress(Damaged):  # it may link to files of those below it
+            images.trees.build([diff_id])  # wanted anyway, and cheap while others download
         task.advance(label, entry.size, entry.size, "done")
 
 

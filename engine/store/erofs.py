@@ -43,6 +43,7 @@ FLAT_PLAIN, FLAT_INLINE, CHUNK_BASED = 0, 2, 4
 CHUNK_INDEXES = 0x20
 DIRENT_SIZE = 12
 FIRST_SLOT = 9  # device table at 9 * 128 = right after the 128-byte superblock
+FEW = 50_000  # inodes whose plans are kept: some 15 MB
 FIRST_NID = 2  # inode number 0 would be skipped by readdir in C libraries
 NAMELESS = (b"system.posix_acl_access", b"system.posix_acl_default")
 PREFIXES = ((1, b"user."), (4, b"trusted."), (6, b"security."))
@@ -207,7 +208,8 @@ class _Plan(NamedTuple):
 
 
 def _plan(node: Node, shown: Shown | None) -> _Plan:
-    """Made twice, once to place the inodes and once to write them: a million plans would take more memory than time."""
+    """Made twice in a large tree, once to place the inodes and once to write them: a million plans would take more
+    memory than time."""
     kind = stat.S_IFMT(node.mode)
     xattrs = shown.pack(node) if shown else pack_xattrs(node.xattrs) if node.xattrs else b""
     need = 64 + len(xattrs)
@@ -289,8 +291,12 @@ def write(
     # first pass: where everything goes
     at = FIRST_NID * 32
     tail_blocks = 0  # whole blocks behind the inodes
+    few = len(nodes) <= FEW
+    plans: list[_Plan] = []
     for node in nodes:
         plan = _plan(node, shown)
+        if few:
+            plans.append(plan)
         room = BLOCK - at % BLOCK
         if room < (plan.need if plan.layout == FLAT_INLINE else 64):
             at += room
@@ -316,7 +322,7 @@ def write(
     pack_prov = PROV.pack
     plain_at = 0
     for ordinal, node in enumerate(nodes, 1):
-        xattrs, layout, plain, size, names, blocks, need = _plan(node, shown)
+        xattrs, layout, plain, size, names, blocks, need = plans[ordinal - 1] if few else _plan(node, shown)
         inode = bytearray(need)
         mode = node.mode
         kind = stat.S_IFMT(mode)

@@ -20,7 +20,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,8 @@ from engine.store.index import Entry, IndexWriter, Kind, read_index
 from engine.store.inflate import inflate
 from engine.store.merge import show
 from engine.store.meta import Meta
-from engine.store.pipeline import Pipe, Stages
+from engine.store.pipeline import Pipe, Stages, gathered
 from engine.store.tar import DEFAULT_LIMITS, Limits, TarReader
-
-FEED = 1 << 18  # bytes of compressed input handed on at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,7 @@ class Layers:
         self._tmp.mkdir(parents=True, exist_ok=True)
         self._sieve = Sieve(meta.path)
         self._lock = threading.Lock()  # pins and removal; never held over an ingest
+        self._turn = threading.Lock()  # held by the ingest that unpacks a block; never over a wait for input
         self._publish = threading.Lock()  # one layer at a time takes its place
         self._pins: Counter[str] = Counter()  # layers whose data a running ingest refers to
 
@@ -211,7 +211,7 @@ class Layers:
 
     def _run(self, feed: _Feed, made: _Made, data: DataWriter, index: IndexWriter) -> None:
         """The four stages, to the end of the stream."""
-        packed, blocks, tar = Pipe(16), Pipe(8), Pipe(8)
+        packed, blocks, tar = Pipe(4), Pipe(8), Pipe(8)
 
         def inflating() -> None:
             for block in inflate(iter(packed)):
@@ -228,21 +228,22 @@ class Layers:
             made.diff_id = "sha256:" + digester.hexdigest()
 
         def unpacking() -> None:
-            reader = TarReader(iter(blocks), self.limits)
-            holes = 0
-            for member in reader:
-                entry = entry_of(member)
-                if entry is None:
-                    continue
-                if entry.size:
-                    if member.sparse is not None:
-                        holes += member.size - member.stored
-                        if holes > self.limits.holes:
-                            raise TooLarge(f"more than {self.limits.holes} bytes of holes in sparse files")
-                    made.size += entry.size
-                    data.store(entry, reader, member.stored, member.sparse)
-                index.add(entry)
-            reader.drain()
+            with closing(self._in_turns(blocks)) as turns:  # a failure must not keep the turn
+                reader = TarReader(turns, self.limits)
+                holes = 0
+                for member in reader:
+                    entry = entry_of(member)
+                    if entry is None:
+                        continue
+                    if entry.size:
+                        if member.sparse is not None:
+                            holes += member.size - member.stored
+                            if holes > self.limits.holes:
+                                raise TooLarge(f"more than {self.limits.holes} bytes of holes in sparse files")
+                        made.size += entry.size
+                        data.store(entry, reader, member.stored, member.sparse)
+                    index.add(entry)
+                reader.drain()
             made.entries = index.entries
 
         with Stages([packed, blocks, tar]) as stages:
@@ -252,6 +253,13 @@ class Layers:
             for chunk in feed:
                 packed.put(chunk)
             packed.close()
+
+    def _in_turns(self, blocks: Iterable[bytes]) -> Generator[bytes, None, None]:
+        """Each block when its turn has come, which ends when the next is asked for: the interpreter runs one thread at
+        a time, and unpackers that take it from each other at every call spend more on switching than on work."""
+        for block in blocks:
+            with self._turn:
+                yield block
 
     def _take_place(self, work: Path, made: _Made, deps: list[str], feed: _Feed, media_type: str) -> LayerInfo:
         """Rename into place, then the rows, all in one transaction."""
@@ -400,18 +408,16 @@ class _Feed:
 
     def __iter__(self) -> Iterator[bytes]:
         keep, digester = self._keep, hashlib.sha256()
-        for chunk in self._chunks:
-            for at in range(0, len(chunk), FEED):
-                piece = chunk if len(chunk) <= FEED else bytes(memoryview(chunk)[at : at + FEED])
-                before = self.total
-                self.total += len(piece)
-                if self._size is not None and self.total > self._size:
-                    raise Damaged(f"more than the announced {self._size} bytes", at=self._expected)
-                yield piece  # first, so that the other stages work while this one hashes
-                if keep is None:
-                    digester.update(piece)
-                elif self.total > self._kept:
-                    keep.write(memoryview(piece)[max(0, self._kept - before) :])
+        for piece in gathered(self._chunks):
+            before = self.total
+            self.total += len(piece)
+            if self._size is not None and self.total > self._size:
+                raise Damaged(f"more than the announced {self._size} bytes", at=self._expected)
+            yield piece  # first, so that the other stages work while this one hashes
+            if keep is None:
+                digester.update(piece)
+            elif self.total > self._kept:
+                keep.write(memoryview(piece)[max(0, self._kept - before) :])
             if self._progress is not None:
                 self._progress(self.total)
         self.digest = keep.digest() if keep is not None else "sha256:" + digester.hexdigest()

@@ -7,8 +7,12 @@ is the one reported.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+FEED = 1 << 19  # bytes of compressed input handed on at once
+FEED_SECONDS = 0.1  # what comes in small pieces is gathered no longer than this
 
 
 class Broken(Exception):
@@ -98,3 +102,34 @@ class Stages:
         first, self._error = self._error, None  # not kept: its traceback holds the stages' buffers
         if first is not None and first is not error:
             raise first
+
+
+def gathered(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks as pieces near FEED bytes: every hand-over between threads costs. What came before a failure of
+    `chunks` is handed on first, so that a broken download is kept as far as it got."""
+    held: list[bytes] = []
+    size, since = 0, time.monotonic()
+    source = iter(chunks)
+    while True:
+        try:
+            chunk = next(source, None)
+        except BaseException:
+            if held:
+                yield b"".join(held)
+            raise
+        if chunk is None:
+            break
+        if len(chunk) >= FEED:
+            if held:
+                yield b"".join(held)
+            for at in range(0, len(chunk), FEED):
+                yield chunk if len(chunk) == FEED else chunk[at : at + FEED]
+            held, size, since = [], 0, time.monotonic()
+            continue
+        held.append(chunk)
+        size += len(chunk)
+        if size >= FEED or time.monotonic() - since > FEED_SECONDS:
+            yield b"".join(held)
+            held, size, since = [], 0, time.monotonic()
+    if held:
+        yield b"".join(held)

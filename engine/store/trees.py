@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from engine.errors import Busy, NotFound
+from engine.errors import Busy, EngineError, NotFound
 from engine.host import fsync_dir
 from engine.model import check_digest, hex_of
 from engine.store import erofs
@@ -34,6 +34,7 @@ __all__ = ["Provenance", "Stat", "Tree", "Trees", "chain_id"]
 
 PROVENANCE = b"user.dutchman."
 MAX_PROVENANCE = 4096  # bytes of one provenance value: a RUN line may be longer
+MAX_BEGUN = 50_000  # entries of a merge that goes on beside others: some 30 MB
 OPEN_TREES = 64
 OPEN_DATA = 512  # descriptors of layer data held by cached trees
 
@@ -64,17 +65,20 @@ class Trees:
         self._open: OrderedDict[str, Tree] = OrderedDict()
         self._handles: WeakValueDictionary[str, Handle] = WeakValueDictionary()
 
-    def build(self, diff_ids: Sequence[str]) -> str:
+    def build(self, diff_ids: Sequence[str], merger: Merger | None = None) -> str:
         """Merge layers, lowest first, into a tree; returns its chain id. Idempotent, atomic.
 
-        NotFound for a layer the store lacks; Damaged when the layers cannot be applied on each other; NoSpace.
+        `merger`: what was begun (`begin`) with the lowest of them, used up here. NotFound for a layer the store lacks;
+        Damaged when the layers cannot be applied on each other; NoSpace.
         """
         chain = chain_id(diff_ids)
         with self._building:
             if self.has(chain):
                 return chain
-            merger = Merger()
-            for diff_id in diff_ids:
+            merger = merger or Merger()
+            if merger.layers != list(diff_ids[: len(merger.layers)]):
+                merger = Merger()  # begun for others
+            for diff_id in diff_ids[len(merger.layers) :]:
                 merger.apply(diff_id, self.layers.entries(diff_id))
             work = Path(tempfile.mkdtemp(dir=self._tmp, prefix="tree-"))
             try:
@@ -98,6 +102,10 @@ class Trees:
                     (chain, json.dumps(list(diff_ids)), inodes, size, time.time_ns()),
                 )
             return chain
+
+    def begin(self, diff_ids: Sequence[str]) -> Begun:
+        """The merge of layers that are still coming, as far as it goes: for `build`."""
+        return Begun(self, diff_ids)
 
     def shown(self, chain: str, extra: Mapping[str, Mapping[str, str]]) -> Path:
         """The tree as an EROFS image for people: with xattrs `user.dutchman.layer`, `.digest`, and `extra` by layer.
@@ -232,3 +240,31 @@ class Trees:
                 self._open.pop(chain, None)
             shutil.rmtree(self.directory(chain), ignore_errors=True)
             return size
+
+
+class Begun:
+    """A merge that goes on while the higher layers are still on their way. One thread.
+
+    It holds its part of the tree in memory beside those of others, so a large one is left for `Trees.build`, which
+    makes one at a time.
+    """
+
+    def __init__(self, trees: Trees, diff_ids: Sequence[str]) -> None:
+        self._trees, self._diff_ids = trees, diff_ids
+        self.merger: Merger | None = None if trees.has(chain_id(diff_ids)) else Merger()
+        self._entries = 0
+
+    def advance(self) -> None:
+        """Merge the next layers as far as the store has them by now."""
+        try:
+            while self.merger is not None and len(self.merger.layers) < len(self._diff_ids):
+                diff_id = self._diff_ids[len(self.merger.layers)]
+                if not self._trees.layers.has(diff_id):
+                    return
+                self._entries += self._trees.layers.info(diff_id).entries
+                if self._entries > MAX_BEGUN:
+                    self.merger = None
+                else:
+                    self.merger.apply(diff_id, self._trees.layers.entries(diff_id))
+        except EngineError:
+            self.merger = None  # `build` meets it again, where it is reported

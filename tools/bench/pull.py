@@ -3,8 +3,9 @@
     python tools/bench/pull.py [--megabytes N] [--rounds N] [--compression gzip|zstd]
 
 One JSON line per measurement. Contenders: `dutchman pull` with its daemon running, `podman pull` (--root in the
-temporary directory), `skopeo copy` + `umoci unpack`. Each takes both images into an empty store; the order of the
-contenders alternates by round. Layers are made of files below /usr. Docker's registry serves them from the page cache.
+temporary directory), `skopeo copy` + `umoci unpack`, `ctr images pull` with a containerd running. Each takes both
+images into an empty store; the order of the contenders alternates by round. Layers are made of files below /usr.
+Docker's registry serves them from the page cache.
 """
 
 from __future__ import annotations
@@ -166,6 +167,29 @@ def skopeo(host: str, tmp: Path) -> dict[str, float]:
     return {**out, "rmi": time.perf_counter() - start}
 
 
+def containerd(host: str, tmp: Path) -> dict[str, float]:
+    """A containerd of its own, with its usual snapshotter and no Kubernetes plugin; `ctr` pulls, as nerdctl would."""
+    config, address = tmp / "containerd.toml", tmp / "containerd.sock"
+    config.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
+    directories = ("--root", tmp / "root", "--state", tmp / "state")
+    daemon = [str(word) for word in ("containerd", "--config", config, "--address", address, *directories)]
+    process = subprocess.Popen(daemon, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        command = ("ctr", "--address", address, "images")
+        for attempt in range(100):
+            if subprocess.run([*map(str, command), "ls", "-q"], capture_output=True).returncode == 0:
+                break
+            time.sleep(0.1)
+            if attempt == 99:
+                raise SystemExit("containerd did not start")
+        first = timed(*command, "pull", "--plain-http", f"{host}/bench:one")
+        second = timed(*command, "pull", "--plain-http", f"{host}/bench:two")
+        return {"first": first, "second": second, "rmi": timed(*command, "rm", "--sync", f"{host}/bench:one")}
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=300, help="of files in the first image")
@@ -178,6 +202,8 @@ def main() -> None:
         contenders["podman"] = podman
     if shutil.which("skopeo") and shutil.which("umoci") and arguments.compression == "gzip":
         contenders["skopeo + umoci"] = skopeo
+    if shutil.which("containerd") and shutil.which("ctr"):
+        contenders["containerd"] = containerd
     contenders = {name: call for name, call in contenders.items() if arguments.only in name}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory(prefix="bench-pull-") as place:
