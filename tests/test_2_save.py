@@ -76,6 +76,10 @@ def test_a_layout_is_taken_by_skopeo_and_umoci_with_its_digests(
 def test_a_tar_of_a_layout_and_a_docker_archive(tmp_path: Path, store: ImageStore, image: Image) -> None:
     save(store.images, image.digest, tmp_path / "oci.tar")
     assert json.loads(run("skopeo", "inspect", f"oci-archive:{tmp_path}/oci.tar:1"))["Digest"] == image.digest
+    with tarfile.open(tmp_path / "oci.tar") as tar:  # what `docker load` looks for, in a layout too
+        (listed,) = json.load(tar.extractfile("manifest.json") or pytest.fail("no manifest.json"))
+        held = [digest_of(tar.extractfile(blob).read()) for blob in (listed["Config"], *listed["Layers"])]  # type: ignore[union-attr]
+    assert held == [image.config, *(layer.blob for layer in store.images.layers(image.digest))]
     save(store.images, image.digest, tmp_path / "docker.tar", "docker")
     name = "docker.io/demo/app:1"
     config = run("skopeo", "inspect", "--config", "--raw", f"docker-archive:{tmp_path}/docker.tar:{name}")
@@ -83,10 +87,10 @@ def test_a_tar_of_a_layout_and_a_docker_archive(tmp_path: Path, store: ImageStor
     run("skopeo", "--insecure-policy", "copy", "-q", f"docker-archive:{tmp_path}/docker.tar:{name}",
         f"oci:{tmp_path}/again:1")  # fmt: skip
     with tarfile.open(tmp_path / "docker.tar") as tar:
-        listed = json.load(tar.extractfile("manifest.json") or pytest.fail("no manifest.json"))
-        bodies = [digest_of(tar.extractfile(layer).read()) for layer in listed[0]["Layers"]]  # type: ignore[union-attr]
+        (listed,) = json.load(tar.extractfile("manifest.json") or pytest.fail("no manifest.json"))
+        bodies = [digest_of(tar.extractfile(layer).read()) for layer in listed["Layers"]]  # type: ignore[union-attr]
     assert bodies == [layer.diff_id for layer in store.images.layers(image.digest)]
-    assert listed[0]["RepoTags"] == ["demo/app:1"]
+    assert listed["RepoTags"] == ["demo/app:1"]
 
 
 @pytest.mark.parametrize(("form", "name"), [("oci", "x"), ("oci", "x.tar"), ("docker", "x.tar")])

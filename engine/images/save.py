@@ -82,6 +82,8 @@ def _layout(images: Images, digest: str, task: Task) -> list[File]:
     index = {"schemaVersion": 2, "mediaType": manifests.OCI_INDEX, "manifests": named or [entry]}
     text = canonical_json(index)
     files: dict[str, File] = {}
+    blobs = [f"blobs/sha256/{hex_of(layer.blob)}" for layer in layers]
+    listing = _listing(images, digest, f"blobs/sha256/{hex_of(manifest.config.digest)}", blobs)
 
     def add(name: str, size: int, body: Body) -> None:
         files.setdefault(name, (name, size, body))
@@ -93,6 +95,7 @@ def _layout(images: Images, digest: str, task: Task) -> list[File]:
     add(f"blobs/sha256/{hex_of(digest)}", len(raw), _one(raw))
     add("oci-layout", len(LAYOUT), _one(LAYOUT))
     add("index.json", len(text), _one(text))
+    add("manifest.json", len(listing), _one(listing))  # `docker load` goes by it, as Docker's own layouts have it
     return sorted(files.values())
 
 
@@ -109,8 +112,7 @@ def _docker(images: Images, digest: str, task: Task) -> list[File]:
         names.append(name)
         files[name] = (name, size, _told(task, layer.diff_id, size, partial(content.tar, images, layer, task)))
     title = f"{hex_of(manifest.config.digest)}.json"
-    tags = [parse(name).familiar() for _, name in _names(images, digest)]
-    listing = json.dumps([{"Config": title, "RepoTags": tags or None, "Layers": names}], separators=(",", ":")).encode()
+    listing = _listing(images, digest, title, names)
     repositories: dict[str, dict[str, str]] = {}
     top = hex_of(images.layers(digest)[-1].diff_id) if names else ""
     for tag, name in _names(images, digest) if top else ():
@@ -120,6 +122,12 @@ def _docker(images: Images, digest: str, task: Task) -> list[File]:
         text = canonical_json(repositories)
         out.append(("repositories", len(text), _one(text)))
     return out
+
+
+def _listing(images: Images, digest: str, config: str, layers: list[str]) -> bytes:
+    """manifest.json: the names in the archive of the configuration and of the layers, lowest first."""
+    tags = [parse(name).familiar() for _, name in _names(images, digest)]
+    return json.dumps([{"Config": config, "RepoTags": tags or None, "Layers": layers}], separators=(",", ":")).encode()
 
 
 def _told(task: Task, digest: str, size: int, body: Body) -> Body:
