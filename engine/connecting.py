@@ -46,7 +46,7 @@ def connect(
         raise one_line(error, "connect") from error
     after = _more(container, network, item)
     if _runs(container):
-        resolv = containers.upper(name).parent / "resolv.conf"
+        resolv = containers.logs(name).current.parents[1] / "resolv.conf"
         connections.connect(container.id, name, network, after.networks[network], resolv, after)
         try:
             containers.records.configure(container.id, lambda now: _more(now, network, item))
@@ -66,7 +66,7 @@ def disconnect(containers: Containers, networks: Networks, connections: Connecti
         raise NotFound(f"{name} is not connected to {network}", at=network)
     after = _less(container, network)
     if _runs(container):
-        resolv = containers.upper(name).parent / "resolv.conf"
+        resolv = containers.logs(name).current.parents[1] / "resolv.conf"
         connections.disconnect(container.id, name, network, resolv, after)
     containers.records.configure(container.id, lambda now: _less(now, network))
 

@@ -91,7 +91,7 @@ class Containers:
         self._recent = Recent()
         self._workers = Workers(failures)
         self.records = Records(meta, journal)
-        self.execution = Execution(store, meta, self.records, images, volumes, mounts, drivers, connections)
+        self.execution = Execution(store, meta, self.records, images, volumes, mounts, trees, drivers, connections)
         self.console = Console(self.records, self.execution)
         self.sessions = Sessions(store, meta, journal, failures, self.records, self.execution)
         self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of)
@@ -159,7 +159,7 @@ class Containers:
 
     def upper(self, name: str) -> Path:
         """What differs from the image, in overlay form (whiteouts are 0:0 character devices). Always there."""
-        return self._root / self.get(name).id / "upper"
+        return self._mounts.upper(self.get(name).id)
 
     def changes(self, name: str) -> Iterator[tuple[str, bytes]]:
         """("A" | "M" | "D", path) of what differs from the image."""
@@ -167,7 +167,7 @@ class Containers:
         tree = None
         if container.image or container.config.image:
             tree = self._trees.open(self.execution.image_of(container).chain_id)
-        return changes(self._root / container.id / "upper", tree)
+        return changes(self._mounts.upper(container.id), tree)
 
     def mount_specs(self, name: str) -> list[MountSpec]:
         """Its mounts: its config's, those of volumes_from, its image's VOLUMEs; anonymous volumes by their names."""

@@ -34,6 +34,7 @@ from engine.records import Container, Records
 from engine.runtimes import base
 from engine.runtimes.base import Exit, Runtime, make_spec, parse_signal
 from engine.store.meta import Meta
+from engine.store.trees import Trees
 from engine.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Execution:
         images: Images,
         volumes: Volumes,
         mounts: RootfsMounts,
+        trees: Trees,
         drivers: Drivers,
         connections: Connections,
     ) -> None:
@@ -86,6 +88,7 @@ class Execution:
         self._images = images
         self._volumes = volumes
         self._mounts = mounts
+        self._trees = trees
         self._drivers = drivers
         self.attachments = Attachments(store, records, volumes, self.image_config)
         self._connections = connections
@@ -208,6 +211,8 @@ class Execution:
         known["runtime"] = driver.name
         if container.runtime and container.runtime != driver.name:
             self._drivers.get(container.runtime).delete(id)  # what an earlier run left there
+        if driver.name == "vm":
+            self._mounts.use_disk(id)
         rootfs = self.rootfs(id, image.chain_id, driver)
         config = self._images.config(image.digest)
         user = container.config.user or config.runtime.user
@@ -220,6 +225,8 @@ class Execution:
                 config=container.config,
                 image=config,
                 mounts=attached.mounts,
+                layers=(self._trees.meta_path(image.chain_id), *self._trees.devices(image.chain_id)),
+                release=lambda: self._mounts.give_disk(id),
             )
             handle.run += 1
             handle.early = None

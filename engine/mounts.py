@@ -5,6 +5,8 @@ Only here: which mounts exist below the store.
     run/trees/<hex of chain id>/     the image tree, read-only, shared by all containers on it
     containers/<id>/merged/          the overlay: lower = the tree, upper/ = what the container changed
     containers/<id>/chain            chain id of the overlay that is (or was last) mounted there
+    containers/<id>/vm/disk/         of a container that has run in a virtual machine: its disk (upper.ext4 beside it),
+                                     which holds what it changed; never mounted while a guest has it
 
 Mounts outlive the daemon on purpose (containers do too). After a restart, `kill -9` included, the kernel's mount table
 is the truth and `chain` says what each overlay lies on, so they are used again, not mounted twice.
@@ -18,6 +20,7 @@ Threading: one lock per container and one per tree; mounting one never waits for
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import threading
@@ -28,8 +31,11 @@ from pathlib import Path
 from engine import host, userids
 from engine.errors import Busy, Unsupported
 from engine.model import hex_of
+from engine.runtimes.vm.disks import check_upper, make_upper
 from engine.store.trees import Trees
+from engine.treecopy import copy_tree
 from engine.unpack import unpack
+from engine.volumedrivers import mount_image
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +108,83 @@ class RootfsMounts:
         return self._containers / id / "merged"
 
     def upper(self, id: str) -> Path:
-        return self._containers / id / "upper"
+        """What the container changed; of one with a disk, mounted. Busy while a guest has that."""
+        disk = self._disk(id)
+        if not disk.exists():
+            return self._containers / id / "upper"
+        with self._lock(id):
+            return self._mount_disk(id) / "upper"
+
+    # --- the disk of a virtual machine ---------------------------------------------------------------------------
+
+    def _disk(self, id: str) -> Path:
+        return self._containers / id / "vm" / "upper.ext4"
+
+    def use_disk(self, id: str) -> None:
+        """From now on what the container changes is on a disk of its own; what it has changed moves there."""
+        disk = self._disk(id)
+        if disk.exists():
+            return
+        with self._lock(id):
+            self._release(id)
+            place = disk.parent
+            place.mkdir(exist_ok=True, mode=0o700)
+            aside, old = place / "filling.ext4", self._containers / id / "upper"
+            aside.unlink(missing_ok=True)
+            make_upper(aside)
+            point = place / "disk"
+            point.mkdir(exist_ok=True, mode=0o700)
+            mount_image(aside, point, "ext4", host.MS_NODEV | host.MS_NOSUID)
+            try:
+                for name in ("upper", "work"):
+                    host.remove_tree(point / name)
+                    (point / name).mkdir(mode=0o755)
+                if any(old.iterdir()):
+                    copy_tree(old, point / "upper")
+            finally:
+                host.unmount_unused(point)
+            os.rename(aside, disk)  # from here on the disk counts
+            host.fsync_dir(place)
+            for entry in old.iterdir():
+                host.remove_tree(entry)
+
+    def _mount_disk(self, id: str) -> Path:
+        """Where the container's disk is mounted. Its lock is held."""
+        disk, point = self._disk(id), self._disk(id).parent / "disk"
+        if mounted_at(point):
+            return point
+        fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(
+                    "its virtual machine has the disk", hint="stop the container first, or look inside with exec"
+                ) from None
+            check_upper(disk)
+            point.mkdir(exist_ok=True, mode=0o700)
+            # what a guest made of it is looked at, not run: its device nodes and setuid bits mean nothing here
+            mount_image(disk, point, "ext4", host.MS_NODEV | host.MS_NOSUID)
+        finally:
+            os.close(fd)
+        return point
+
+    def give_disk(self, id: str) -> None:
+        """Let go of the container's disk, so that a guest can have it. Busy while somebody has files of it open."""
+        with self._lock(id):
+            self._release(id)
+            if mounted_at(self._disk(id).parent / "disk"):
+                raise Busy("files of its root file system are open", hint="fuser says by whom; close them")
+
+    def _drop_disk(self, id: str) -> None:
+        """Its lock is held. Files in it may be open: then it stays."""
+        point = self._disk(id).parent / "disk"
+        if mounted_at(point):
+            try:
+                host.unmount_unused(point)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
 
     def mounted(self, id: str) -> bool:
         return mounted_at(self.merged(id))
@@ -137,11 +219,12 @@ class RootfsMounts:
                 (directory / name).mkdir(mode=0o755, exist_ok=True)
             with self._lock(chain_id):
                 tree = self._ensure_tree(chain_id)
-                if not any((directory / "upper").iterdir()):
-                    _copy_root(tree, directory / "upper")
+                top = self._mount_disk(id) if self._disk(id).exists() else directory
+                if not any((top / "upper").iterdir()):
+                    _copy_root(tree, top / "upper")
                 host.write_atomic(directory / "chain", chain_id.encode() + b"\n")
                 try:
-                    host.mount_overlay([tree], directory / "upper", directory / "work", merged)
+                    host.mount_overlay([tree], top / "upper", top / "work", merged)
                 except OSError as error:
                     if not self._users.get(chain_id):
                         self._drop_tree(chain_id)
@@ -204,6 +287,7 @@ class RootfsMounts:
             host.unmount(merged)
         if mounted_at(merged):
             raise Busy(f"{merged} stays mounted", hint="see who mounts over it: findmnt")
+        self._drop_disk(id)
         chain = self._chain(id)
         if not chain or (self._written and not forget):
             return
@@ -218,6 +302,7 @@ class RootfsMounts:
         """Release `id` for good: it is removed."""
         with self._lock(id):
             self._release(id, forget=True)
+            host.unmount(self._disk(id).parent / "disk")
         with self._guard:
             self._locks.pop(id, None)
 

@@ -215,7 +215,7 @@ class Ext4:
     def mount(self, directory: Path, options: Options) -> None:
         image = directory / "image"
         try:
-            _mount_image(image, directory / "data", "ext4", host.MS_NODEV)
+            mount_image(image, directory / "data", "ext4", host.MS_NODEV)
         except OSError as error:
             raise _cannot(error, "ext4", str(image)) from error
         try:
@@ -234,7 +234,7 @@ class Ext4:
         return os.stat(directory / "image").st_blocks * 512
 
 
-def _mount_image(image: Path, target: Path, kind: str, flags: int = 0, data: str = "") -> None:
+def mount_image(image: Path, target: Path, kind: str, flags: int = 0, data: str = "") -> None:
     """Mount the file system in the file `image`, writable, through a loop device that goes away with the mount.
 
     A device that has it already (the mount lives on in some container's namespace) is used again: two over one file

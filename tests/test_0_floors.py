@@ -13,6 +13,7 @@ CONFINED = {
     "subprocess": (
         "engine/host.py",
         "engine/programs.py",
+        "engine/kernelpackage.py",
         "engine/runtimes/*",
         "fdfs/mount.py",
         "fdfs/binds.py",

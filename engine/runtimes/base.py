@@ -67,7 +67,10 @@ class RunSpec:
     config: ContainerConfig
     image: ImageConfig
     mounts: tuple[Mount, ...] = ()
+    layers: tuple[Path, ...] = ()  # the image as EROFS, and the data it refers to, in the order of its device table
     network: RunNetwork = dataclasses.field(default_factory=RunNetwork)
+    # lets go of `rootfs` and what it lies on: called, once, by a driver whose guest gets the disk. Busy while in use
+    release: Callable[[], None] = dataclasses.field(default=lambda: None, compare=False)
 
     @property
     def log(self) -> Path:
@@ -222,6 +225,8 @@ def make_spec(
     config: ContainerConfig,
     image: ImageConfig | None = None,
     mounts: Sequence[Mount] = (),
+    layers: Sequence[Path] = (),
+    release: Callable[[], None] = lambda: None,
 ) -> RunSpec:
     """The run of `config` on `image`. InvalidArgument names the field that makes it impossible."""
     image = image or ImageConfig()
@@ -246,6 +251,8 @@ def make_spec(
         config=config,
         image=image,
         mounts=tuple(mounts),
+        layers=tuple(layers),
+        release=release,
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import tempfile
 
-from engine.errors import DeadlineExceeded, RuntimeFailure
+from engine import host
+from engine.errors import DeadlineExceeded, RuntimeFailure, Unsupported
 from engine.runtimes import conmon
 
 
@@ -29,3 +32,21 @@ def words(done: subprocess.CompletedProcess[bytes]) -> str:
 def first_line(argv: list[str]) -> str:
     """The first line a tool prints, for versions."""
     return (call(argv, 5.0).stdout.decode(errors="replace").splitlines() or ["unknown"])[0]
+
+
+def search_path() -> str:
+    """Where runtimes and their helpers are looked for."""
+    return f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+
+
+def find_conmon() -> tuple[str, tuple[str, ...]]:
+    """conmon's path, and those of conmon.FLAGS that it knows. Unsupported says what is missing."""
+    if not host.LINUX:
+        raise Unsupported("needs a Linux host")
+    if not host.is_root():
+        raise Unsupported("needs root, or subordinate ids of your own (dutchman doctor)")
+    monitor = shutil.which("conmon", path=search_path())
+    if monitor is None:
+        raise Unsupported("conmon is not installed (apt-get install conmon)")
+    known = call([monitor, "--help"], 5.0).stdout.decode(errors="replace")
+    return monitor, tuple(flag for flag in conmon.FLAGS if flag in known)

@@ -32,7 +32,7 @@ from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, Runtime
 from engine.logs import mend
 from engine.runtimes import cgroups, conmon, probing, rootless, spec, stdio
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
-from engine.runtimes.calls import call, first_line, words
+from engine.runtimes.calls import call, find_conmon, first_line, search_path, words
 from engine.runtimes.conmon import Facts, Files
 from engine.runtimes.oci_sessions import OciSessions
 from engine.runtimes.resources import Resources
@@ -48,6 +48,7 @@ UNKNOWN = 255  # exit code when nobody saw it
 
 class OciRuntime:
     name = "oci"
+    create_deadline = conmon.CREATE_DEADLINE
 
     def __init__(self, containers: Path, *, state: Path | None = None, runtimes: tuple[str, ...] = RUNTIMES) -> None:
         """`containers` holds a directory per id; `state`, not on the same disk, is for what must not survive a boot."""
@@ -78,24 +79,17 @@ class OciRuntime:
             if self._probed is None or not self._probed[0].ok:
                 try:
                     self._probed = self._find()
+                except Unsupported as error:
+                    self._probed = Probe(False, error.reason), "", ""
                 except (OSError, EngineError, subprocess.SubprocessError) as error:
                     self._probed = Probe(False, f"probing failed: {error}"), "", ""
             return self._probed[0]
 
     def _find(self) -> tuple[Probe, str, str]:
-        if not host.LINUX:
-            return Probe(False, "needs a Linux host"), "", ""
-        if not host.is_root():
-            return Probe(False, "needs root, or subordinate ids of your own (dutchman doctor)"), "", ""
-        path = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-        monitor = shutil.which("conmon", path=path)
-        if monitor is None:
-            return Probe(False, "conmon is not installed (apt-get install conmon)"), "", ""
-        known = call([monitor, "--help"], 5.0).stdout.decode(errors="replace")
-        self._flags = tuple(flag for flag in conmon.FLAGS if flag in known)
+        monitor, self._flags = find_conmon()
         refused = []
         for name in self._runtimes:
-            binary = shutil.which(name, path=path)
+            binary = shutil.which(name, path=search_path())
             if binary is None:
                 refused.append(f"{name} is not installed")
                 continue
@@ -156,6 +150,7 @@ class OciRuntime:
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         mend(files.log)
         spec.prepare(spec_)
+        self._ready(spec_, files, config)
         (files.bundle / "config.json").write_text(json.dumps(config, separators=(",", ":")))
         files.resources.write_text(json.dumps(self._limits(Resources.of(spec_.config))))
         stdio.note_terminal(files, spec_.config.tty)
@@ -163,7 +158,10 @@ class OciRuntime:
             arguments = ["--root", str(self._state)]
             tty = spec_.config.tty
             stdin = spec_.config.stdin
-            facts = conmon.launch(monitor, runtime, arguments, files, terminal=tty, stdin=stdin, flags=self._flags)
+            facts = conmon.launch(
+                monitor, runtime, arguments, files,
+                terminal=tty, stdin=stdin, flags=self._flags, deadline=self.create_deadline,
+            )  # fmt: skip
             facts.save(files.facts)
         except BaseException:
             self.delete(spec_.id, runtime)
@@ -171,6 +169,9 @@ class OciRuntime:
         move = threading.Thread(target=cgroups.adopt_monitor, args=(self._cgroups, facts.conmon), daemon=True)
         move.start()  # aside: it is slow, and nothing waits for it
         return facts.pid
+
+    def _ready(self, spec_: RunSpec, files: Files, config: dict[str, Any]) -> None:
+        """What another runtime needs before conmon starts it; `config` is about to be written."""
 
     def start(self, id: str) -> None:
         self._expect(id, State.CREATED)

@@ -162,3 +162,19 @@ def _inside(namespace: Path, work: Callable[[], None]) -> None:
     thread.join()
     if failed:
         raise failed[0]
+
+
+def words(interface: Interface) -> dict[str, Any]:
+    """Of NET (verbs.py)."""
+    anywhere = {False: "0.0.0.0/0", True: "::/0"}
+    return {
+        "iface": interface.name,
+        "mac": interface.mac,
+        "mtu": interface.mtu,
+        "up": 1,
+        "addr": list(interface.addresses),
+        "route": [
+            f"{anywhere[':' in route.via] if route.to == 'default' else route.to}\0{route.via}".encode()
+            for route in interface.routes
+        ],
+    }

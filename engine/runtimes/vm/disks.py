@@ -1,0 +1,92 @@
+"""The disks of a container's virtual machine: the image's layers as one read-only disk, and a disk of its own to write.
+
+Floor 2. Only here: their files below `containers/<id>/` and what the guest must know of them.
+
+    vm/image.vmdk   a descriptor: QEMU shows the tree's EROFS image and the `data` of every layer behind one another as
+                    one disk, nothing is copied, however many layers there are. The guest is told where each begins.
+    vm/upper.ext4   a sparse file with an ext4 file system; upper/ and work/ in it are the overlay's
+
+Sources: QEMU's block/vmdk.c (flat extents); VMware's Virtual Disk Format 1.1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import host
+from engine.errors import Damaged, InvalidArgument, RuntimeFailure, Unsupported
+from engine.programs import run_helper
+
+SECTOR = 512
+BLOCK = 4096  # bytes: what the store's files are made of
+MAX_PATH = 511  # bytes of a path in a descriptor (block/vmdk.c)
+UPPER_SIZE = 16 << 30  # bytes of a sparse upper file system, unless a quota says otherwise
+MKFS_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    start: int  # bytes
+    length: int  # bytes
+
+
+def describe(files: Sequence[Path], descriptor: Path) -> list[Part]:
+    """Write the descriptor of a disk that is `files` behind one another: where each of them lies.
+
+    InvalidArgument for a path the format cannot hold; Damaged for a file that is not of whole blocks; OSError.
+    """
+    lines = ["# Disk DescriptorFile", "version=1", "CID=fffffffe", "parentCID=ffffffff"]
+    # with an empty line before the first extent QEMU would take that twice: its sscanf skips line breaks
+    lines += ['createType="twoGbMaxExtentFlat"', "# Extent description"]
+    parts, at = [], 0
+    for file in files:
+        size = os.stat(file).st_size
+        if size % BLOCK:
+            raise Damaged(f"{size} bytes are no whole blocks", at=str(file))
+        if '"' in str(file) or "\n" in str(file) or len(os.fsencode(file)) > MAX_PATH:
+            raise InvalidArgument("QEMU cannot take the store's path: too long, or with a quotation mark", at=str(file))
+        parts.append(Part(at, size))
+        if size:
+            lines.append(f'RW {size // SECTOR} FLAT "{file}" 0')
+        at += size
+    geometry = max(1, at // (16 * 63 * SECTOR))
+    lines += ["# The Disk Data Base", 'ddb.virtualHWVersion = "4"', f'ddb.geometry.cylinders = "{geometry}"']
+    lines += ['ddb.geometry.heads = "16"', 'ddb.geometry.sectors = "63"', 'ddb.adapterType = "ide"', ""]
+    host.write_atomic(descriptor, "\n".join(lines).encode(), 0o600)
+    return parts
+
+
+def make_upper(path: Path, size: int = UPPER_SIZE) -> None:
+    """A sparse file of `size` bytes, an empty ext4 file system, unless it is there. Unsupported without mkfs.ext4."""
+    if path.exists():
+        return
+    aside = path.with_suffix(".new")
+    aside.unlink(missing_ok=True)
+    fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+    # inode tables are left for the guest's kernel to zero as they come to be needed; a small journal, for a small file
+    argv = ["mkfs.ext4", "-q", "-F", "-m", "0", "-J", "size=8"]
+    argv += ["-E", "root_owner=0:0,lazy_itable_init=1,packed_meta_blocks=1,nodiscard", str(aside)]
+    try:
+        code, _, said = run_helper(argv, b"", MKFS_SECONDS, 1 << 16)
+    except FileNotFoundError as error:
+        raise Unsupported("mkfs.ext4 is not installed", hint="apt-get install e2fsprogs") from error
+    except (TimeoutError, OverflowError) as error:
+        raise RuntimeFailure(f"mkfs.ext4: {error}") from error
+    if code:
+        raise RuntimeFailure(f"mkfs.ext4: {said.decode(errors='replace').strip()[:500]}")
+    os.rename(aside, path)
+
+
+def check_upper(path: Path) -> None:
+    """Mend a file system that a guest left in whatever state. RuntimeFailure when that cannot be done by itself."""
+    code, out, said = run_helper(["e2fsck", "-p", str(path)], b"", 600.0, 1 << 20)
+    if code & ~3:
+        words = " ".join((out + said).decode(errors="replace").split())[:500]
+        raise RuntimeFailure(f"the container's disk is damaged: {words}", hint=f"e2fsck -f {path}")

@@ -1,0 +1,164 @@
+"""The `vm` driver: each container in a virtual machine of its own, under conmon as everywhere (oci.py).
+
+Floor 2. The runtime conmon calls is shim.py, which speaks runc's command line; so logs, exit codes, sessions, probes of
+health, attaching and what a later daemon finds are those of the `oci` driver. Only here: what a machine is made of (its
+plan, bundle/vm.json), pausing it by QMP, and which files of the host must be let go before a guest has them.
+
+    conmon ── owner (shim.py create: the container's pid) ── QEMU ── agent ── the container's processes
+         └─── stand-in of each session (shim.py exec) ── run/vm/agent.sock ──┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine import host
+from engine.config import Namespace
+from engine.errors import InvalidArgument, RuntimeFailure, Unsupported
+from engine.kernels import Kernels
+from engine.netconfig import HOST
+from engine.runtimes import conmon
+from engine.runtimes.base import Probe, RunSpec, State, Status
+from engine.runtimes.calls import find_conmon, first_line
+from engine.runtimes.netfiles import NetworkMode
+from engine.runtimes.oci import OciRuntime
+from engine.runtimes.spec import CAPABILITIES
+from engine.runtimes.users import read_in_root
+from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu
+
+QMP_SECONDS = 10.0
+SHIM = """#!{python} -SE
+import sys
+sys.path.insert(0, {root!r})
+from engine.runtimes.vm.shim import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class VmRuntime(OciRuntime):
+    name = "vm"
+    create_deadline = 90.0  # seconds: an emulated guest on a busy host takes its time to boot
+
+    def __init__(self, containers: Path, *, state: Path | None = None, kernels: Path | None = None) -> None:
+        """`kernels`: the directory of the kernel manager; beside `containers` unless given."""
+        super().__init__(containers, state=state or host.runtime_dir() / "vm")
+        self._kernels = Kernels(kernels or containers.parent / "kernels")
+        self._accelerators = accel.Accelerators()
+
+    # --- probing ------------------------------------------------------------------------------------------------
+
+    def _find(self) -> tuple[Probe, str, str]:
+        monitor, self._flags = find_conmon()
+        arch = accel.architecture()
+        binary = accel.find_qemu(arch)
+        kernel = self._kernels.get(None)
+        choice = self._accelerators.choose(binary, arch)
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shim = self._state / "dutchman-vm"
+        root = str(Path(__file__).parents[3])
+        host.write_atomic(shim, SHIM.format(python=sys.executable, root=root).encode(), 0o700)
+        reason = f"{choice.reason}; kernel {kernel.name}"
+        version = f"{first_line([str(binary), '--version'])}, {first_line([monitor, '--version'])}"
+        return Probe(True, reason, version), str(shim), monitor
+
+    # --- the protocol -------------------------------------------------------------------------------------------
+
+    def _ready(self, spec_: RunSpec, files: conmon.Files, config: dict[str, Any]) -> None:
+        """Everything the owner needs, before conmon starts it."""
+        settings = spec_.config
+        if HOST in settings.networks:
+            raise InvalidArgument("networks: a virtual machine cannot have the host's", at="networks")
+        for kind in ("pid", "ipc", "uts"):
+            if getattr(settings, kind) is Namespace.HOST:
+                raise InvalidArgument(f"{kind}: a virtual machine cannot have the host's", at=kind)
+        if not spec_.layers:
+            raise Unsupported("the vm runtime needs the image's layers")
+        arch = accel.architecture()
+        binary = accel.find_qemu(arch)
+        choice = self._accelerators.choose(binary, arch)
+        kernel = self._kernels.get(getattr(settings, "kernel", "") or None)
+        place = spec_.directory / "vm"
+        place.mkdir(exist_ok=True, mode=0o700)
+        parts = disks.describe(spec_.layers, place / "image.vmdk")
+        taps = 0
+        if spec_.network.mode is NetworkMode.JOINED:
+            taps = max(1, len(settings.networks))
+        seccomp = config.get("linux", {}).pop("seccomp", None)
+        cpuinfo = Path("/proc/cpuinfo")
+        plan = {
+            "machine": {
+                "arch": arch,
+                "accelerator": str(choice.accelerator),
+                "kernel": str(kernel.image),
+                "initfs": str(kernel.initfs(agentbuild.build(arch, agents()))),
+                "memory": qemu.memory_of(settings.memory),
+                "cpus": math.ceil(settings.cpus or 1),
+                "acpi": kernel.acpi,
+                "image": str(place / "image.vmdk"),
+                "upper": str(place / "upper.ext4"),
+                "qemu": str(binary),
+                "tsc_khz": qemu.tsc_khz(cpuinfo.read_text()) if cpuinfo.exists() else 0,
+            },
+            "parts": [[part.start, part.length] for part in parts],
+            "netns": str(spec_.network.path or ""),
+            "taps": taps,
+            "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},
+            "seccomp": "" if seccomp is None else bpf.compile_profile(seccomp, arch).hex(),
+        }
+        host.write_atomic(files.bundle / "vm.json", json.dumps(plan).encode(), 0o600)
+        # sessions look users up in the files the container started with; the guest has the disk from here on
+        names = place / "names"
+        for name in ("passwd", "group"):
+            (names / "etc").mkdir(parents=True, exist_ok=True)
+            (names / "etc" / name).write_bytes(read_in_root(spec_.rootfs, f"/etc/{name}"))
+        config["root"]["path"] = str(names)
+        spec_.release()
+
+    def pause(self, id: str) -> None:
+        self._expect(id, State.RUNNING)
+        self._qmp(id, "stop")
+        (self._vm(id) / "paused").touch()
+
+    def resume(self, id: str) -> None:
+        self._expect(id, State.PAUSED)
+        self._qmp(id, "cont")
+        (self._vm(id) / "paused").unlink(missing_ok=True)
+
+    def status(self, id: str) -> Status:
+        found = super().status(id)
+        if found.state is State.RUNNING and (self._vm(id) / "paused").exists():
+            return Status(State.PAUSED, found.pid)
+        return found
+
+    def _vm(self, id: str) -> Path:
+        return self._files(id).run / "vm"
+
+    def _qmp(self, id: str, command: str) -> None:
+        """One command to QEMU. RuntimeFailure with its words."""
+        from qemu.qmp import QMPClient, QMPError  # takes a while to import, and few need it
+
+        async def ask(path: str) -> None:
+            client = QMPClient(f"dutchman {id[:12]}")
+            await client.connect(path)
+            try:
+                await client.execute(command)
+            finally:
+                await client.disconnect()
+
+        try:
+            with host.directory_fd(self._vm(id)) as place:
+                path = f"/proc/self/fd/{place}/qmp.sock" if host.LINUX else str(self._vm(id) / "qmp.sock")
+                asyncio.run(asyncio.wait_for(ask(path), QMP_SECONDS))
+        except (QMPError, OSError, TimeoutError) as error:
+            raise RuntimeFailure(f"QEMU: {command}: {error or type(error).__name__}") from error
+
+
+def agents() -> Path:
+    """Where agents are built, for all stores of a user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dutchman" / "agents"

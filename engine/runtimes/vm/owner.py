@@ -1,0 +1,236 @@
+"""The process on the host that stands for a container in a virtual machine: it owns QEMU and the agent's connection.
+
+Floor 2. Only here: how a guest is set up, and what its end means. conmon takes this process for the container's own:
+its standard streams are conmon's, a signal to it goes to the guest's process, SIGKILL takes the machine down with it
+(QEMU is told to die with its parent), and it ends with the container's exit code. Everybody else reaches the agent
+through its socket `agent.sock` (Relay). It outlives the daemon.
+
+Files, below `containers/<id>/`: bundle/{config.json,vm.json}; run/vm/{agent.sock,qmp.sock,console,qemu.log,qemu.pid}.
+Errors before the container waits for `start` go to the creator; later ones to run/reason, as the exit's reason.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine import host
+from engine.errors import EngineError, RuntimeFailure
+from engine.runtimes.vm import network, pump, qemu, translate
+from engine.runtimes.vm.link import Link, Stream
+from engine.runtimes.vm.protocol import OOM, Words, fields
+from engine.runtimes.vm.relay import Relay
+
+HELLO_SECONDS = 75.0  # for a cold boot on a busy host under TCG
+POWEROFF_SECONDS = 5.0
+CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
+ROOTFS = "/run/rootfs"  # in the guest
+MAIN = "main"  # the agent's name of the container's first process
+GONE = 137  # exit code when the machine ended under the container: as if it had been killed
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
+
+
+class Owner:
+    def __init__(self, bundle: Path) -> None:
+        self.document: dict[str, Any] = json.loads((bundle / "config.json").read_bytes())
+        self.plan: dict[str, Any] = json.loads((bundle / "vm.json").read_bytes())
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.place = bundle.parent / "run" / "vm"
+        self.reason = bundle.parent / "run" / "reason"
+        self._console: collections.deque[bytes] = collections.deque(maxlen=64)
+        self.qemu: subprocess.Popen[bytes] | None = None
+        self.link: Link | None = None
+        self.relay: Relay | None = None
+        self.stream: Stream | None = None
+
+    # --- before start --------------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """The machine runs, its agent answers, and the container's process waits. Raises with all that is known."""
+        try:
+            self._launch()
+            assert self.link is not None
+            self.link.greet(HELLO_SECONDS)
+            self._prepare(self.link)
+        except EngineError as error:
+            self.end()
+            said = " ".join(self._last_words().split())[-500:]
+            raise RuntimeFailure(f"{error.reason}{': ' + said if said else ''}", hint=error.hint) from error
+
+    def _launch(self) -> None:
+        plan = self.plan
+        self._upper = os.open(plan["machine"]["upper"], os.O_RDWR | os.O_CLOEXEC)
+        fcntl.flock(self._upper, fcntl.LOCK_SH)  # while the guest has it, the host does not mount it (engine/mounts.py)
+        self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shares = self._shares()
+        agent, guest_agent = socket.socketpair()
+        console, guest_console = socket.socketpair()
+        taps = network.make_taps(Path(plan["netns"]), plan["taps"]) if plan["taps"] else []
+        try:
+            machine = qemu.Machine(
+                **plan["machine"],
+                agent=guest_agent.fileno(),
+                console=guest_console.fileno(),
+                taps=tuple(taps),
+                share=None if shares is None else str(shares),
+            )
+            (self.place / "qmp.sock").unlink(missing_ok=True)
+            with open(self.place / "qemu.log", "wb") as words:
+                self.qemu = subprocess.Popen(
+                    qemu.command(machine),
+                    stdin=subprocess.DEVNULL,
+                    stdout=words,
+                    stderr=words,
+                    cwd=self.place,
+                    pass_fds=[guest_agent.fileno(), guest_console.fileno(), *taps],
+                    preexec_fn=self._child,
+                )
+        except OSError as error:
+            raise RuntimeFailure(f"QEMU cannot be started: {error}", hint="apt-get install qemu-system-x86") from error
+        finally:
+            for fd in taps:
+                os.close(fd)
+            guest_agent.close()
+            guest_console.close()
+        (self.place / "qemu.pid").write_text(str(self.qemu.pid))
+        threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
+        self.relay = Relay()
+        self.link = Link(agent, self.relay.took)
+        self.relay.link = self.link
+
+    def _child(self) -> None:
+        if host.LINUX:
+            self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        os.setsid()  # a terminal's ^C is for the guest's process
+
+    def _shares(self) -> Path | None:
+        """The directory QEMU exports, with what the container's mounts name bound into it, in a mount namespace that
+        ends with this process: the host's own table of mounts stays as it is."""
+        sources = translate.bind_sources(self.document)
+        if not sources:
+            return None
+        place = self.place / "shares"
+        place.mkdir(exist_ok=True, mode=0o700)
+        if self._libc.unshare(CLONE_NEWNS) < 0:
+            raise RuntimeFailure(f"a mount namespace for what is shared: {os.strerror(ctypes.get_errno())}")
+        host.mount("none", Path("/"), "none", host.MS_REC | MS_SLAVE)
+        for number, source in enumerate(sources):
+            target = place / str(number)
+            host.remove_tree(target)
+            target.mkdir() if os.path.isdir(source) else target.touch()
+            host.mount(source, target, "none", host.MS_BIND | host.MS_REC)
+        # copies of the store's and people's mounts would keep disks and file systems alive that others take down
+        store = str(self.place.parents[3])
+        for point, kind, _ in reversed(list(host.mounts())):
+            within = point.startswith(f"{store}/") or kind.startswith("fuse")
+            if within and not point.startswith(f"{place}/"):
+                host.unmount(Path(point))
+        return place
+
+    def _prepare(self, link: Link) -> None:
+        """What runc does on a host before it waits for `start`."""
+        plan, document = self.plan, self.document
+        link.call("CLOCK", {"ns": time.time_ns()})
+        link.call("ENTROPY", {"seed": secrets.token_bytes(256)})
+        parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
+        link.call("PARTS", {"disk": "/dev/vda", "part": parts})
+        devices = ",".join(f"device=/dev/vda{number}" for number in range(2, len(parts) + 1))
+        mounts = [
+            ("/dev/vda1", "/run/image", "erofs", 1, devices),
+            ("/dev/vdb", "/run/disk", "ext4", 0, ""),
+        ]
+        for source, target, kind, flags, data in mounts:
+            link.call("MOUNT", {"source": source, "target": target, "type": kind, "flags": flags, "data": data}, 30.0)
+        overlay = "lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work"
+        link.call("MKDIR", {"path": "/run/disk/upper"})
+        link.call("MKDIR", {"path": "/run/disk/work"})
+        link.call("MOUNT", {"source": "overlay", "target": ROOTFS, "type": "overlay", "flags": 0, "data": overlay})
+        sources = translate.bind_sources(document)
+        if sources:
+            options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap"
+            share: Words = {"source": "shares", "target": translate.SHARES, "type": "9p", "flags": 0, "data": options}
+            link.call("MOUNT", share)
+        shared = {source: f"{translate.SHARES}/{number}" for number, source in enumerate(sources)}
+        words = translate.container_words(document, shared, plan["capabilities"])
+        if plan.get("seccomp"):
+            words["seccomp"] = bytes.fromhex(plan["seccomp"])
+        _, self.stream = link.process("RUN", {"id": MAIN, "rootfs": ROOTFS, **words}, 30.0)
+
+    # --- start and after -----------------------------------------------------------------------------------------
+
+    def serve(self, start_fifo: Path) -> None:
+        """Answer at agent.sock from now on; `START` sets up the network first, and removes `start_fifo`."""
+        assert self.relay is not None and self.link is not None
+
+        def before_start() -> None:
+            if self.plan["taps"]:
+                for interface in network.join(Path(self.plan["netns"]), self.plan["taps"]):
+                    assert self.link is not None
+                    self.link.call("NET", network.words(interface))
+            start_fifo.unlink(missing_ok=True)
+
+        self.relay.before["START"] = before_start
+        self.relay.listen(self.place / "agent.sock")
+
+    def wait(self, out: int, err: int) -> NoReturn:
+        """Hand on what the container prints until it ends; end as it did."""
+        assert self.stream is not None
+        event = pump.drain(self.stream, out, err)
+        if event is None or event.code is None:
+            assert self.link is not None
+            words = self._last_words()
+            self._note(f"the virtual machine ended: {self.link.lost}" + (f": {words}" if words else ""))
+            self.end()
+            os._exit(GONE)
+        if event.bits & OOM:
+            self._note("out of memory: the guest's kernel killed a process of the container")
+            (self.reason.parent / "oom").touch()
+        self.end()
+        os._exit(event.code)
+
+    def end(self) -> None:
+        """Power off: the guest writes out its disk; then QEMU is gone, one way or the other."""
+        process = self.qemu
+        if process is None:
+            return
+        if self.link is not None and not self.link.lost:
+            with contextlib.suppress(EngineError):
+                self.link.call("POWEROFF", {"reboot": 1}, POWEROFF_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POWEROFF_SECONDS)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        self.qemu = None
+
+    def _note(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the exit code still says that it ended
+            self.reason.write_text(" ".join(text.split())[:1000])
+
+    def _listen(self, console: socket.socket) -> None:
+        """The guest's console, its last lines kept; however much it writes, nothing grows."""
+        with contextlib.suppress(OSError):
+            while data := console.recv(4096):
+                self._console.append(data)
+
+    def _last_words(self) -> str:
+        """What QEMU and the guest's console said last."""
+        text = b"".join(self._console)[-CONSOLE_KEPT:].decode(errors="replace")
+        with contextlib.suppress(OSError):
+            text = (self.place / "qemu.log").read_bytes()[-2000:].decode(errors="replace") + text
+        panics = [line for line in text.splitlines() if line.strip()]
+        return " | ".join(panics[-4:])

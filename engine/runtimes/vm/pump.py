@@ -1,0 +1,108 @@
+"""Between a process in a guest and the descriptors its stand-in on the host was given by conmon. Floor 2.
+
+Only here: bytes both ways with the guest's credits, the terminal conmon asks for, and signals handed on. One process
+of the host per process in a guest; it ends as that one does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import struct
+import termios
+import threading
+import tty
+from collections.abc import Callable
+from contextlib import suppress
+
+from engine.errors import EngineError
+from engine.runtimes.vm.link import Event, Link, Stream
+from engine.runtimes.vm.protocol import STDERR
+
+log = logging.getLogger(__name__)
+
+HANDED_ON = {  # SIGKILL and SIGSTOP cannot be; SIGCHLD and SIGWINCH mean this process
+    signal.Signals(number)
+    for number in range(1, 32)
+    if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGWINCH, signal.SIGPIPE)
+    and number not in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+} | {number for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1)}
+
+
+def give_terminal(console_socket: str, size: tuple[int, int] | None) -> int:
+    """A new terminal whose master goes to conmon (runtime-spec's console socket): its other end, raw."""
+    master, slave = os.openpty()
+    try:
+        tty.setraw(slave)
+        if size is not None:
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        with socket.socket(socket.AF_UNIX) as giving:
+            giving.connect(console_socket)
+            socket.send_fds(giving, [b"/dev/ptmx"], [master])
+    finally:
+        os.close(master)
+    return slave
+
+
+def block_signals() -> None:
+    """Those that are handed on wait until `hand_on`; to be called before any thread is there."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON | {signal.SIGWINCH})
+
+
+def hand_on(link: Link, id: str, terminal: int | None) -> None:
+    """Every signal this process gets goes to the guest's process `id`; a change of the terminal's size as well."""
+
+    def work() -> None:
+        while True:
+            number = signal.sigwait(HANDED_ON | {signal.SIGWINCH})
+            try:
+                if number != signal.SIGWINCH:
+                    link.call("SIGNAL", {"id": id, "signal": int(number)})
+                elif terminal is not None:
+                    rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8)))
+                    link.call("RESIZE", {"id": id, "rows": rows, "columns": columns})
+            except EngineError as error:
+                log.warning("signal %s was not handed on: %s", number, error)
+
+    threading.Thread(target=work, name="signals", daemon=True).start()
+
+
+def feed(stream: Stream, source: int) -> None:
+    """What is read from `source` goes to the process's input, its end too. On a thread of its own."""
+
+    def work() -> None:
+        try:
+            while True:
+                try:
+                    data = os.read(source, 64 << 10)
+                except OSError:  # a terminal whose other end is gone
+                    data = b""
+                if not data:
+                    stream.end_input()
+                    return
+                if not stream.write(data):
+                    return
+        except EngineError as error:
+            log.info("input: %s", error)
+
+    threading.Thread(target=work, name="input", daemon=True).start()
+
+
+def drain(stream: Stream, out: int, err: int, lost: Callable[[], None] = lambda: None) -> Event | None:
+    """Write what the process prints until it has ended: its end. None when the guest is gone."""
+    while True:
+        event = stream.events.get()
+        if event is None:
+            lost()
+            return None
+        if event.code is not None:
+            return event
+        view = memoryview(event.data)
+        with suppress(BrokenPipeError, OSError):  # conmon is gone: what is printed goes nowhere, as to a closed pipe
+            while view:
+                view = view[os.write(err if event.flag == STDERR else out, view) :]
+        with suppress(EngineError):
+            stream.consumed(len(event.data))

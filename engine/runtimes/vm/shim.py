@@ -1,0 +1,231 @@
+"""The vm runtime's command line, as runc's: what conmon and the driver call. Floor 2.
+
+Only here: its verbs. `create` leaves a process (owner.py) that stands for the container; `exec` one that stands for the
+session; the others talk to the owner's socket, or to a pid. State: <root>/<id>/state.json; <root>/<id>/exec.fifo is
+there until `start`, as runc has it. Errors are one line on standard error and status 1.
+Source: runc's man pages; conmon's src/conmon.c for which options are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, NotFound, RuntimeFailure, Unreachable
+from engine.runtimes.vm import pump, translate
+from engine.runtimes.vm.link import Link, Refused
+from engine.runtimes.vm.owner import MAIN, Owner
+
+GREETING = 10.0  # seconds for the owner to answer
+WITH_VALUE = {"--root", "--bundle", "-b", "--pid-file", "--console-socket", "--process", "-p", "--resources", "-r"}
+WITH_VALUE |= {"--log", "--log-format", "--criu"}
+
+
+def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Options with their values (flags: ""), and the words: verb, id, and more."""
+    options: dict[str, str] = {}
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if not word.startswith("-"):
+            words.append(word)
+        elif "=" in word:
+            name, _, value = word.partition("=")
+            options[name] = value
+        else:
+            options[word] = next(rest, "") if word in WITH_VALUE else ""
+    return options, words
+
+
+def connect(place: Path) -> Link:
+    """To the agent through the owner of the machine whose files are at `place`. NotFound when it does not run."""
+    client = socket.socket(socket.AF_UNIX)
+    fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        client.connect(f"/proc/self/fd/{fd}/agent.sock")
+    except OSError as error:
+        client.close()
+        raise NotFound("the virtual machine does not run") from error
+    finally:
+        os.close(fd)
+    link = Link(client)
+    link.greet(GREETING)
+    return link
+
+
+class Shim:
+    def __init__(self, options: dict[str, str], id: str) -> None:
+        self.options = options
+        self.id = id
+        self.state = Path(options["--root"]) / id
+
+    def _saved(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.state / "state.json").read_bytes())
+        except FileNotFoundError:
+            raise NotFound("container does not exist") from None
+        return found
+
+    def _link(self) -> Link:
+        return connect(Path(self._saved()["bundle"]).parent / "run" / "vm")
+
+    def create(self) -> None:
+        bundle = Path(self.options.get("--bundle") or self.options["-b"]).resolve()
+        self.state.mkdir(parents=True, mode=0o700)
+        fifo = self.state / "exec.fifo"
+        fifo.touch()
+        pump.block_signals()
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            self._own(bundle, fifo, writing)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read(64 << 10)
+        if said != b"ready":
+            shutil.rmtree(self.state, ignore_errors=True)
+            raise RuntimeFailure(said.decode(errors="replace") or "the process that owns the machine was killed")
+        state = {"bundle": str(bundle), "pid": pid, "created_ns": time.time_ns()}
+        (self.state / "state.json").write_text(json.dumps(state))
+        self._note_pid(pid)
+
+    def _own(self, bundle: Path, fifo: Path, writing: int) -> None:
+        """The child: never returns."""
+        try:
+            os.setsid()
+            owner = Owner(bundle)
+            terminal = self._terminal(owner.document["process"])
+            owner.boot()
+            assert owner.link is not None and owner.stream is not None
+            owner.serve(fifo)
+            os.write(writing, b"ready")
+            os.close(writing)
+            pump.hand_on(owner.link, MAIN, terminal)
+            pump.feed(owner.stream, 0 if terminal is None else terminal)
+            owner.wait(*((1, 2) if terminal is None else (terminal, terminal)))
+        except BaseException as error:
+            os.write(writing, str(error).encode()[:4096] or type(error).__name__.encode())
+            os._exit(1)
+
+    def _terminal(self, process: dict[str, Any]) -> int | None:
+        path = self.options.get("--console-socket")
+        if not process.get("terminal") or not path:
+            return None
+        size = process.get("consoleSize")
+        return pump.give_terminal(path, (size["height"], size["width"]) if size else None)
+
+    def _note_pid(self, pid: int) -> None:
+        if path := self.options.get("--pid-file"):
+            Path(path).write_text(str(pid))
+
+    def start(self) -> None:
+        self._link().call("START", {"id": MAIN}, 30.0)
+
+    def exec(self) -> int:
+        """Of `--process FILE`. Waits for its end unless it is detached."""
+        process = json.loads(Path(self.options.get("--process") or self.options["-p"]).read_bytes())
+        saved = self._saved()
+        plan = json.loads((Path(saved["bundle"]) / "vm.json").read_bytes())
+        detached = "--detach" in self.options or "-d" in self.options
+        pump.block_signals()
+        if not detached:
+            return self._session(saved, plan, process, None)
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            try:
+                os.setsid()
+                os._exit(self._session(saved, plan, process, writing))
+            except BaseException as error:
+                os.write(writing, str(error).encode()[:4096] or type(error).__name__.encode())
+                os._exit(1)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read(64 << 10)
+        if said != b"ready":
+            raise RuntimeFailure(said.decode(errors="replace") or "the session's process was killed")
+        self._note_pid(pid)
+        return 0
+
+    def _session(self, saved: dict[str, Any], plan: dict[str, Any], process: dict[str, Any], ready: int | None) -> int:
+        link = connect(Path(saved["bundle"]).parent / "run" / "vm")
+        words = translate.process_words(process, plan["capabilities"])
+        if plan.get("seccomp"):
+            words["seccomp"] = bytes.fromhex(plan["seccomp"])
+        name = f"exec-{os.getpid()}-{time.monotonic_ns() % 10**12}"
+        terminal = self._terminal(process)
+        _, stream = link.process("EXEC", {"id": name, "in": MAIN, **words}, 30.0)
+        if ready is not None:
+            os.write(ready, b"ready")
+            os.close(ready)
+        pump.hand_on(link, name, terminal)
+        pump.feed(stream, 0 if terminal is None else terminal)
+        event = pump.drain(stream, *((1, 2) if terminal is None else (terminal, terminal)))
+        return 137 if event is None or event.code is None else event.code
+
+    def update(self) -> None:
+        resources = json.loads(Path(self.options.get("--resources") or self.options["-r"]).read_bytes())
+        self._link().call("LIMITS", {"cgroup": translate.cgroup_words(resources)})
+
+    def kill(self, words: list[str]) -> None:
+        number = int(words[0]) if words and words[0].isdigit() else getattr(signal, words[0] if words else "SIGTERM")
+        os.kill(self._saved()["pid"], number)
+
+    def delete(self) -> None:
+        """What is left of it here; its process is the caller's to end first, or is killed with --force."""
+        try:
+            saved = self._saved()
+        except NotFound:
+            saved = {}
+        if saved and ("--force" in self.options or "-f" in self.options):
+            command = Path(f"/proc/{saved['pid']}/cmdline")
+            if command.exists() and self.id.encode() in command.read_bytes().split(b"\0"):
+                os.kill(saved["pid"], signal.SIGKILL)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+
+def main(argv: list[str]) -> int:
+    options, words = parse(argv)
+    if len(words) < 2 or "--root" not in options:
+        print("usage: --root DIR create|start|exec|update|kill|delete ID", file=sys.stderr)
+        return 2
+    verb, id, *more = words
+    shim = Shim(options, id)
+    try:
+        match verb:
+            case "create":
+                shim.create()
+            case "start":
+                shim.start()
+            case "exec":
+                return shim.exec()
+            case "update":
+                shim.update()
+            case "kill":
+                shim.kill(more)
+            case "delete":
+                shim.delete()
+            case _:
+                print(f"unknown command {verb}", file=sys.stderr)
+                return 2
+    except Refused as error:
+        print(_as_runc(error), file=sys.stderr)
+        return 1
+    except (EngineError, Unreachable, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _as_runc(error: Refused) -> str:
+    """An executable that cannot be run is told of in runc's words: exit codes 126 and 127 follow from them."""
+    return error.reason
