@@ -23,6 +23,7 @@ from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, NoSpace
 from engine.events import Journal, acting
 from engine.failures import Failures
+from engine.guests import Guests
 from engine.history import History
 from engine.images.catalog import Images
 from engine.images.diff import Diffs
@@ -162,6 +163,8 @@ class Engine:
         undo.callback(self.drivers.close)
         undo.callback(self.connections.close)
         undo.callback(self.containers.close)
+        self.guests = Guests(self.store / "containers", self.containers.execution)
+        undo.callback(self.guests.close)
         self._check_files()
         self.volumes.reconcile()
         name, probe = self.drivers.probe()

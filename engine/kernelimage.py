@@ -1,4 +1,4 @@
-"""What a kernel file is: format, architecture and version, read from its headers; what is packed in it. Floor 1.
+"""What a kernel file is: its format, architecture and version, read from its headers. Floor 1.
 
 Only here: the headers of bzImage (Linux, Documentation/arch/x86/boot.rst), EFI zboot (drivers/firmware/efi/libstub/
 zboot-header.S), arm64 Image (Documentation/arch/arm64/booting.rst), ELF vmlinux and the PE header the first three may
@@ -24,7 +24,7 @@ MAX_KERNEL = 512 << 20  # bytes of an unpacked kernel
 MAX_PACKED = 256 << 20  # bytes of a kernel file
 X86_64, AARCH64 = "x86_64", "aarch64"  # as uname -m has them
 ARCHITECTURES = (X86_64, AARCH64)
-_ELF_MACHINES = {62: X86_64, 183: AARCH64}  # <elf.h>: EM_X86_64, EM_AARCH64
+ELF_MACHINES = {62: X86_64, 183: AARCH64}  # <elf.h>: EM_X86_64, EM_AARCH64
 _PE_MACHINES = {0x8664: X86_64, 0xAA64: AARCH64}  # IMAGE_FILE_MACHINE_*
 _BANNER = re.compile(rb"Linux version (\d+\.\d+[0-9A-Za-z.+~_-]*) \(")
 _SETUP_VERSION = re.compile(rb"(\d+\.\d+[0-9A-Za-z.+~_-]*)[ \0]")
@@ -43,7 +43,7 @@ class KernelFile:
 
 
 def read(data: bytes, arch: str | None = None) -> KernelFile:
-    """What `data` is. Damaged when it is none or cut short, InvalidArgument for another machine than `arch`."""
+    """What `data` is. Damaged: none, or cut short. InvalidArgument: for another machine than `arch`."""
     if len(data) > MAX_PACKED:
         raise TooLarge(f"a kernel file of {len(data)} bytes; at most {MAX_PACKED} are taken")
     packed = ""
@@ -99,7 +99,7 @@ def _elf(data: bytes) -> str:
     if data[4:6] != b"\x02\x01":
         raise InvalidArgument("a kernel must be 64-bit and little-endian", at="e_ident, byte 4")
     kind, machine = struct.unpack_from("<HH", data, 16)
-    if machine not in _ELF_MACHINES:
+    if machine not in ELF_MACHINES:
         raise InvalidArgument(f"ELF machine {machine} is neither x86_64 nor aarch64", at="e_machine, byte 18")
     if kind not in (2, 3):
         raise Damaged(f"an ELF file of type {kind} is no program", at="e_type, byte 16")
@@ -116,7 +116,7 @@ def _elf(data: bytes) -> str:
                 f"the ELF file is cut short: a segment ends at byte {offset + length}, the file at {len(data)}",
                 at=f"byte {len(data)}",
             )
-    return _ELF_MACHINES[machine]
+    return ELF_MACHINES[machine]
 
 
 def _bzimage(data: bytes) -> bytes:
@@ -144,8 +144,6 @@ def _zboot(data: bytes) -> bytes:
 def _unpacked(payload: bytes, where: str) -> bytes:
     name = compression(payload)
     if name is None:
-        if payload[:4] == b"\x7fELF":
-            return payload
         raise Damaged(f"the kernel's payload has an unknown compression ({payload[:4].hex()})", at=where)
     return decompress(payload, name)
 
@@ -201,7 +199,7 @@ def compression(data: bytes) -> str | None:
 
 
 def decompress(data: bytes, name: str, limit: int = MAX_KERNEL) -> bytes:
-    """One compressed stream; what follows is left (a bzImage's payload ends in its size). Damaged, TooLarge."""
+    """One compressed stream; what follows is left (a bzImage's payload ends in the unpacked size). Damaged."""
     out = bytearray()
     try:
         for piece in _pieces(data, name):

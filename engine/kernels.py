@@ -1,7 +1,14 @@
-"""Guest kernels of a store: `kernels/<name>/{vmlinux,kernel.json,modules/}`, and `kernels/default`. Floor 2.
+"""Guest kernels: several at once, one of them the default; import, removal. Floor 2.
 
-Only here: which there are and which one is meant. What a kernel file is, is in kernelimage.py. A kernel is made aside
-and renamed into place, so what is there is whole. Thread-safe: no state but files.
+Only here: the directory of a kernel. It is made aside and renamed into place, so what is there is whole; a restart has
+nothing to reconcile but litter. No state but files, so all callers, other processes too, see the same. Thread-safe.
+
+    kernels/default             a symlink to the one containers get that name none
+    kernels/<name>/vmlinux      what QEMU boots: ELF (x86_64) or Image (aarch64), unpacked
+                   kernel.json  what is known of it
+                   modules/     NAME.ko, and `order`: names in the order they are loaded in
+                   initfs       fetched with it, if so
+                   initfs-<hash of the agent>.cpio    made from an agent when first wanted
 """
 
 from __future__ import annotations
@@ -9,19 +16,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
+import shutil
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import host, kernelimage, kernelpackage
-from engine.errors import AlreadyExists, InvalidArgument, NotFound, TooLarge
+from engine import host, kernelimage, kernelmodules, kernelpackage
+from engine.errors import AlreadyExists, Busy, Damaged, InvalidArgument, NotFound, TooLarge
+from engine.kernelimage import KernelFile
+from engine.kernelmodules import Chosen
 from engine.runtimes.vm import initfs
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}\Z")
-MAX_FILE = 512 << 20  # bytes
-HINT = "echo 'import /path/to/vmlinux' > kernels/ctl"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+~-]{0,127}\Z")
+DEFAULT = "default"
+HINT = "echo 'import PATH' > kernels/ctl: a vmlinux, a vmlinuz with everything built in, or Debian's linux-image-….deb"
+KEPT_INITFS = 4  # made for agents of the past, per kernel
+ASIDE = ".import-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,69 +43,181 @@ class Kernel:
     name: str
     directory: Path
     version: str  # as `uname -r` says it in a guest
-    arch: str
-    acpi: bool  # whether it finds its devices by ACPI alone
-    digest: str  # of the file as it was imported
+    arch: str  # as `uname -m` says it
+    acpi: bool  # whether it finds its devices by ACPI alone (no CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)
+    digest: str  # of the file it came from
     source: str
+    format: str = ""
+    verified: str = ""  # against what the digest was checked
+    image_digest: str = ""  # of `image`
+    features: tuple[str, ...] = ()  # empty: not known (no configuration in it)
 
     @property
     def image(self) -> Path:
         return self.directory / "vmlinux"
 
-    def initfs(self, agent: Path) -> Path:
-        """The initial file system with this agent, made when it is not there yet."""
-        data = agent.read_bytes()
-        path = self.directory / f"initfs-{hashlib.sha256(data).hexdigest()[:16]}.cpio"
-        if not path.exists():
-            names = self._modules()
-            modules = [(name, (self.directory / "modules" / f"{name}.ko").read_bytes()) for name in names]
-            host.write_atomic(path, initfs.build(data, modules))
-        return path
-
-    def _modules(self) -> list[str]:
+    @property
+    def modules(self) -> list[str]:
         """In the order they are loaded in; none when everything is built in."""
         listed = self.directory / "modules" / "order"
         return listed.read_text().split() if listed.exists() else []
 
+    def initfs(self, agent: Path | None) -> Path:
+        """The initial file system with this agent, made when it is not there yet; without an agent the one fetched."""
+        if agent is None:
+            if not (fetched := self.directory / "initfs").exists():
+                raise NotFound(f"no initfs was fetched with kernel {self.name}", at=self.name)
+            return fetched
+        data = agent.read_bytes()
+        path = self.directory / f"initfs-{hashlib.sha256(data).hexdigest()[:16]}.cpio"
+        if not path.exists():
+            modules = [(name, (self.directory / "modules" / f"{name}.ko").read_bytes()) for name in self.modules]
+            host.write_atomic(path, initfs.build(data, modules))
+            for old in self.made()[KEPT_INITFS:]:
+                old.unlink(missing_ok=True)
+        return path
+
+    def made(self) -> list[Path]:
+        """Initial file systems made for agents, newest first."""
+        found = []
+        for path in self.directory.glob("initfs-*.cpio"):
+            try:
+                found.append((path.stat().st_mtime_ns, path))
+            except FileNotFoundError:
+                continue
+        return [path for _, path in sorted(found, reverse=True)]
+
 
 class Kernels:
-    def __init__(self, directory: Path) -> None:
+    """`users` names the containers that want a kernel (None: whatever is the default)."""
+
+    def __init__(self, directory: Path, users: Callable[[str | None], Sequence[str]] = lambda name: ()) -> None:
         self.directory = directory
+        self.users_of = users
+        self._lock = threading.RLock()  # held for renames and unlinks, never while a kernel is read
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        try:
+            found = sorted(entry.name for entry in os.scandir(self.directory) if NAME.match(entry.name))
+        except FileNotFoundError:
+            return []
+        return [name for name in found if name != DEFAULT and (self.directory / name / "kernel.json").exists()]
 
     def all(self) -> list[Kernel]:
         """Every kernel, by name."""
-        if not self.directory.is_dir():
-            return []
-        return [self._load(entry) for entry in sorted(self.directory.iterdir()) if (entry / "kernel.json").exists()]
+        return [self._load(name) for name in self.names()]
 
-    def _load(self, directory: Path) -> Kernel:
-        facts = json.loads((directory / "kernel.json").read_bytes())
-        return Kernel(directory.name, directory, **facts)
+    def _load(self, name: str) -> Kernel:
+        try:
+            facts = json.loads((self.directory / name / "kernel.json").read_bytes())
+            facts["features"] = tuple(facts.get("features", ()))
+            return Kernel(name, self.directory / name, **facts)
+        except FileNotFoundError as error:
+            raise NotFound(f"no kernel {name!r} is here", at=name, hint=HINT) from error
+        except (ValueError, TypeError) as error:
+            raise Damaged(f"kernel.json of {name} is damaged: {error}", at=name, hint="remove and import it") from error
 
-    def get(self, name: str | None) -> Kernel:
-        """The kernel `name`, or the default: the one chosen, else the newest version. NotFound says how to get one."""
-        if name:
-            if NAME.match(name) and (self.directory / name / "kernel.json").exists():
-                return self._load(self.directory / name)
-            raise NotFound(f"no kernel {name!r} is here", at=name, hint=HINT)
-        chosen = self.directory / "default"
-        if chosen.is_symlink():
-            target = os.path.basename(os.readlink(chosen))
-            if (self.directory / target / "kernel.json").exists():
-                return self._load(self.directory / target)
-        found = self.all()
-        if not found:
-            raise NotFound("no guest kernel is here", hint=HINT)
-        return max(found, key=lambda kernel: [int(part) for part in re.findall(r"\d+", kernel.version)])
+    def get(self, name: str | None = None) -> Kernel:
+        """The kernel `name`, or the default one. NotFound says how to get one."""
+        if not name:
+            name = self.default()
+            if name is None:
+                raise NotFound("no guest kernel is here", hint=HINT)
+        if not NAME.match(name) or name == DEFAULT:
+            raise NotFound(f"no kernel {name[:140]!r} is here", at=name[:140], hint=HINT)
+        return self._load(name)
 
-    def import_file(self, path: Path, name: str | None = None) -> Kernel:
-        """A kernel file with everything built in, or a Debian kernel package. Damaged, TooLarge, AlreadyExists."""
-        if path.stat().st_size > MAX_FILE:
-            raise TooLarge(f"more than {MAX_FILE} bytes", at=str(path))
-        if path.suffix == ".deb":
-            data, modules = kernelpackage.read(path)
-            return self.add(data, path.name, name, modules=modules)
-        return self.add(path.read_bytes(), path.name, name)
+    def default(self) -> str | None:
+        """The one chosen, else that with the newest version; None when there are none."""
+        try:
+            chosen = os.path.basename(os.readlink(self.directory / DEFAULT))
+        except OSError:
+            chosen = ""
+        if chosen and (self.directory / chosen / "kernel.json").exists():
+            return chosen
+        found = [kernel for kernel in self.all() if kernel.arch == platform_arch()] or self.all()
+        newest = max(found, key=lambda item: [int(part) for part in re.findall(r"\d+", item.version)], default=None)
+        return None if newest is None else newest.name
+
+    def users(self, name: str) -> list[str]:
+        """Containers that name this kernel, and, when it is the default, those of virtual machines that name none."""
+        out = list(self.users_of(name))
+        if name == self.default():
+            out += self.users_of(None)
+        return sorted(set(out))
+
+    # --- changing -----------------------------------------------------------------------------------------------
+
+    def choose(self, name: str) -> None:
+        """Make `name` the default."""
+        with self._lock:
+            self.get(name)
+            aside = self.directory / f"{ASIDE}default"
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(name)
+            aside.rename(self.directory / DEFAULT)
+            host.fsync_dir(self.directory)
+
+    def remove(self, name: str) -> None:
+        """Busy while a container wants it."""
+        with self._lock:
+            self.get(name)
+            if users := self.users(name):
+                raise Busy(
+                    f"kernel {name} is used by {', '.join(users[:8])}",
+                    at=name,
+                    hint="give them another kernel (config/kernel), or remove them first",
+                )
+            aside = Path(tempfile.mkdtemp(dir=self.directory, prefix=ASIDE))
+            (self.directory / name).rename(aside / name)
+            link = self.directory / DEFAULT
+            if link.is_symlink() and os.path.basename(os.readlink(link)) == name:
+                link.unlink()
+            host.fsync_dir(self.directory)
+        shutil.rmtree(aside)
+
+    def prune(self) -> list[str]:
+        """Remove what no container wants and is not the default; their names."""
+        out = []
+        for name in self.names():
+            if name != self.default() and not self.users(name):
+                self.remove(name)
+                out.append(name)
+        return out
+
+    def clean(self) -> None:
+        """Remove what a daemon left that ended in the middle of an import."""
+        for path in self.directory.glob(f"{ASIDE}*"):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+    def import_(
+        self,
+        path: Path,
+        name: str | None = None,
+        arch: str | None = None,
+        check: Callable[[], None] = lambda: None,
+        digest: str = "",
+    ) -> Kernel:
+        """A kernel file or a Debian kernel package, for `arch` (this machine's unless given); `digest` pins it."""
+        if not path.is_file():
+            raise NotFound("no such file", at=str(path))
+        if path.stat().st_size > 2 << 30:
+            raise TooLarge("a file of more than 2 GiB is no kernel", at=str(path))
+        with open(path, "rb") as file:
+            found = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            if digest and found != digest:
+                raise Damaged(f"the file is {found}, not {digest}", at=digest)
+            file.seek(0)
+            packaged = kernelpackage.is_package(file.read(8))
+        if packaged:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            package = kernelpackage.read(path, self.directory, arch or platform_arch(), check)
+            kernel = kernelimage.read(package.image, arch or platform_arch())
+            config = package.config or kernel.config
+            return self._keep(kernel, package.chosen, name, config, found, str(path), digest)
+        return self.add(path.read_bytes(), str(path), name, arch, digest=digest)
 
     def add(
         self,
@@ -99,36 +225,82 @@ class Kernels:
         source: str,
         name: str | None = None,
         arch: str | None = None,
-        modules: Sequence[tuple[str, bytes]] = (),
+        *,
+        digest: str = "",
+        config: str = "",
+        initfs: bytes = b"",
     ) -> Kernel:
-        """Keep a kernel and what is to be loaded into it. Damaged, InvalidArgument, TooLarge from reading it."""
-        found = kernelimage.read(data, arch)
-        name = name or found.version
-        if not NAME.match(name):
-            raise InvalidArgument("a kernel's name: letters, digits and _.+- expected", at=name[:80])
-        target = self.directory / name
-        if target.exists():
-            raise AlreadyExists(f"kernel {name} is here", at=name, hint=f"echo remove > kernels/{name}/ctl")
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        aside = Path(tempfile.mkdtemp(dir=self.directory, prefix=".import-"))
+        """A kernel file with everything built in. `digest`: of what it came in, checked already."""
+        kernel = kernelimage.read(data, arch or platform_arch())
+        config = kernel.config or config
+        chosen = kernelmodules.choose((), lambda name: b"", (), config, kernel.arch)
+        found = digest or "sha256:" + hashlib.sha256(data).hexdigest()
+        return self._keep(kernel, chosen, name, config, found, source, digest, initfs)
+
+    def _keep(
+        self,
+        kernel: KernelFile,
+        chosen: Chosen,
+        name: str | None,
+        config: str,
+        digest: str,
+        source: str,
+        pinned: str,
+        fetched: bytes = b"",
+    ) -> Kernel:
+        name = name or kernel.version
+        check_kernel_name(name)
+        if name in self.names():
+            raise AlreadyExists(f"a kernel {name} is here", at=name, hint=f"rmdir kernels/{name} removes it")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=self.directory, prefix=ASIDE))
         try:
+            cmdline = kernelmodules.settings(config).get("VIRTIO_MMIO_CMDLINE_DEVICES") == "y"
             facts = {
-                "version": found.version,
-                "arch": found.arch,
-                "acpi": "CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y" not in found.config,
-                "digest": "sha256:" + hashlib.sha256(data).hexdigest(),
+                "version": kernel.version,
+                "arch": kernel.arch,
+                # without a configuration: the parameter of that name is in the image when the option is
+                "acpi": not (cmdline if config else b"virtio_mmio.device" in kernel.data),
+                "digest": digest,
                 "source": source,
+                "format": kernel.format,
+                "verified": pinned,
+                "image_digest": "sha256:" + hashlib.sha256(kernel.data).hexdigest(),
+                "features": chosen.features,
             }
-            host.write_atomic(aside / "vmlinux", found.data)
-            (aside / "modules").mkdir(mode=0o755)
-            for module, content in modules:
-                host.write_atomic(aside / "modules" / f"{module}.ko", content)
-            host.write_atomic(aside / "modules" / "order", "".join(f"{module}\n" for module, _ in modules).encode())
-            host.write_atomic(aside / "kernel.json", json.dumps(facts).encode())
-            os.chmod(aside, 0o755)
-            os.rename(aside, target)
-            host.fsync_dir(self.directory)
+            host.write_atomic(aside / "vmlinux", kernel.data)
+            if fetched:
+                host.write_atomic(aside / "initfs", fetched)
+            if chosen.modules:
+                (aside / "modules").mkdir()
+                for module, data in chosen.modules:
+                    host.write_atomic(aside / "modules" / f"{module}.ko", data)
+                order = "".join(f"{module}\n" for module, _ in chosen.modules)
+                host.write_atomic(aside / "modules" / "order", order.encode())
+            host.write_atomic(aside / "kernel.json", json.dumps(facts, indent=1).encode() + b"\n")
+            aside.chmod(0o755)
+            with self._lock:
+                try:
+                    aside.rename(self.directory / name)
+                except OSError as error:
+                    raise AlreadyExists(f"a kernel {name} is here", at=name) from error
+                host.fsync_dir(self.directory)
         except BaseException:
-            host.remove_tree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
             raise
-        return self._load(target)
+        return self._load(name)
+
+
+def check_kernel_name(name: str) -> str:
+    if not NAME.match(name) or name in (DEFAULT, "ctl", "error"):
+        raise InvalidArgument(
+            "kernel names are letters, digits, '_', '.', '+', '~' and '-', start with a letter or digit, at most 128",
+            at=name[:140],
+        )
+    return name
+
+
+def platform_arch() -> str:
+    """This machine's architecture, as uname says it on Linux (macOS says arm64)."""
+    machine = platform.machine()
+    return {"arm64": kernelimage.AARCH64, "AMD64": kernelimage.X86_64}.get(machine, machine)

@@ -13,7 +13,6 @@ CONFINED = {
     "subprocess": (
         "engine/host.py",
         "engine/programs.py",
-        "engine/kernelpackage.py",
         "engine/runtimes/*",
         "fdfs/mount.py",
         "fdfs/binds.py",

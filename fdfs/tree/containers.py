@@ -16,6 +16,7 @@ from engine.images.reference import parse as parse_reference
 from engine.records import PINNED
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
+from fdfs.guest import GuestGraft
 from fdfs.loopback import Loopback
 from fdfs.tree.caller import caller
 from fdfs.tree.console import CONSOLE, VERBS, console_verbs
@@ -170,7 +171,10 @@ def wait(engine: Any, name: str) -> str:
     return "" if code is None else line(code)
 
 
-def rootfs(engine: Any, name: str) -> Loopback:
+def rootfs(engine: Any, name: str) -> Loopback | GuestGraft:
+    guest = engine.guests.files(engine.containers.get(name))
+    if guest is not None:
+        return GuestGraft(guest, "container", writable=True, caller=caller)
     return Loopback(Path(engine.containers.rootfs(name)), writable=lambda: True, caller=caller)
 
 
@@ -181,7 +185,10 @@ def rootfs_source(engine: Any, name: str) -> BindSource:
     return BindSource(directory=str(engine.mounts.merged(container.id)) if mounted else "")
 
 
-def diff(engine: Any, name: str) -> Loopback:
+def diff(engine: Any, name: str) -> Loopback | GuestGraft:
+    guest = engine.guests.files(engine.containers.get(name))
+    if guest is not None:
+        return GuestGraft(guest, "upper", writable=False)
     return Loopback(Path(engine.containers.upper(name)), writable=lambda: False, overlay_upper=True)
 
 

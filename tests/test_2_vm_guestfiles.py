@@ -1,0 +1,224 @@
+"""Files of a guest: the client against an agent played here over a directory, mute and hostile ones included."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.errors import DeadlineExceeded, Unreachable
+from engine.runtimes.vm import guestfiles, protocol
+from engine.runtimes.vm.guestfiles import GuestFiles
+from engine.runtimes.vm.protocol import ATTR, Parser, Side, Type, Values
+from fdfs.guest import GuestGraft
+
+
+class Agent:
+    """Serves the directory `root` as the agent does, one request at a time."""
+
+    def __init__(self, root: Path, connection: socket.socket) -> None:
+        self.root, self.connection = root, connection
+        self.mute = threading.Event()
+        self.asked: list[str] = []
+        self.page = 100  # entries of one LIST
+        self.name = b""  # added to what is listed
+        self._fds: dict[int, int] = {}
+        self._lists: dict[int, list[bytes]] = {}
+        self._next = 7
+        connection.sendall(protocol.frame(Type.HELLO, 0, _words(version=protocol.VERSION)))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        parser = Parser(Side.HOST)
+        while data := self.connection.recv(1 << 18):
+            for frame in parser.feed(data):
+                verb, values = protocol.parse_request(frame.payload)
+                self.asked.append(verb)
+                if self.mute.is_set():
+                    continue
+                try:
+                    payload = protocol.ERRNO.pack(0) + self._do(verb, values)
+                except OSError as error:
+                    payload = protocol.response(error.errno or errno.EIO, {"step": verb})
+                self.connection.sendall(protocol.frame(Type.RESP, frame.stream, payload))
+
+    def _path(self, values: Values, key: str = "path") -> bytes:
+        return os.path.join(os.fsencode(self.root), values.need(key))
+
+    def _attr(self, at: bytes | int) -> bytes:
+        st = os.fstat(at) if isinstance(at, int) else os.lstat(at)
+        return ATTR.pack(
+            st.st_mode, st.st_nlink, st.st_uid, st.st_gid, os.major(st.st_rdev), os.minor(st.st_rdev), st.st_dev,
+            st.st_ino, st.st_size, st.st_blocks, st.st_atime_ns, st.st_mtime_ns, st.st_ctime_ns,
+        )  # fmt: skip
+
+    def _do(self, verb: str, values: Values) -> bytes:
+        handle = values.get("handle")
+        fd = self._fds.get(int(handle), -1) if handle is not None else -1
+        if verb in ("CLOSE", "ROOT"):
+            if fd >= 0:
+                os.close(self._fds.pop(int(handle or b"")))
+            return b""
+        if verb == "STAT":
+            return _words(attr=self._attr(fd if handle is not None else self._path(values)))
+        if verb == "LIST":
+            if handle is not None:
+                names = self._lists.pop(int(handle))
+            else:
+                names = sorted(os.listdir(self._path(values)))
+                self._listed = self._path(values)
+            now, later = names[: self.page], names[self.page :]
+            out = [b"entry=" + self._attr(os.path.join(self._listed, name)) + name for name in now]
+            if self.name:
+                out.append(b"entry=" + self._attr(self._listed) + self.name)
+            if later:
+                self._next += 1
+                self._lists[self._next] = later
+                out.append(b"handle=%d" % self._next)
+            return protocol.pack_words(out)
+        if verb == "OPEN":
+            letters = values.text("flags")
+            flags = os.O_RDWR if "w" in letters else os.O_RDONLY
+            flags |= (os.O_TRUNC if "t" in letters else 0) | (os.O_CREAT if "c" in letters else 0)
+            opened = os.open(self._path(values), flags | os.O_NOFOLLOW, int(values.text("mode", "644"), 8))
+            self._next += 1
+            self._fds[self._next] = opened
+            return _words(handle=self._next, attr=self._attr(opened))
+        if verb == "READ":
+            return _words(data=os.pread(fd, values.number("size"), values.number("offset")))
+        if verb == "WRITE":
+            return _words(size=os.pwrite(fd, values.need("data"), values.number("offset")))
+        if verb == "TRUNCATE":
+            os.truncate(fd if handle is not None else self._path(values), values.number("size"))
+        elif verb == "READLINK":
+            return _words(target=os.readlink(self._path(values)))
+        elif verb == "UNLINK":
+            os.unlink(self._path(values))
+        elif verb == "MKDIRAT":
+            os.mkdir(self._path(values), int(values.text("mode"), 8))
+        elif verb == "RENAME":
+            os.rename(self._path(values), self._path(values, "to"))
+        elif verb == "CHMOD":
+            os.chmod(self._path(values), int(values.text("mode"), 8))
+        elif verb == "LISTXATTR":
+            return _words(name=b"user.one")
+        elif verb == "GETXATTR":
+            return _words(value=b"1")
+        elif verb not in ("FSYNC", "UTIMENS"):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return b""
+
+
+def _words(**values: bytes | int) -> bytes:
+    return protocol.pack_words([key.encode() + b"=" + protocol.to_bytes(value) for key, value in values.items()])
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[tuple[Agent, GuestFiles, GuestGraft, Path]]:
+    root = tmp_path / "root"
+    root.mkdir()
+    ours, its = socket.socketpair()
+    played = Agent(root, its)
+    files = GuestFiles(tmp_path / "agent.sock", connect=lambda: ours)
+    yield played, files, GuestGraft(files, "container", writable=True), root
+    files.close()
+    its.close()
+
+
+def missing(graft: GuestGraft, path: bytes) -> bool:
+    with pytest.raises(OSError) as caught:
+        graft.getattr(path)
+    return caught.value.errno == errno.ENOENT
+
+
+Parts = tuple[Agent, GuestFiles, GuestGraft, Path]
+
+
+def test_files_are_read_and_written(agent: Parts) -> None:
+    _, _, graft, root = agent
+    handle = graft.change("create", b"new", 0o640, os.O_RDWR | os.O_CREAT, 0o022)
+    content = os.urandom(300_000)  # more than one call takes
+    assert handle.write(content, 0) == len(content)
+    assert handle.read(len(content) + 10, 0) == content
+    handle.truncate(5)
+    assert handle.attr().size == 5
+    handle.close()
+    assert (root / "new").read_bytes() == content[:5]
+    assert stat.S_IMODE(graft.getattr(b"new").mode) == 0o640
+    graft.change("mkdir", b"d", 0o755, 0o022)
+    graft.change("rename", b"new", b"d/moved")
+    assert (root / "d/moved").exists()
+    assert missing(graft, b"new")
+    graft.change("unlink", b"d/moved")
+    assert graft.readdir(b"d") == []
+    assert graft.listxattr(b"d") == [b"user.one"]
+    assert graft.getxattr(b"d", b"user.one") == b"1"
+    with pytest.raises(OSError, match="No data"):
+        graft.getxattr(b"d", b"security.capability")
+
+
+def test_a_listing_brings_attributes_and_what_is_changed_is_asked_for_again(agent: Parts) -> None:
+    played, _, graft, root = agent
+    for number in range(250):
+        (root / f"{number:03}").write_bytes(b"x" * number)
+    assert len(graft.readdir(b"")) == 250  # in pages
+    before = len(played.asked)
+    assert [graft.getattr(b"%03d" % number).size for number in range(250)] == list(range(250))
+    assert len(played.asked) == before
+    graft.change("chmod", b"100", 0o600)
+    assert stat.S_IMODE(graft.getattr(b"100").mode) == 0o600
+    handle = graft.open(b"101", os.O_WRONLY)
+    handle.write(b"y" * 500, 0)
+    assert graft.getattr(b"101").size == 500
+    handle.close()
+
+
+def test_a_removed_file_lives_while_it_is_open(agent: Parts) -> None:
+    _, _, graft, root = agent
+    (root / "f").write_bytes(b"content")
+    handle = graft.open(b"f", os.O_RDONLY)
+    hidden = b".fuse_hidden0000000100000001"
+    graft.change("rename", b"f", hidden)
+    assert list(root.iterdir()) == []  # nothing lies about in the guest
+    assert handle.read(100, 0) == b"content"
+    assert graft.getattr(hidden).size == 7
+    graft.change("unlink", hidden)
+    handle.close()
+    assert missing(graft, hidden)
+
+
+def test_a_mute_guest_times_out_once_and_then_at_once(agent: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    played, files, graft, root = agent
+    (root / "f").write_bytes(b"content")
+    assert graft.getattr(b"f").size == 7
+    played.mute.set()
+    with pytest.raises(DeadlineExceeded):
+        files.call("STAT", {"root": "container", "path": b"f"}, 0.2)
+    asked = len(played.asked)
+    for _ in range(50):
+        with pytest.raises(DeadlineExceeded):
+            graft.getattr(b"f")
+    assert len(played.asked) == asked  # it is not asked again for a moment
+    played.mute.clear()
+    monkeypatch.setattr(files, "_mute_until", 0.0)
+    assert graft.getattr(b"f").size == 7
+
+
+@pytest.mark.parametrize("name", [b"..", b"a/b", b"nul\0", b"."])
+def test_a_hostile_name_is_refused(agent: Parts, name: bytes) -> None:
+    played, _, graft, _ = agent
+    played.name = name
+    with pytest.raises(protocol.ProtocolError, match="entry named"):
+        graft.readdir(b"")
+
+
+def test_a_machine_that_is_not_there(tmp_path: Path) -> None:
+    files = guestfiles.Machines(tmp_path).of("abc")
+    with pytest.raises(Unreachable):
+        files.stat("container", b"")
