@@ -64,6 +64,7 @@ class _Pending:
         self.events: collections.deque[Event] = collections.deque()
         self.incoming = Credit()  # of the guest
         self.outgoing = Credit()  # ours
+        self.owed = 0  # taken by the reader, not yet given back as credit
         self.ends: set[int] = set()
         self.ended_input = False
         self.over = False
@@ -116,13 +117,13 @@ class AgentClient:
     def call(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE) -> Values:
         """One request and its answer. Not for verbs that keep their stream."""
         assert verb not in KEEPS
-        return self._ask(verb, words, deadline)[1]
+        return self._ask(verb, words, deadline)[2]
 
     def open(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE) -> tuple[Stream, Values]:
         """RUN, EXEC or DIAL: the stream of the process or connection, and the answer."""
         assert verb in KEEPS
-        number, values = self._ask(verb, words, deadline)
-        return Stream(self, number, self._streams[number]), values
+        number, pending, values = self._ask(verb, words, deadline)
+        return Stream(self, number, pending), values
 
     def ping(self, *, deadline: float = DEADLINE) -> float:
         """Seconds of one round trip."""
@@ -140,7 +141,7 @@ class AgentClient:
             del self._pings[number]
         return time.monotonic() - began
 
-    def _ask(self, verb: str, words: Words | None, deadline: float) -> tuple[int, Values]:
+    def _ask(self, verb: str, words: Words | None, deadline: float) -> tuple[int, _Pending, Values]:
         until = time.monotonic() + deadline
         payload = protocol.request(verb, words)
         pending = _Pending(verb, verb in KEEPS)
@@ -163,7 +164,7 @@ class AgentClient:
                 self._streams.pop(number, None)
         if error:
             raise GuestError(error, verb, values.text("step"))
-        return number, values
+        return number, pending, values
 
     def _number(self) -> int:
         if self._failure is not None:
@@ -320,10 +321,15 @@ class Stream:
             if not pending.events:
                 return None
             event = pending.events.popleft()
-            if isinstance(event, Data) and not pending.over:
-                pending.incoming.give(len(event.data))
-        if isinstance(event, Data) and not pending.over and not client.closed:
-            client._send(protocol.credit(self._number, len(event.data)), time.monotonic() + DEADLINE)
+            if not isinstance(event, Data) or pending.over:
+                return event
+            pending.owed += len(event.data)
+            if pending.owed < protocol.WINDOW // 4:  # the guest has the rest of its window meanwhile
+                return event
+            count, pending.owed = pending.owed, 0
+            pending.incoming.give(count)
+        if not client.closed:
+            client._send(protocol.credit(self._number, count), time.monotonic() + DEADLINE)
         return event
 
     def write(self, data: bytes, *, deadline: float = DEADLINE) -> None:

@@ -274,10 +274,12 @@ static void files_read(void) {
     }
 }
 
-static unsigned boot(void) {
+static unsigned boot(int guest) {
     char line[4096], *at;
-    load_modules();
-    leave_initramfs();
+    if (guest) {
+        load_modules();
+        leave_initramfs();
+    }
     mount_basics();
     loopback_up();
     cgroup_prepare();
@@ -285,16 +287,22 @@ static unsigned boot(void) {
     return (at = strstr(line, "fd.vsock=")) ? strtoul(at + 9, NULL, 10) : 0;
 }
 
-int main(void) {
+/* With an argument it is process 1 of a pid namespace, not of a guest, and that descriptor is the channel (for tests). */
+int main(int argc, char **argv) {
     static struct pollfd fds[1100];
-    unsigned port = boot();
+    int given = argc > 1 ? atoi(argv[1]) : -1;
+    unsigned port = boot(given < 0);
     sigset_t mask;
     sigemptyset(&mask);
     sigaddset(&mask, SIGCHLD);
     sigprocmask(SIG_BLOCK, &mask, NULL);
     signal(SIGPIPE, SIG_IGN);
     int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (port) listener = listen_vsock(port);
+    if (given >= 0) {
+        channel = given;
+        fcntl(channel, F_SETFD, FD_CLOEXEC);
+        fcntl(channel, F_SETFL, O_RDWR | O_NONBLOCK);
+    } else if (port) listener = listen_vsock(port);
     else channel = open_port("fd.agent");
     if (channel < 0 && listener < 0) {
         say("agent: no port to the host: %s", strerror(errno));
@@ -334,6 +342,7 @@ int main(void) {
         }
         if (fds[0].revents & (POLLHUP | POLLERR)) { /* nobody is there: wait for somebody, who is greeted anew */
             channel_reset();
+            if (given >= 0) end_guest(0);
             if (greeted || listener >= 0) greeted = 0;
             struct pollfd wait = {channel, POLLOUT, 0};
             while (channel >= 0 && (poll(&wait, 1, 0), wait.revents & (POLLHUP | POLLERR))) {

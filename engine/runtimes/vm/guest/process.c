@@ -27,7 +27,7 @@ static struct process {
     uint32_t bits;
     long long credit;
     char *pending; /* stdin that the process did not take yet, WINDOW bytes */
-    uint32_t from, upto;
+    uint32_t from, upto, owed; /* owed: taken, not yet credited to the host */
     int in_ended;
     uint32_t after; /* bytes read since it died: others may hold its pipes and write on */
 } table[MOST];
@@ -239,9 +239,9 @@ static int dial(uint32_t stream, struct words *words) {
     long long port;
     if (!kind || !value_of(words, "port", NULL) || number_of(words, "port", 10, 0, &port) || port < 1 || port > 0xffffffffll)
         return fail(EINVAL, "DIAL port, kind");
-    struct timeval limit = {1, 0};
+    struct timeval limit = {0, 250000}; /* whoever is asked is in this kernel: nothing else waits longer for it */
     int fd = -1, error = EINVAL;
-    for (int turn = 0; turn < 2; turn++) {
+    for (int turn = 0; turn < (strcmp(kind, "vsock") ? 2 : 1); turn++) {
         struct sockaddr_in v4 = {AF_INET, htons(port), {htonl(INADDR_LOOPBACK)}, {0}};
         struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_port = htons(port), .sin6_addr = IN6ADDR_LOOPBACK_INIT};
         struct sockaddr_vm vm = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_LOCAL, .svm_port = port};
@@ -255,6 +255,7 @@ static int dial(uint32_t stream, struct words *words) {
             continue;
         }
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+        if (!tcp) setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &limit, sizeof limit);
         if (!connect(fd, to, size)) break;
         if (!turn) error = errno == EINPROGRESS ? ETIMEDOUT : errno;
         shut(&fd);
@@ -267,6 +268,7 @@ static int dial(uint32_t stream, struct words *words) {
     }
     fcntl(fd, F_SETFL, O_NONBLOCK);
     p->dial = 1;
+    p->phase = RUNNING;
     p->asker = 0;
     p->in = p->out = fd;
     return 0;
@@ -311,6 +313,13 @@ int verb_process(uint32_t stream, struct words *words) {
 }
 
 /* ---- their bytes */
+static void credit_host(struct process *p, uint32_t count) {
+    p->owed += count;
+    if (p->owed < WINDOW / 4 || !p->stream) return; /* the host has the rest of its window meanwhile */
+    send_frame(CREDIT, p->stream, 0, &p->owed, 4);
+    p->owed = 0;
+}
+
 static void feed_input(struct process *p) {
     while (p->from < p->upto && p->in >= 0) {
         ssize_t count = write(p->in, p->pending + p->from, p->upto - p->from);
@@ -318,8 +327,7 @@ static void feed_input(struct process *p) {
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) count = p->upto - p->from; /* nobody reads it: dropped, and credited */
         p->from += count;
-        uint32_t taken = count;
-        if (p->stream) send_frame(CREDIT, p->stream, 0, &taken, 4);
+        credit_host(p, count);
     }
     if (p->from == p->upto) p->from = p->upto = 0;
     if (p->in < 0 || !p->in_ended || p->upto || p->tty) return;
@@ -341,7 +349,7 @@ void process_data(uint32_t stream, const char *data, uint32_t length) {
     memcpy(p->pending + p->upto, data, length);
     p->upto += length;
     if (p->in < 0 && (!p->tty || p->phase == RUNNING)) { /* no stdin, or closed: as if read by nobody */
-        send_frame(CREDIT, p->stream, 0, &length, 4);
+        credit_host(p, length);
         p->from = p->upto = 0;
     } else feed_input(p);
 }

@@ -56,7 +56,7 @@ void mount_basics(void) {
     };
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         make_dirs(table[i][1], 0755);
-        if (mount(table[i][0], table[i][1], table[i][2], MS_NOSUID | MS_NOEXEC, table[i][3]))
+        if (mount(table[i][0], table[i][1], table[i][2], MS_NOSUID | MS_NOEXEC, table[i][3]) && errno != EBUSY)
             say("agent: mount %s: %s", table[i][1], strerror(errno));
     }
     int console = open("/dev/console", O_RDWR);
@@ -194,6 +194,7 @@ void end_guest(int off) {
         if (!pid) usleep(1000);
     }
     process_forget();
+    rmdir(CGROUP);
     unmount_all();
     sync();
     if (off) reboot(RB_POWER_OFF);
