@@ -31,6 +31,7 @@ from engine.images.gc import Collector
 from engine.images.pull import resumed
 from engine.images.remote import Remotes
 from engine.jobs import Job, Jobs
+from engine.kernels import Kernels
 from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
 from engine.networks import Networks
@@ -160,6 +161,7 @@ class Engine:
             self.connections,
             self._clock,
         )
+        self.kernels = Kernels(self.store / "kernels", self._kernel_users)
         undo.callback(self.drivers.close)
         undo.callback(self.connections.close)
         undo.callback(self.containers.close)
@@ -167,6 +169,7 @@ class Engine:
         undo.callback(self.guests.close)
         self._check_files()
         self.volumes.reconcile()
+        self.kernels.clean()
         name, probe = self.drivers.probe()
         self._runtime = f"{name}: {probe.reason}" if probe.ok else f"{name}, not usable here: {probe.reason}"
         self.journal.append(
@@ -187,11 +190,23 @@ class Engine:
             log.info("jobs %s of the last daemon go on", ", ".join(map(str, again)))
         log.info("store %s open; runtime %s", self.store, self._runtime)
 
+    def _kernel_users(self, name: str | None) -> list[str]:
+        """Containers that name this kernel; for None those that run in a virtual machine and name none."""
+        out = []
+        for container in self.containers.all():
+            config = container.config
+            if config.kernel == (name or "") and (name or (config.runtime or self.drivers.default) == "vm"):
+                out.append(container.name)
+        return out
+
     def _job_failed(self, job: Job, error: EngineError) -> None:
         """Whoever wrote the verb has long returned: the reason stands where it was written, and at the job."""
         self.failures.record(f"job/{job.id}", job.verb, error)
         if job.verb.startswith("volumes/"):
             self.failures.record(f"volume/{job.verb.split()[0].partition('/')[2]}", job.verb, error)
+            return
+        if job.verb.startswith("kernels "):
+            self.failures.record("kernels", job.verb, error)
             return
         if job.verb.startswith("prune-volumes"):
             self.failures.record("volumes", job.verb, error)

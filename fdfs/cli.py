@@ -36,6 +36,7 @@ COMMANDS = {
     "commit": "fdfs.cli_images",
     "network": "fdfs.cli_networks",
     "volume": "fdfs.cli_volumes",
+    "kernels": "fdfs.cli_kernels",
     "run": "fdfs.cli_containers",
     "create": "fdfs.cli_containers",
     "exec": "fdfs.cli_exec",

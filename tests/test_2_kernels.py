@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from guestkernel import guest_kernel
 
 from engine import kernelimage, kernelmodules
 from engine.errors import AlreadyExists, Busy, Damaged, EngineError, InvalidArgument, NotFound
 from engine.kernels import Kernel, Kernels
 from engine.runtimes.vm import initfs
-from tests.guestkernel import guest_kernel
 
 CONFIG = "".join(f"CONFIG_{option}=y\n" for _, _, option in (*kernelmodules.ESSENTIAL, *kernelmodules.OPTIONAL))
 

@@ -15,6 +15,7 @@ from fdfs.tree.containers import CONTAINERS
 from fdfs.tree.errors import error_file
 from fdfs.tree.images import IMAGES
 from fdfs.tree.jobs import JOBS
+from fdfs.tree.kernels import KERNELS
 from fdfs.tree.layers import LAYERS
 from fdfs.tree.networks import NETWORKS
 from fdfs.tree.registry import REGISTRY
@@ -183,6 +184,7 @@ ROOT = Dir(
         CONTAINERS,
         LOGS,
         VOLUMES,
+        KERNELS,
         NETWORKS,
         JOBS,
         STORE,

@@ -1,0 +1,233 @@
+"""kernels/: the kernels of guests, several at once, one of them the default. Floor 5."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import AlreadyExists, Damaged, NotFound
+from engine.kernels import check_kernel_name
+from engine.model import check_digest
+from fdfs.ctl import Call, Verb, table
+from fdfs.entry import STARTED_NS, Dir, File, Link, Row
+from fdfs.tree.errors import error_file
+from fdfs.tree.images import host_path, job_reply
+from fdfs.tree.text import line, lines
+
+
+def object_of(engine: Any, name: str) -> str:
+    return f"kernel/{name}"
+
+
+def kernels_object(engine: Any) -> str:
+    return "kernels"
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def _value(field: str) -> Callable[[Any, str], str]:
+    return lambda engine, name: line(getattr(engine.kernels.get(name), field))
+
+
+def features(engine: Any, name: str) -> str:
+    return lines(engine.kernels.get(name).features)
+
+
+def modules(engine: Any, name: str) -> str:
+    return lines(engine.kernels.get(name).modules)
+
+
+def used_by(engine: Any, name: str) -> str:
+    return lines(engine.kernels.users(name))
+
+
+def default_target(engine: Any) -> str:
+    found = engine.kernels.default()
+    if found is None:
+        raise NotFound("no guest kernel is here")
+    return str(found)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def _image(engine: Any, name: str) -> Path:
+    return Path(engine.kernels.get(name).image)
+
+
+def _initfs(engine: Any, name: str) -> Path | None:
+    """The one in use: made last, else fetched."""
+    kernel = engine.kernels.get(name)
+    made = [*kernel.made(), kernel.directory / "initfs"]
+    return made[0] if made[0].exists() else None
+
+
+def _pread(path: Path, offset: int, size: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, size, offset)
+    finally:
+        os.close(fd)
+
+
+def vmlinux(engine: Any, name: str, offset: int, size: int) -> bytes:
+    return _pread(_image(engine, name), offset, size)
+
+
+def vmlinux_size(engine: Any, name: str) -> int:
+    return _image(engine, name).stat().st_size
+
+
+def vmlinux_mtime(engine: Any, name: str) -> int:
+    return _image(engine, name).stat().st_mtime_ns
+
+
+def initfs(engine: Any, name: str, offset: int, size: int) -> bytes:
+    path = _initfs(engine, name)
+    return b"" if path is None else _pread(path, offset, size)
+
+
+def initfs_size(engine: Any, name: str) -> int:
+    path = _initfs(engine, name)
+    return 0 if path is None else path.stat().st_size
+
+
+def initfs_mtime(engine: Any, name: str) -> int:
+    path = _initfs(engine, name)
+    return STARTED_NS if path is None else path.stat().st_mtime_ns
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------
+
+
+def import_(engine: Any, call: Call) -> str:
+    path, name = Path(host_path(call.args[0])), call.arg(1)
+    if name is not None and check_kernel_name(name) in engine.kernels.names():
+        raise AlreadyExists(f"a kernel {name} is here", at=name)
+    digest = call.options.get("digest", "")
+    if digest:
+        check_digest(digest)
+    if not path.exists():
+        raise NotFound("no such file", at=str(path))
+    arch = call.options.get("arch") or None
+
+    def work(task: Any) -> str:
+        return str(engine.kernels.import_(path, name, arch, task.check, digest).name)
+
+    return job_reply(engine.jobs.start(f"kernels import {path}", work))
+
+
+def choose(engine: Any, call: Call) -> None:
+    engine.kernels.choose(call.args[0])
+
+
+def choose_this(engine: Any, name: str, call: Call) -> None:
+    engine.kernels.choose(name)
+
+
+def prune(engine: Any, call: Call) -> str:
+    return "\n".join(engine.kernels.prune())
+
+
+def remove(engine: Any, name: str, call: Call | None = None) -> None:
+    engine.kernels.remove(name)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def _names(engine: Any) -> list[str]:
+    found = list(engine.kernels.names())
+    return [*found, "default"] if found else []
+
+
+def _find(engine: Any, name: str) -> Row | None:
+    try:
+        if name == "default":
+            return None if engine.kernels.default() is None else DEFAULT
+        engine.kernels.get(name)
+    except NotFound:
+        return None
+    except Damaged:
+        return KERNEL  # it can be removed
+    return KERNEL
+
+
+def default_link(engine: Any, name: str) -> str:
+    return default_target(engine)
+
+
+DEFAULT = Link(name="default", doc="the kernel of guests whose config names none", target=default_link)
+
+KERNEL = Dir(
+    name="<version>",
+    doc="one kernel",
+    rmdir=remove,
+    object=object_of,
+    rows=(
+        File(
+            name="vmlinux",
+            doc="the kernel as guests boot it, unpacked",
+            read=vmlinux,
+            size=vmlinux_size,
+            mtime=vmlinux_mtime,
+        ),
+        File(
+            name="initfs",
+            doc="the initial file system guests booted with last (agent and modules); empty before",
+            read=initfs,
+            size=initfs_size,
+            mtime=initfs_mtime,
+        ),
+        File(name="version", doc="as uname -r says it in a guest", show=_value("version")),
+        File(name="arch", doc="as uname -m says it", show=_value("arch")),
+        File(name="format", doc="of the file it came from: bzImage, vmlinux, Image, zboot", show=_value("format")),
+        File(name="digest", doc="sha256 of the file it came from", show=_value("digest")),
+        File(name="image_digest", doc="sha256 of vmlinux", show=_value("image_digest")),
+        File(name="source", doc="where it came from", show=_value("source")),
+        File(name="verified", doc="the digest its file had to have, if any", show=_value("verified")),
+        File(name="features", doc="what its guests can do, one per line; empty: not known", show=features),
+        File(name="modules", doc="modules in its initfs, in the order they are loaded", show=modules),
+        File(name="used_by", doc="containers that run with it", show=used_by),
+        File(
+            name="ctl",
+            doc="what to do with it",
+            object=object_of,
+            verbs=table(
+                Verb(name="default", doc="let guests whose config names none have this one", run=choose_this),
+                Verb(name="remove", doc="delete it, as rmdir does; refused while a container uses it", run=remove),
+            ),
+        ),
+        error_file(object_of),
+    ),
+)
+
+KERNELS = Dir(
+    name="kernels",
+    doc="kernels of guests; rmdir removes one",
+    names=_names,
+    find=_find,
+    kinds=(DEFAULT, KERNEL),
+    object=kernels_object,
+    rows=(
+        File(
+            name="ctl",
+            doc="get, choose and clean up kernels",
+            object=kernels_object,
+            verbs=table(
+                Verb(
+                    name="import",
+                    args="PATH [VERSION] [digest=…] [arch=…]",
+                    doc="a vmlinux, vmlinuz, Image or Debian kernel package of this host (a job)",
+                    run=import_,
+                ),
+                Verb(name="default", args="VERSION", doc="the kernel of guests whose config names none", run=choose),
+                Verb(name="prune", doc="remove kernels that no container uses, but for the default", run=prune),
+            ),
+        ),
+        error_file(kernels_object),
+    ),
+)
