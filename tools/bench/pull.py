@@ -2,10 +2,10 @@
 
     python tools/bench/pull.py [--megabytes N] [--rounds N] [--compression gzip|zstd]
 
-One JSON line per measurement. Contenders: `dutchman pull` with its daemon running, `podman pull` (--root in the
-temporary directory), `skopeo copy` + `umoci unpack`, `ctr images pull` with a containerd running. Each takes both
-images into an empty store; the order of the contenders alternates by round. Layers are made of files below /usr.
-Docker's registry serves them from the page cache.
+One JSON line per measurement, with CPU seconds besides. Contenders: `dutchman pull` with its daemon running, `podman
+pull` (--root in the temporary directory), `skopeo copy` + `umoci unpack`, `ctr images pull` with a containerd
+running. Each takes both images into an empty store; the order of the contenders alternates by round. Layers are made
+of files below /usr. Docker's registry serves them from the page cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import resource
 import shutil
 import socket
 import statistics
@@ -31,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 10
+NAMES = ("one", "two")
 KIND = "application/vnd.oci.image"
 
 
@@ -101,6 +104,26 @@ def timed(*command: str | Path, **more: str) -> float:
     return time.perf_counter() - start
 
 
+def used(daemon: int = 0) -> float:
+    """CPU seconds so far of the commands that were run, and of a daemon with what it ran, so of anyone at work."""
+    mine = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = mine.ru_utime + mine.ru_stime
+    if daemon:
+        fields = Path(f"/proc/{daemon}/stat").read_text().rpartition(")")[2].split()
+        seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def pulls(command: tuple[str | Path, ...], names: list[str], daemon: int = 0, **more: str) -> dict[str, float]:
+    """Seconds for the first and the second image, and of CPU."""
+    out = {}
+    for what, name in zip(("first", "second"), names, strict=True):
+        before = used(daemon)
+        out[what] = timed(*command, name, **more)
+        out[f"{what} cpu"] = used(daemon) - before
+    return out
+
+
 class Registry:
     """docker-registry on a free port, its data below `directory`."""
 
@@ -137,18 +160,17 @@ def ours(host: str, tmp: Path) -> dict[str, float]:
     command = (sys.executable, "-m", "fdfs")
     run(*command, "up", "--runtime", "fake", **environ)
     try:
-        first = timed(*command, "pull", f"{host}/bench:one", **environ)
-        second = timed(*command, "pull", f"{host}/bench:two", **environ)
-        return {"first": first, "second": second, "rmi": timed(*command, "rmi", f"{host}/bench:one", **environ)}
+        daemon = int((tmp / "store" / "lock").read_text().split("pid ")[1].split(",")[0].split()[0])
+        out = pulls((*command, "pull"), [f"{host}/bench:{name}" for name in NAMES], daemon, **environ)
+        return {**out, "rmi": timed(*command, "rmi", f"{host}/bench:one", **environ)}
     finally:
         run(*command, "down", **environ)
 
 
 def podman(host: str, tmp: Path) -> dict[str, float]:
     command = ("podman", "--root", tmp / "root", "--runroot", tmp / "run", "--storage-driver", "overlay")
-    first = timed(*command, "pull", "-q", "--tls-verify=false", f"{host}/bench:one")
-    second = timed(*command, "pull", "-q", "--tls-verify=false", f"{host}/bench:two")
-    out = {"first": first, "second": second, "rmi": timed(*command, "rmi", f"{host}/bench:one")}
+    out = pulls((*command, "pull", "-q", "--tls-verify=false"), [f"{host}/bench:{name}" for name in NAMES])
+    out["rmi"] = timed(*command, "rmi", f"{host}/bench:one")
     run("umount", "-q", tmp / "root" / "overlay") if os.path.ismount(tmp / "root" / "overlay") else None
     return out
 
@@ -182,9 +204,9 @@ def containerd(host: str, tmp: Path) -> dict[str, float]:
             time.sleep(0.1)
             if attempt == 99:
                 raise SystemExit("containerd did not start")
-        first = timed(*command, "pull", "--plain-http", f"{host}/bench:one")
-        second = timed(*command, "pull", "--plain-http", f"{host}/bench:two")
-        return {"first": first, "second": second, "rmi": timed(*command, "rm", "--sync", f"{host}/bench:one")}
+        names = [f"{host}/bench:{name}" for name in NAMES]
+        out = pulls((*command, "pull", "--plain-http"), names, process.pid)
+        return {**out, "rmi": timed(*command, "rm", "--sync", f"{host}/bench:one")}
     finally:
         process.terminate()
         process.wait()
@@ -195,7 +217,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=300, help="of files in the first image")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compression", choices=("gzip", "zstd"), default="gzip")
-    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--only", default="", help="contenders whose name matches this regular expression")
     arguments = parser.parse_args()
     contenders: dict[str, Pulls] = {"dutchman": ours}
     if shutil.which("podman"):
@@ -204,14 +226,14 @@ def main() -> None:
         contenders["skopeo + umoci"] = skopeo
     if shutil.which("containerd") and shutil.which("ctr"):
         contenders["containerd"] = containerd
-    contenders = {name: call for name, call in contenders.items() if arguments.only in name}
+    contenders = {name: call for name, call in contenders.items() if re.search(arguments.only, name)}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory(prefix="bench-pull-") as place:
         base = Path(place)
         make_images(base / "layout", arguments.megabytes, arguments.compression)
         registry = Registry(base)
         try:
-            for name in ("one", "two"):
+            for name in NAMES:
                 run("skopeo", "--insecure-policy", "copy", "-q", "--preserve-digests", "--dest-tls-verify=false",
                     f"oci:{base}/layout:{name}", f"docker://{registry.host}/bench:{name}")  # fmt: skip
             for number in range(arguments.rounds):
@@ -226,6 +248,8 @@ def main() -> None:
             seconds = [row[what] for row in rows]
             line: dict[str, object] = {"bench": "pull", "what": what, "with": name, "megabytes": arguments.megabytes}
             line |= {"compression": arguments.compression, "median_seconds": round(statistics.median(seconds), 3)}
+            if f"{what} cpu" in rows[0]:
+                line["median_cpu_seconds"] = round(statistics.median(row[f"{what} cpu"] for row in rows), 2)
             print(json.dumps(line | {"rounds": [round(each, 3) for each in seconds]}), flush=True)
 
 
