@@ -172,6 +172,8 @@ class Attachments:
             if item.selinux is not None:
                 self._label(source, out)
             if item.own:
+                if host.LINUX and item.propagation is None:  # what is given away is what is mounted, by one look
+                    source = stack.enter_context(self._places.held(source, _check_ours))
                 give(source, rootfs, user)
             if item.idmap:
                 source = stack.enter_context(
@@ -323,10 +325,14 @@ def _each(source: Path, change: Callable[[bytes, int], None]) -> None:
         os.close(parent)
 
 
+def _check_ours(path: str) -> None:
+    if path in NOT_OURS:
+        raise InvalidArgument(f"volumes: U: {path} belongs to the system and stays its own", at=path)
+
+
 def give(source: Path, rootfs: Path, user: str) -> None:
     """`U`: make the container's user the owner of all of `source`. InvalidArgument for a directory of the system."""
-    if str(source.resolve()) in NOT_OURS:
-        raise InvalidArgument(f"volumes: U: {source} belongs to the system and stays its own", at=str(source))
+    _check_ours(str(source.resolve()))
     who = identify(rootfs, user)
 
     def change(name: bytes, fd: int) -> None:

@@ -6,8 +6,10 @@ changes last, so that what was refused is nowhere. Stateless.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 from pydantic import ValidationError
 
@@ -15,12 +17,14 @@ from engine import fields
 from engine.config import ContainerConfig
 from engine.connections import Connections
 from engine.containers import Containers
-from engine.errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound
 from engine.lifecycle import ALIVE, State
 from engine.model import one_line
 from engine.netconfig import HOST, NONE, Endpoint, is_v6
 from engine.networks import Networks, default_network
 from engine.records import Container
+
+log = logging.getLogger(__name__)
 
 
 def connect(
@@ -64,11 +68,39 @@ def disconnect(containers: Containers, networks: Networks, connections: Connecti
     networks.get(network)
     if network not in _named(container.config):
         raise NotFound(f"{name} is not connected to {network}", at=network)
-    after = _less(container, network)
+    _leave(containers, connections, container, network)
+
+
+def _leave(containers: Containers, connections: Connections, container: Container, network: str) -> None:
+    """Noted first: `finish` goes on where a killed daemon stopped."""
+    records = containers.records
     if _runs(container):
-        resolv = containers.logs(name).current.parents[1] / "resolv.conf"
-        connections.disconnect(container.id, name, network, resolv, after)
-    containers.records.configure(container.id, lambda now: _less(now, network))
+        resolv = containers.logs(container.name).current.parents[1] / "resolv.conf"
+        records.note_leaving(container.id, network)
+        try:
+            connections.disconnect(container.id, container.name, network, resolv, _less(container, network))
+        except Exception:
+            records.forget_leaving(container.id, network)
+            raise
+    records.configure(container.id, lambda now: _less(now, network))
+    records.forget_leaving(container.id, network)
+
+
+def finish(containers: Containers, connections: Connections) -> None:
+    """After a restart: what `disconnect` had begun. The host may have let go while the config still names the network,
+    which nobody but the note could tell from one that was added for the next start."""
+    for id, network in containers.records.leaving():
+        try:
+            container = containers.records.by_id(id)
+            if network in _named(container.config):
+                try:
+                    _leave(containers, connections, container, network)
+                except (NotFound, Busy):  # the host had let go, or the container is ending
+                    containers.records.configure(id, partial(_less, network=network))
+                log.warning("container %s leaves network %s, as was begun", container.name, network)
+        except (EngineError, OSError) as error:
+            log.warning("container %s, network %s: leaving it was begun and is not finished: %s", id, network, error)
+        containers.records.forget_leaving(id, network)
 
 
 def _named(config: ContainerConfig) -> Mapping[str, Endpoint]:

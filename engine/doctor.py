@@ -74,6 +74,7 @@ def _kernel() -> list[Check]:
                 needed=False,
             )
         )
+        checks.append(_idmapped())
     return checks
 
 
@@ -123,6 +124,7 @@ def _rootless() -> list[Check]:
             needed=False,
         )
     )
+    checks.append(_ping())
     others = "user_allow_other" in (line.strip() for line in _lines("/etc/fuse.conf"))
     checks.append(
         Check(
@@ -140,6 +142,29 @@ def _rootless() -> list[Check]:
         advice = getattr(error, "hint", None) or "set XDG_RUNTIME_DIR to a directory of your own"
         checks.append(Check("runtime directory", False, str(error), advice))
     return checks
+
+
+def _ping() -> Check:
+    """slirp4netns passes on `ping` by a socket the user may have or not (icmp(7))."""
+    words = (_lines("/proc/sys/net/ipv4/ping_group_range") or [""])[0].split()
+    first, last = (int(words[0]), int(words[1])) if len(words) == 2 and "".join(words).isdigit() else (1, 0)
+    allowed = any(first <= group <= last for group in {os.getegid(), *os.getgroups()})
+    who = f"groups {first} to {last}" if first <= last else "nobody"
+    return Check(
+        "ping",
+        allowed,
+        f"{who} may send echo requests" + ("" if allowed else ": ping out of a container gets no answer"),
+        'as root: sysctl -w net.ipv4.ping_group_range="0 2147483647"',
+        needed=False,
+    )
+
+
+def _idmapped() -> Check:
+    """`idmap` of mounts; file systems that cannot are named at the start."""
+    new, root = host.kernel_version() >= (5, 12), host.is_root()
+    found = "idmap of mounts: with the file systems that can" if new and root else "idmap of mounts is refused"
+    advice = "Linux 5.12 or newer, and root; U on a mount changes the owners themselves instead"
+    return Check("idmapped mounts", new and root, found, advice, needed=False)
 
 
 def _lines(path: str) -> list[str]:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from engine import discreet, host, userids
+from engine import connecting, discreet, host, userids
 from engine.connections import Connections, state_directory
 from engine.containers import Containers
 from engine.drivers import Drivers
@@ -179,6 +179,7 @@ class Engine:
         self.volumes.remove_orphans()
         self.containers.execution.attachments.settle_all()
         self.connections.reconcile({container.id for container in self.containers.all() if container.state in ALIVE})
+        connecting.finish(self.containers, self.connections)
         if self.drivers.default != "fake" and self.connections.usable:
             self.networks.ensure_default()
         self.history.adopt()

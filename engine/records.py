@@ -282,6 +282,20 @@ class Records:
         """Whether a restart is under way."""
         return self._meta.row("SELECT 1 FROM meta WHERE key = ?", (f"restarting/{id}",)) is not None
 
+    def note_leaving(self, id: str, network: str) -> None:
+        """It is to leave a network: host first, config last."""
+        with self._meta.tx() as db:
+            db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, '')", (f"leaving/{id}/{network}",))
+
+    def forget_leaving(self, id: str, network: str) -> None:
+        with self._meta.tx() as db:
+            db.execute("DELETE FROM meta WHERE key = ?", (f"leaving/{id}/{network}",))
+
+    def leaving(self) -> list[tuple[str, str]]:
+        """(container's id, network) of what a killed daemon did not finish."""
+        rows = self._meta.query("SELECT key FROM meta WHERE key LIKE 'leaving/%'")
+        return [(key[1], key[2]) for row in rows if len(key := row["key"].split("/")) == 3]
+
     # --- waiting ------------------------------------------------------------------------------------------------
 
     def notify(self) -> None:

@@ -144,6 +144,7 @@ class Sessions:
             env=tuple(f"{key}={value}" for key, value in variables.items()),
             cwd=workdir,
             user=user,
+            groups=container.config.group_add,
             own_home=user is not None and not self._has_home(container),
             tty=tty,
             stdin=stdin,

@@ -1,7 +1,7 @@
 """Places of our own that a start's sources are bound to while the runtime mounts them. Floor 3.
 
-Only here: a path inside a volume, and what has its owners mapped. Whoever writes to a source cannot exchange it between
-the look and the mount. Thread-safe; a place that a killed start left is taken down by `clear`.
+Only here: a path inside a volume, and what has its owners mapped or changed. Whoever writes to a source cannot exchange
+it between the look and the mount. Thread-safe; a place that a killed start left is taken down by `clear`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ class Staging:
         """`source` with its owners mapped (MountSpec.idmap). Unsupported names `name` where that cannot be."""
         fd = os.open(source, O_PATH | os.O_CLOEXEC)
         with self._bound(fd, lambda place: idmap.bind(fd, place, wanted, user, name)) as place:
+            yield place
+
+    @contextmanager
+    def held(self, source: Path, check: Callable[[str], None]) -> Iterator[Path]:
+        """What `source` is now, whatever takes its name meanwhile. `check` is called with its real path."""
+        fd = os.open(source, O_PATH | os.O_CLOEXEC)
+        try:
+            check(os.path.realpath(f"/proc/self/fd/{fd}"))
+        except BaseException:
+            os.close(fd)
+            raise
+        with self._bound(fd, lambda place: idmap.bind_tree(fd, place, None)) as place:
             yield place
 
     @contextmanager

@@ -24,6 +24,7 @@ from engine.jobs import Task
 from engine.store import tar
 from engine.store.blobs import no_space
 from engine.store.inflate import NONE, detect
+from engine.store.tarstart import check_start
 from engine.volumefill import OURS
 from engine.walk import FLAGS, RESOLVE, walk
 
@@ -80,6 +81,7 @@ def unpack(path: Path, target: Path, tmp: Path, task: Task) -> int:
     if not path.is_file():
         kind = InvalidArgument if path.exists() else NotFound
         raise kind("a tar file expected" if path.exists() else "no such file", at=str(path))
+    check_start(path)
     with ExitStack() as stack, open(path, "rb") as file:
         plain = path
         if detect(file.read(8)) != NONE:

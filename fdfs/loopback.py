@@ -31,19 +31,27 @@ OVERLAY = (
 )  # its own marks
 UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2  # <linux/stat.h>; what libfuse hands through
 
+Hidden = Callable[[bytes, bytes, os.stat_result, int], bool]  # path, name, its stat, an fd of its directory
 Caller = Callable[[], tuple[int, int, int]]  # -> uid, gid, umask
 
 
 class Loopback:
-    """The host directory `root`. With `overlay_upper` whiteouts are not shown."""
+    """The host directory `root`. With `overlay_upper` whiteouts are not shown, nor what `hidden` says so of."""
 
     def __init__(
-        self, root: Path, *, writable: Callable[[], bool], caller: Caller | None = None, overlay_upper: bool = False
+        self,
+        root: Path,
+        *,
+        writable: Callable[[], bool],
+        caller: Caller | None = None,
+        overlay_upper: bool = False,
+        hidden: Hidden | None = None,
     ) -> None:
         self._root = root
         self._writable = writable
         self._caller = caller
         self._upper = overlay_upper
+        self._hidden = hidden
         self._mix = int.from_bytes(hashlib.blake2b(os.fsencode(root), digest_size=3).digest(), "little") << 39
 
     # --- resolution -------------------------------------------------------------------------------------------------
@@ -80,9 +88,13 @@ class Loopback:
         with self._open(directory, O_PATH | os.O_DIRECTORY) as fd:
             yield fd, name
 
-    def _shown(self, st: os.stat_result) -> bool:
+    def _shown(self, path: bytes, st: os.stat_result, name: bytes, parent: int) -> bool:
         """Whether a file of an overlay's upper directory is one: a 0/0 character device is a whiteout."""
-        return not (self._upper and stat.S_ISCHR(st.st_mode) and st.st_rdev == 0)
+        if not self._upper:
+            return True
+        if stat.S_ISCHR(st.st_mode) and st.st_rdev == 0:
+            return False
+        return self._hidden is None or not self._hidden(path, name, st, parent)
 
     def _lstat(self, path: bytes) -> os.stat_result:
         if not path:
@@ -92,7 +104,8 @@ class Loopback:
                 return os.fstat(kept)
         with self._parent(path) as (fd, name):
             st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if not self._shown(st):
+            shown = self._shown(path, st, name, fd)
+        if not shown:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
         return st
 
@@ -111,7 +124,7 @@ class Loopback:
                 name = os.fsencode(entry.name)
                 if self._upper:
                     st = entry.stat(follow_symlinks=False)
-                    if not self._shown(st):
+                    if not self._shown(path + b"/" + name if path else name, st, name, fd):
                         continue
                     mode = st.st_mode
                 else:

@@ -289,8 +289,19 @@ def test_what_cannot_be_imported(tmp_path: Path, store: ImageStore) -> None:
     (tmp_path / "none.tar").write_bytes(b"")
     with pytest.raises(NotFound):
         import_rootfs(store.images, tmp_path / "gone.tar", "a:1")
-    for name in ("no.tar", "none.tar"):
-        with pytest.raises((Damaged, InvalidArgument)):
+    (tmp_path / "zip.tar").write_bytes(b"PK\x03\x04" + bytes(2000))
+    (tmp_path / "odd.tar").write_bytes(bytes(range(255, 0, -1)) * 9)
+    (tmp_path / "elf.tgz").write_bytes(gzip.compress(b"\x7fELF" * 400))
+    (tmp_path / "zeros.tar").write_bytes(bytes(10240))
+    for name, found in (
+        ("no.tar", "not a tar archive but text that begins with 'this is no tar"),
+        ("none.tar", "nothing: the file is empty"),
+        ("zip.tar", "but a zip archive"),
+        ("odd.tar", "but bytes that begin with ff fe fd fc fb fa f9 f8"),
+        ("elf.tgz", r"a program \(ELF\), compressed with gzip"),
+        ("zeros.tar", "the tar holds nothing"),
+    ):
+        with pytest.raises(InvalidArgument, match=found):
             import_rootfs(store.images, tmp_path / name, "a:1")
     with pytest.raises(InvalidArgument):
         import_rootfs(store.images, tmp_path, "a:1")

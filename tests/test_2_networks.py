@@ -318,4 +318,7 @@ def test_ports_are_bounded(tmp_path: Path, place: Place) -> None:
     many = [PortSpec(host=1024, host_last=2047, container=1024, container_last=2047)]
     with pytest.raises(InvalidArgument, match="at most 512"):
         outside.setup(tmp_path / "netns", "id", "name", [], many, [])
+    six = [PortSpec(host_ip="::1", host=80, host_last=80, container=80, container_last=80)]
+    with pytest.raises(Unsupported, match="::1: an engine without root publishes no ports at IPv6"):
+        outside.setup(tmp_path / "netns", "id", "name", [], six, [])
     assert list(tmp_path.glob("slirp*")) == []

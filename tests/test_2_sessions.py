@@ -166,7 +166,8 @@ def test_it_runs_as_the_container_does_unless_told_otherwise(oci: Execs) -> None
     script = "id -u; echo $A $B $HOME; pwd; grep -E 'CapEff|Seccomp:' /proc/self/status"
     plain, other = oci.run("sh", "-c", script), oci.run("sh", "-c", script, user="web", own_home=True, cwd="/etc")
     added = oci.run("sh", "-c", "echo $A $B", env=("B=new",))
-    for number in (plain, other, added):
+    groups = oci.run("id", "-G", user="web", groups=("4242", "0"))
+    for number in (plain, other, added, groups):
         oci.end(number)
     lines = oci.output(plain).decode().split("\n")
     assert lines[:3] == ["0", "one two /root", "/"]
@@ -174,6 +175,7 @@ def test_it_runs_as_the_container_does_unless_told_otherwise(oci: Execs) -> None
     lines = oci.output(other).decode().split("\n")
     assert lines[:3] == ["33", "one two /srv", "/etc"] and lines[3].split() == ["CapEff:", "0000000000000000"]
     assert oci.output(added) == b"one new\n"
+    assert {"34", "4242", "0"} <= set(oci.output(groups).decode().split())
 
 
 def test_a_terminal_has_a_size_and_takes_control_c(oci: Execs) -> None:

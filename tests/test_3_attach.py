@@ -16,7 +16,7 @@ import pytest
 from engines import eventually
 from ociimages import busybox_rootfs_tar, make_layout
 
-from engine import host, volumefill, volumeusers
+from engine import attach, host, volumefill, volumeusers
 from engine.attach import give
 from engine.engine import Engine
 from engine.errors import Busy, EngineError, InvalidArgument, NotFound, Unsupported
@@ -152,6 +152,24 @@ def test_u_gives_the_source_away_without_following_links(tmp_path: Path, ran: Ca
     assert os.stat(tmp_path / "other").st_uid == 0
     with pytest.raises(InvalidArgument, match="/usr"):
         give(Path("/usr"), tmp_path, "1000")
+
+
+def test_u_mounts_what_it_gave_away_whatever_takes_its_name(
+    tmp_path: Path, ran: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("src", "secret"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("x")
+
+    def swap(*given: Any) -> None:
+        (tmp_path / "src").rename(tmp_path / "away")
+        os.symlink(tmp_path / "secret", tmp_path / "src")
+        give(*given)
+
+    monkeypatch.setattr(attach, "give", swap)
+    assert ran("ls /mine", user="65534", volumes=[f"{tmp_path}/src:/mine:U"]) == "src\n"
+    assert os.stat(tmp_path / "away").st_uid == 65534
+    assert os.stat(tmp_path / "secret").st_uid == os.stat(tmp_path / "secret" / "secret").st_uid == 0
 
 
 @pytest.fixture

@@ -53,6 +53,43 @@ def test_two_connects_at_once_keep_both(engine: Engine, monkeypatch: pytest.Monk
     assert not {"a", "b"} & set(engine.containers.get("c").config.networks)
 
 
+def test_leaving_a_network_goes_on_where_a_killed_daemon_stopped(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    for name in ("a", "b"):
+        engine.networks.create(name)
+    engine.containers.create("c", parse_config("networks: [a, b]"))
+    records, connections, left = engine.containers.records, engine.connections, []
+    with monkeypatch.context() as patch:
+        patch.setattr(connecting, "_runs", lambda container: True)
+        patch.setattr(connections, "disconnect", lambda *given: left.append(given[2]))
+        patch.setattr(records, "configure", killed)
+        with pytest.raises(Killed):
+            connecting.disconnect(engine.containers, engine.networks, connections, "c", "a")
+    assert left == ["a"] and set(records.get("c").config.networks) == {"a", "b"}
+    assert records.leaving() == [(records.get("c").id, "a")]
+    with monkeypatch.context() as patch:  # the host has let go already
+        patch.setattr(connecting, "_runs", lambda container: True)
+        connecting.finish(engine.containers, connections)
+    assert set(records.get("c").config.networks) == {"b"} and records.leaving() == []
+
+
+def test_a_refused_disconnect_is_not_begun_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.networks.create("a")
+    engine.containers.create("c", parse_config("networks: [a]"))
+    monkeypatch.setattr(connecting, "_runs", lambda container: True)
+    with pytest.raises(Busy):  # it has no namespace
+        connecting.disconnect(engine.containers, engine.networks, engine.connections, "c", "a")
+    assert engine.containers.records.leaving() == []
+    assert set(engine.containers.get("c").config.networks) == {"a"}
+
+
 def test_a_process_that_does_not_read_keeps_nobody_from_killing_it(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -352,6 +352,15 @@ def test_a_stopped_containers_root_is_writable_and_diff_shows_it(web: Daemon) ->
     changes = web.sh("cat containers/web/changes").splitlines()
     assert "A /new/mine" in changes and "D /bin/busybox" in changes
     assert web.sh("find containers/web/diff -type f").split() == ["containers/web/diff/new/mine"]
+    upper = next(path for path in web.store.glob("containers/*/upper") if (path / "new/mine").exists())
+    (upper / "etc").mkdir(exist_ok=True)
+    (upper / "etc/hosts").touch()  # as the runtime makes it to mount over
+    assert "A /etc/hosts" not in web.sh("cat containers/web/changes").splitlines()
+    assert "hosts" not in web.sh("ls containers/web/diff/etc").split()
+    assert web.run("cat containers/web/diff/etc/hosts").returncode == 1
+    (upper / "etc/hosts").write_text("written\n")  # no longer only a place to mount over
+    assert "written" in (upper / "etc/hosts").read_text() and "hosts" in web.sh("ls containers/web/diff/etc")
+    (upper / "etc/hosts").unlink()
     web.refused("echo x > containers/web/diff/x", "Read-only file system")
     assert "trusted.overlay" not in web.run("getfattr -d -m - containers/web/diff/new").stdout
     assert web.sh("ls images/busybox:latest/rootfs/bin/busybox")

@@ -26,6 +26,7 @@ from engine.images.manifests import Descriptor, Index, Manifest
 from engine.images.reference import Reference, parse
 from engine.jobs import Task
 from engine.model import canonical_json, hex_of
+from engine.store.tarstart import check_start
 
 MAX_IMAGES = 256  # in one archive
 MAX_DEPTH = 4  # indexes within one another
@@ -354,6 +355,7 @@ def import_rootfs(images: Images, path: Path | str, reference: str | Reference, 
             if not path.exists()
             else InvalidArgument("a tar file expected", at=str(path))
         )
+    check_start(path)
     with images.lease(), ExitStack() as stack:
         with open(path, "rb") as file:
             head = file.read(8)

@@ -83,7 +83,7 @@ def _call(number: int, fd: int, *args: Any) -> int:
     return result
 
 
-def _bind_tree(source: int, target: Path, namespace: int | None) -> None:
+def bind_tree(source: int, target: Path, namespace: int | None) -> None:
     """Bind what the fd `source` is, and what is mounted below it, over `target`, with owners mapped as the user
     namespace of the fd `namespace` maps them: its inner ids are those on the disk. EINVAL: a file system cannot.
 
@@ -113,12 +113,12 @@ def bind(source: int, target: Path, wanted: bool | str, user: Identity, name: st
         maps = {"uid": exchanged(info.st_uid, user.uid), "gid": exchanged(info.st_gid, user.gid)}
     try:
         if all(rows == (ALL_IDS,) for rows in maps.values()):
-            _bind_tree(source, target, None)  # works on every file system
+            bind_tree(source, target, None)  # works on every file system
         elif userids.rootless() is not None:
             raise OSError(errno.EPERM, "an engine without root may not")
         else:
             with _namespace(maps) as namespace:
-                _bind_tree(source, target, namespace)
+                bind_tree(source, target, namespace)
     except OSError as error:
         why = "a file system there cannot" if error.errno == errno.EINVAL else error.strerror
         raise Unsupported(

@@ -35,7 +35,7 @@ from engine.runtimes.base import Exit, State, Status
 from engine.runtimes.conmon import Facts, Files
 from engine.runtimes.sessions import LOG_LIMIT, SessionSpec
 from engine.runtimes.spec import Cgroups
-from engine.runtimes.users import identify
+from engine.runtimes.users import identify, with_extra_groups
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,8 @@ class OciSessions:
         variables = dict(item.partition("=")[::2] for item in environment)
         if spec.user is not None:
             who = identify(rootfs, spec.user)
-            process["user"] = {"uid": who.uid, "gid": who.gid, "additionalGids": list(who.groups)}
+            groups = with_extra_groups(rootfs, who, spec.groups)
+            process["user"] = {"uid": who.uid, "gid": who.gid, "additionalGids": groups}
             if spec.own_home:
                 variables["HOME"] = who.home
         if spec.tty:

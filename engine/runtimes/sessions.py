@@ -28,6 +28,7 @@ class SessionSpec:
     env: tuple[str, ...] = ()  # KEY=VALUE, added to the container's
     cwd: str = ""
     user: str | None = None  # user[:group], names or numbers, looked up in the container
+    groups: tuple[str, ...] = ()  # further groups of `user`, names or numbers, looked up in the container
     own_home: bool = False  # HOME of `user` instead of the container's
     tty: bool = False
     stdin: bool = False

@@ -157,8 +157,6 @@ class Uplink:
         done: list[Forward] = []
         try:
             for item in wanted:
-                if ":" in item.address:
-                    continue  # no IPv6
                 arguments = {
                     "proto": item.protocol,
                     "host_addr": item.address or "0.0.0.0",

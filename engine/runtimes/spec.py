@@ -22,7 +22,7 @@ from engine.runtimes import confine, devices, rootless
 from engine.runtimes.base import RunSpec
 from engine.runtimes.netfiles import NetworkMode, hosts_text, resolv_text
 from engine.runtimes.resources import Resources
-from engine.runtimes.users import extra_groups, identify, make_directory
+from engine.runtimes.users import identify, make_directory, with_extra_groups
 
 CGROUP_PARENT = "/dutchman"
 OCI_VERSION = "1.0.2"
@@ -246,8 +246,7 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
     if not any(item.startswith("HOME=") for item in environment):
         environment.append(f"HOME={who.home}")
     user: dict[str, Any] = {"uid": who.uid, "gid": who.gid}
-    groups = list(who.groups) + [gid for gid in extra_groups(spec.rootfs, config.group_add) if gid not in who.groups]
-    if groups:
+    if groups := with_extra_groups(spec.rootfs, who, config.group_add):
         user["additionalGids"] = groups
     shared = {kind for kind in ("pid", "ipc", "uts") if getattr(config, kind) is Namespace.HOST}
     namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount") if kind not in shared]

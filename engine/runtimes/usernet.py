@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from engine.errors import InvalidArgument
+from engine.errors import InvalidArgument, Unsupported
 from engine.netconfig import PortSpec
 from engine.runtimes.netavark import Netavark
 from engine.runtimes.netbase import Link
@@ -45,6 +45,11 @@ class UserNetworks:
             raise InvalidArgument(
                 f"ports: an engine without root publishes at most {MAX_FORWARDS} of a container", at="ports"
             )
+        if six := next((port.host_ip for port in ports if ":" in port.host_ip), ""):
+            raise Unsupported(
+                f"ports: {six}: an engine without root publishes no ports at IPv6 addresses of the host", at=six,
+                hint="slirp4netns forwards IPv4 only: publish without an address, or at 127.0.0.1",
+            )  # fmt: skip
         self._uplink.ensure()
         # where a port is asked for at is the host's affair; inside, it comes in at the one address there is
         inner = [port.model_copy(update={"host_ip": ""}) for port in ports]

@@ -134,6 +134,11 @@ def extra_groups(rootfs: Path, names: Sequence[str]) -> list[int]:
     return out
 
 
+def with_extra_groups(rootfs: Path, who: Identity, names: Sequence[str]) -> list[int]:
+    """All supplementary groups of a process of `who`: its own, then those of `group_add`. As `extra_groups`."""
+    return list(who.groups) + [gid for gid in extra_groups(rootfs, names) if gid not in who.groups]
+
+
 def make_directory(rootfs: Path, path: str, mode: int = 0o755) -> None:
     """mkdir -p of `path` inside `rootfs`, following symlinks only within it. What cannot be is left to the runtime."""
     with host.directory_fd(rootfs) as root:
