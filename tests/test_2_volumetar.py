@@ -120,7 +120,7 @@ def test_an_absolute_name_is_one_of_the_volume_and_a_link_stays_a_link(tmp_path:
 def test_what_is_no_archive_is_named(tmp_path: Path, target: Path) -> None:
     (tmp_path / "junk").write_bytes(b"\x01junk" * 1000)
     bad = InvalidArgument
-    for path, kind, word in (("none", NotFound, "no such file"), (".", bad, "a tar file"), ("junk", bad, "begin with 01 6a 75 6e")):
+    for path, kind, word in (("none", NotFound, "no such"), (".", bad, "a tar file"), ("junk", bad, "with 01 6a 75")):
         with pytest.raises(kind, match=word):
             unpack(tmp_path / path, target, tmp_path, Task())
     assert os.listdir(target) == []

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import host
-from engine.errors import DeadlineExceeded, NotFound, RuntimeFailure
+from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
 
 CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
 log = logging.getLogger(__name__)
@@ -164,6 +164,19 @@ def open_process(pid: int, started: int) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def send_signal(pid: int, started: int, signum: int, what: str) -> None:
+    """Signal exactly that process. Busy, saying `what` it is of, when it has ended."""
+    process = open_process(pid, started)
+    if process is None:
+        raise Busy(f"the {what}'s process has ended")
+    try:
+        signal.pidfd_send_signal(process, signum)
+    except ProcessLookupError as error:
+        raise Busy(f"the {what}'s process has ended") from error
+    finally:
+        os.close(process)
 
 
 def ended(pidfd: int, seconds: float) -> bool:

@@ -179,15 +179,7 @@ class OciRuntime:
 
     def signal(self, id: str, signum: int) -> None:
         facts = self._expect(id, *LIVE)
-        process = conmon.open_process(facts.pid, facts.pid_start)
-        if process is None:
-            raise Busy("the container's process has ended")
-        try:
-            signal.pidfd_send_signal(process, signum)
-        except ProcessLookupError as error:
-            raise Busy("the container's process has ended") from error
-        finally:
-            os.close(process)
+        conmon.send_signal(facts.pid, facts.pid_start, signum, "container")
         if signum == signal.SIGKILL:
             cgroups.thaw(self._cgroups, id)  # a frozen process of cgroup v1 dies only when thawed
 

@@ -135,15 +135,7 @@ class OciSessions:
         facts = self._facts(self._files(id, number))
         if facts is None:
             raise NotFound("the runtime has no such session")
-        process = conmon.open_process(facts.pid, facts.pid_start)
-        if process is None:
-            raise Busy("the session's process has ended")
-        try:
-            signal.pidfd_send_signal(process, signum)
-        except ProcessLookupError as error:
-            raise Busy("the session's process has ended") from error
-        finally:
-            os.close(process)
+        conmon.send_signal(facts.pid, facts.pid_start, signum, "session")
 
     def send(self, id: str, number: int, data: bytes) -> int:
         return stdio.send(self._files(id, number), data)
