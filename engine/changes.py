@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from engine import userids
+from engine.errors import EngineError
 from engine.store.trees import Tree
 from engine.walk import walk
 
@@ -49,6 +51,21 @@ def is_place(tree: Tree | None, path: bytes, name: bytes, info: os.stat_result, 
         return not os.listdir(fd)
     finally:
         os.close(fd)
+
+
+def hidden_places(tree_of: Callable[[], Tree]) -> Callable[[bytes, bytes, os.stat_result, int], bool]:
+    """Whether an entry is such a mount point, by its path, name, stat and an fd of its directory. The tree is asked for
+    only where it matters; without an image, or when that is gone, nothing says that it had such a file."""
+
+    def hidden(path: bytes, name: bytes, info: os.stat_result, parent: int) -> bool:
+        if path not in PLACES:
+            return False
+        tree: Tree | None = None
+        with suppress(EngineError):
+            tree = tree_of()
+        return is_place(tree, path, name, info, parent)
+
+    return hidden
 
 
 def changes(upper: Path, tree: Tree | None) -> Iterator[tuple[str, bytes]]:

@@ -2,7 +2,7 @@
 
 Floor 7. Only here: the table of commands (each loaded when it is used, so that `dutchman ps` starts quickly) and the
 one place where a Failure becomes text on stderr and an exit code. Commands live in cli_daemon, cli_images,
-cli_containers, cli_verbs, cli_volumes, cli_store, cli_events.
+cli_containers, cli_verbs, cli_volumes, cli_store, cli_events, cli_about.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import click
 
 from fdfs.cli_mount import Failure
 
+COMPLETING = "_DUTCHMAN_COMPLETE"  # click's, set while a shell asks what could follow
 COMMANDS = {
     "up": "fdfs.cli_daemon",
     "down": "fdfs.cli_daemon",
@@ -59,7 +60,10 @@ COMMANDS = {
     "top": "fdfs.cli_verbs",
     "stats": "fdfs.cli_verbs",
     "diff": "fdfs.cli_verbs",
-    "inspect": "fdfs.cli_verbs",
+    "inspect": "fdfs.cli_about",
+    "history": "fdfs.cli_about",
+    "version": "fdfs.cli_about",
+    "info": "fdfs.cli_about",
     "events": "fdfs.cli_events",
 }
 
@@ -77,6 +81,10 @@ class Lazy(click.Group):
 
         command = getattr(importlib.import_module(COMMANDS[cmd_name]), f"{cmd_name}_command")
         assert isinstance(command, click.Command)
+        if COMPLETING in os.environ:
+            from fdfs.cli_complete import dress
+
+            dress(command)
         return command
 
 

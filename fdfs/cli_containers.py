@@ -10,11 +10,13 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
@@ -254,17 +256,36 @@ def _until_ended(mount: Mount, name: str, followers: list[Follower], outputs: li
         time.sleep(pause)
 
 
+def _moment(text: str) -> datetime:
+    """A point in time. One without a zone is this host's."""
+    try:
+        if ago := re.fullmatch(r"(\d{1,9})([smhd])", text):
+            unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[ago[2]]
+            when = datetime.now(UTC) - timedelta(**{unit: int(ago[1])})
+        elif re.fullmatch(r"\d{1,11}(\.\d+)?", text):
+            when = datetime.fromtimestamp(float(text), UTC)
+        else:
+            when = datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError, OSError):
+        raise click.UsageError(f"--since: {text!r} is no time, such as 2026-01-31T12:00:00Z or 10m") from None
+    return when
+
+
 class _Decoded:
     """An output for all.jsonl: each record's line to stdout or stderr, optionally with its time."""
 
-    def __init__(self, times: bool) -> None:
+    def __init__(self, times: bool, since: datetime | None = None) -> None:
+        """What is earlier than `since` is left out."""
         self._rest, self._times, self._fresh = b"", times, {"stdout": True, "stderr": True}
+        self._since = since
 
     def write(self, chunk: bytes) -> None:
         lines = (self._rest + chunk).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
             record = json.loads(line)
+            if self._since is not None and datetime.fromisoformat(record["time"]) < self._since:
+                continue
             stream = record["stream"]
             output = sys.stderr if stream == "stderr" else sys.stdout
             if self._times and self._fresh[stream]:
@@ -281,23 +302,30 @@ class _Decoded:
 @mount_option
 @click.option("-f", "--follow", is_flag=True, help="Go on until the container stops.")
 @click.option("-n", "--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
+@click.option("--since", metavar="TIME", help="Only later lines: 2026-01-31T12:00:00Z, a date, or 10m ago.")
 @click.option("-t", "--timestamps", is_flag=True, help="When each line arrived.")
 @click.option("--stdout", "only", flag_value="stdout", help="Only its stdout, byte for byte.")
 @click.option("--stderr", "only", flag_value="stderr", help="Only its stderr, byte for byte.")
 @click.argument("name")
 def logs_command(
-    mount: str | None, follow: bool, tail: int | None, timestamps: bool, only: str | None, name: str
+    mount: str | None,
+    follow: bool,
+    tail: int | None,
+    since: str | None,
+    timestamps: bool,
+    only: str | None,
+    name: str,
 ) -> None:
     """What a container printed: its stdout on stdout, its stderr on stderr, in order of arrival."""
     where = Mount.find(mount)
     where.container(name)
-    if only and timestamps:
-        raise click.UsageError("--timestamps needs both streams")
+    if only and (timestamps or since):
+        raise click.UsageError(f"{'--timestamps' if timestamps else '--since'} needs both streams")
     path = where.path("containers", name, "logs", only or "all.jsonl")
     offset = tail_offset(path, tail) if tail is not None and path.exists() else 0
     follower = Follower(path, offset)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    output: Any = sys.stdout.buffer if only else _Decoded(timestamps)
+    output: Any = sys.stdout.buffer if only else _Decoded(timestamps, _moment(since) if since else None)
     if follow:
         for _ in _until_ended(where, name, [follower], [output]):
             pass

@@ -97,7 +97,7 @@ def pull_command(mount: str | None, platform: str | None, reference: str) -> Non
     click.echo(reference)
 
 
-def _names(mount: Mount) -> dict[str, str]:
+def names_of_images(mount: Mount) -> dict[str, str]:
     """Every name in images/ and the digest directory it refers to."""
     names = {}
     for directory, below, files in os.walk(mount.path("images")):
@@ -111,7 +111,7 @@ def _names(mount: Mount) -> dict[str, str]:
 
 
 def _told(mount: Mount, before: dict[str, str]) -> None:
-    after = _names(mount)
+    after = names_of_images(mount)
     for name in sorted(name for name, digest in after.items() if before.get(name) != digest):
         click.echo(name)
 
@@ -122,7 +122,7 @@ def _told(mount: Mount, before: dict[str, str]) -> None:
 def load_command(mount: str | None, path: str) -> None:
     """Take in images from an OCI layout or a docker-archive (as `docker save` writes)."""
     where = Mount.find(mount)
-    before = _names(where)
+    before = names_of_images(where)
     line = f"load {shlex.quote(str(absolute(path)))}"
     follow(where, where.command(("images",), line, what=f"load {path}"), f"load {path}")
     _told(where, before)
@@ -142,14 +142,19 @@ def import_command(mount: str | None, path: str, reference: str) -> None:
 
 @click.command("images")
 @mount_option
-def images_command(mount: str | None) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Digests only, shortened as in the list.")
+def images_command(mount: str | None, quiet: bool) -> None:
     """List images."""
     where = Mount.find(mount)
-    named = _names(where)
+    named = names_of_images(where)
     rows = []
     for name, digest in sorted(named.items()):
         rows.append((name, digest))
     rows += [("", digest) for digest in where.names("images", "by-digest") if digest not in named.values()]
+    if quiet:
+        for digest in dict.fromkeys(digest for _, digest in rows):
+            click.echo(digest[7:19])
+        return
     table = []
     for name, digest in rows:
         image = ("images", "by-digest", digest)
@@ -165,7 +170,7 @@ def rmi_command(mount: str | None, references: tuple[str, ...]) -> None:
     """Remove names of images; an image without names goes with its last one."""
     where = Mount.find(mount)
     for reference in references:
-        named = _names(where)
+        named = names_of_images(where)
         if reference not in named and f"{reference}:latest" in named:
             reference = f"{reference}:latest"
         if reference in named:
@@ -182,9 +187,9 @@ def rmi_command(mount: str | None, references: tuple[str, ...]) -> None:
         click.echo(reference)
 
 
-def _image(mount: Mount, text: str) -> tuple[str, ...]:
+def image_directory(mount: Mount, text: str) -> tuple[str, ...]:
     """The directory of the image people mean by a name, a digest or its first digits."""
-    named = _names(mount)
+    named = names_of_images(mount)
     digests = mount.names("images", "by-digest")
     digest = named.get(text) or named.get(f"{text}:latest")
     if digest is None:
@@ -202,7 +207,7 @@ def _image(mount: Mount, text: str) -> tuple[str, ...]:
 def tag_command(mount: str | None, image: str, reference: str) -> None:
     """Give an image one more name."""
     where = Mount.find(mount)
-    where.command(_image(where, image), f"tag {shlex.quote(reference)}", what=f"tag {image}")
+    where.command(image_directory(where, image), f"tag {shlex.quote(reference)}", what=f"tag {image}")
 
 
 @click.command("push")
@@ -214,20 +219,37 @@ def push_command(mount: str | None, image: str, reference: str | None) -> None:
     where = Mount.find(mount)
     name = reference or image
     line = f"push {shlex.quote(name)}"
-    follow(where, where.command(_image(where, image), line, what=f"push {name}"), f"push {name}")
+    follow(where, where.command(image_directory(where, image), line, what=f"push {name}"), f"push {name}")
     click.echo(name)
 
 
 @click.command("save")
 @mount_option
-@click.option("--format", "form", type=click.Choice(["oci", "docker"]), default="oci", show_default=True)
-@click.option("-o", "--output", "path", required=True, metavar="PATH", help="A new directory (oci) or .tar.")
+@click.option("--format", "form", type=click.Choice(["oci", "docker"]), help="Default: oci with -o, else docker.")
+@click.option("-o", "--output", "path", metavar="PATH", help="A new directory (oci) or .tar; default: a tar on stdout.")
 @click.argument("image")
-def save_command(mount: str | None, form: str, path: str, image: str) -> None:
+def save_command(mount: str | None, form: str | None, path: str | None, image: str) -> None:
     """Write an image to files: an OCI layout, or an archive as docker save writes."""
     where = Mount.find(mount)
-    line = f"save {shlex.quote(str(absolute(path)))} format={form}"
-    follow(where, where.command(_image(where, image), line, what=f"save {image}"), f"save {image}")
+
+    def save(target: str, form: str) -> None:
+        line = f"save {shlex.quote(str(absolute(target)))} format={form}"
+        follow(where, where.command(image_directory(where, image), line, what=f"save {image}"), f"save {image}")
+
+    if path is not None and path != "-":
+        save(path, form or "oci")
+        return
+    if sys.stdout.isatty():
+        raise Failure(f"save {image}: an archive is nothing for a terminal", "hint: -o FILE.tar, or a pipe")
+    import shutil
+    import tempfile
+
+    # the engine writes whole files; it has another working directory, and may have other namespaces, but this /tmp
+    with tempfile.TemporaryDirectory(prefix="dutchman-save-") as place:
+        save(f"{place}/image.tar", form or "docker")
+        with open(f"{place}/image.tar", "rb") as archive:
+            shutil.copyfileobj(archive, sys.stdout.buffer, 1 << 20)
+        sys.stdout.buffer.flush()
 
 
 @click.command("export")
@@ -238,7 +260,7 @@ def export_command(mount: str | None, path: str, image: str) -> None:
     """Write the root filesystem of an image to a tar."""
     where = Mount.find(mount)
     line = f"export {shlex.quote(str(absolute(path)))}"
-    follow(where, where.command(_image(where, image), line, what=f"export {image}"), f"export {image}")
+    follow(where, where.command(image_directory(where, image), line, what=f"export {image}"), f"export {image}")
 
 
 @click.command("commit")
@@ -257,6 +279,6 @@ def commit_command(
     line = shlex.join(("commit", *words, *(f"change={item}" for item in change))).replace("\n", " ")
     follow(where, where.command(("containers", container), line, what=f"commit {container}"), f"commit {container}")
     try:
-        click.echo(_image(where, reference)[-1])
+        click.echo(image_directory(where, reference)[-1])
     except Failure:  # a name that is shown shorter, such as docker.io/library/…
         click.echo(reference)

@@ -1,4 +1,4 @@
-"""`dutchman network ls create rm connect disconnect`: networks through their files. Floor 7, one thread."""
+"""`dutchman network ls inspect create rm connect disconnect`: networks through their files. Floor 7, one thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shlex
 
 import click
 
+from fdfs.cli_about import inspector, network
 from fdfs.cli_mount import Failure, Mount
 from fdfs.cli_options import columns, mount_option
 
@@ -34,6 +35,9 @@ def ls(mount: str | None, quiet: bool) -> None:
         kind = "internal" if where.field("networks", name, "internal") == "true" else ""
         rows.append((name, where.field("networks", name, "driver"), subnet, kind, containers))
     columns(("NAME", "DRIVER", "SUBNET", "ACCESS", "CONTAINERS"), rows)
+
+
+network_command.add_command(inspector(network, "networks"))
 
 
 @network_command.command("create")

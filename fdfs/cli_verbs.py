@@ -1,4 +1,4 @@
-"""Short commands on containers: `stop`, `rm`, `restart`, `port`, `update`, `stats`, `inspect` and their like.
+"""Short commands on containers: `stop`, `rm`, `restart`, `port`, `update`, `stats` and their like.
 
 Floor 7. Only here: these short commands. One thread.
 """
@@ -20,10 +20,6 @@ from fdfs.cli_options import columns, human, mount_option
 FORCE = 30.0  # seconds `rm -f` goes on killing and removing
 PATIENCE, POLL = 10.0, 0.05  # seconds: between stop and start of a restart; between two looks
 SAMPLE = 1.0  # seconds over which CPU use is measured
-SHOWN = (
-    "id", "state", "reason", "image", "pid", "exit_code", "oom", "restarts", "created_at", "started_at",
-    "finished_at", "runtime",
-)  # fmt: skip
 
 
 def _await_stop(where: Mount, name: str) -> None:
@@ -212,22 +208,6 @@ def diff_command(mount: str | None, name: str) -> None:
     text = where.read("containers", where.container(name), "changes")
     if text:
         click.echo(text)
-
-
-@click.command("inspect")
-@mount_option
-@click.argument("names", nargs=-1, required=True)
-def inspect_command(mount: str | None, names: tuple[str, ...]) -> None:
-    """Everything about containers, as YAML: what they are now, and their whole config."""
-    where = Mount.find(mount)
-    for name in names:
-        container = ("containers", where.container(name))
-        config = where.read(*container, "config.yaml")
-        click.echo(f"---\nname: {name}")
-        for key in SHOWN:
-            value = where.field(*container, key)
-            click.echo(f"{key}: {value if value.isdigit() and len(value) < 16 else json.dumps(value)}")
-        click.echo("config:\n" + "\n".join(f"  {line}" for line in config.splitlines()))
 
 
 @click.command("stats")

@@ -1,4 +1,4 @@
-"""`dutchman volume ls create rm prune clone snapshot export import`: volumes through their files.
+"""`dutchman volume ls inspect create rm prune clone snapshot export import`: volumes through their files.
 
 Floor 7. Only here: how the command line becomes lines for volumes/ctl. One thread.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from fdfs.cli_about import inspector, volume
 from fdfs.cli_images import follow
 from fdfs.cli_mount import Failure, Mount, absolute
 from fdfs.cli_options import columns, human, mount_option
@@ -43,6 +44,9 @@ def ls(mount: str | None, quiet: bool) -> None:
             continue  # removed meanwhile
         rows.append((name, where.field("volumes", name, "driver"), size, users))
     columns(("NAME", "DRIVER", "SIZE", "USED BY"), rows)
+
+
+volume_command.add_command(inspector(volume, "volumes"))
 
 
 @volume_command.command("create")

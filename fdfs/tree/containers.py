@@ -10,7 +10,7 @@ from engine import fields
 from engine.commit import COMMITTABLE
 from engine.commit import commit as commit_container
 from engine.config import parse_config
-from engine.errors import Busy, EngineError, InvalidArgument, NotFound
+from engine.errors import Busy, InvalidArgument, NotFound
 from engine.images.newimage import check as check_change
 from engine.images.reference import parse as parse_reference
 from engine.records import PINNED
@@ -186,24 +186,14 @@ def rootfs_source(engine: Any, name: str) -> BindSource:
 
 
 def diff(engine: Any, name: str) -> Loopback | GuestGraft:
-    from engine.changes import PLACES, is_place
+    from engine.changes import hidden_places
 
     container = engine.containers.get(name)
     guest = engine.guests.files(container)
     if guest is not None:
         return GuestGraft(guest, "upper", writable=False)
-
-    def place(path: bytes, last: bytes, info: Any, parent: int) -> bool:
-        if path not in PLACES:
-            return False
-        try:
-            tree = engine.trees.open(engine.containers.execution.image_of(container).chain_id)
-        except EngineError:  # no image, or it is gone: nothing says that it had such a file
-            tree = None
-        return is_place(tree, path, last, info, parent)
-
-    upper = Path(engine.containers.upper(name))
-    return Loopback(upper, writable=lambda: False, overlay_upper=True, hidden=place)
+    hidden = hidden_places(lambda: engine.trees.open(engine.containers.execution.image_of(container).chain_id))
+    return Loopback(Path(engine.containers.upper(name)), writable=lambda: False, overlay_upper=True, hidden=hidden)
 
 
 def changes(engine: Any, name: str) -> bytes:
