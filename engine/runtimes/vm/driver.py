@@ -11,6 +11,7 @@ plan, bundle/vm.json), pausing it by QMP, and which files of the host must be le
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import os
@@ -34,7 +35,6 @@ from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu
 
 QMP_SECONDS = 10.0
 SHIM = """#!{python} -SE
-import sys
 sys.path.insert(0, {root!r})
 from engine.runtimes.vm.shim import main
 sys.exit(main(sys.argv[1:]))
@@ -60,9 +60,10 @@ class VmRuntime(OciRuntime):
         kernel = self._kernels.get(None)
         choice = self._accelerators.choose(binary, arch)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        shim = self._state / "dutchman-vm"
-        root = str(Path(__file__).parents[3])
-        host.write_atomic(shim, SHIM.format(python=sys.executable, root=root).encode(), 0o700)
+        text = SHIM.format(python=sys.executable, root=str(Path(__file__).parents[3])).encode()
+        shim = self._state / f"dutchman-vm-{hashlib.sha256(text).hexdigest()[:8]}"  # other engines have theirs here
+        if not shim.exists():
+            host.write_atomic(shim, text, 0o700)
         reason = f"{choice.reason}; kernel {kernel.name}"
         version = f"{first_line([str(binary), '--version'])}, {first_line([monitor, '--version'])}"
         return Probe(True, reason, version), str(shim), monitor

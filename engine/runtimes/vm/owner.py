@@ -128,11 +128,13 @@ class Owner:
         if self._libc.unshare(CLONE_NEWNS) < 0:
             raise RuntimeFailure(f"a mount namespace for what is shared: {os.strerror(ctypes.get_errno())}")
         host.mount("none", Path("/"), "none", host.MS_REC | MS_SLAVE)
-        for number, source in enumerate(sources):
+        for number, (source, writable) in enumerate(sources.items()):
             target = place / str(number)
             host.remove_tree(target)
             target.mkdir() if os.path.isdir(source) else target.touch()
             host.mount(source, target, "none", host.MS_BIND | host.MS_REC)
+            if not writable:  # whatever the guest says
+                host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY)
         # copies of the store's and people's mounts would keep disks and file systems alive that others take down
         store = str(self.place.parents[3])
         for point, kind, _ in reversed(list(host.mounts())):

@@ -8,7 +8,7 @@ Source: runtime-spec config.md, config-linux.md; cgroup v2 files: Documentation/
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from engine.runtimes.vm.protocol import fields
@@ -91,17 +91,14 @@ _TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
 
 
 def _mount(mount: Mapping[str, Any], shared: Mapping[str, str]) -> list[bytes]:
-    """One mount of the document; a read-only bind needs the kernel to be told twice."""
+    """One mount of the document. The agent tells the kernel twice where it has to be (a read-only bind)."""
     target, kind, source = str(mount["destination"]), str(mount.get("type", "bind")), str(mount.get("source", ""))
     if target in SKIPPED:
         return []
     options = [option for option in mount.get("options", ()) if option not in ("newinstance",)]
     if kind == "bind" or "bind" in options or "rbind" in options:
         flags, _ = mount_flags([option for option in options if option not in _PROPAGATION])
-        out = [fields(shared[source], target, "", (flags | 4096 | 16384) & ~1, "")]
-        if flags & 1:
-            out.append(fields("", target, "", 4096 | 32 | flags, ""))
-        return out
+        return [fields(shared[source], target, "", flags | 4096 | 16384, "")]
     flags, data = mount_flags([option for option in options if option not in _PROPAGATION])
     return [fields(source, target, kind, flags, data)]
 
@@ -134,11 +131,12 @@ def _max(value: int) -> str:
     return "max" if value < 0 else str(value)
 
 
-def bind_sources(document: Mapping[str, Any]) -> Sequence[str]:
-    """The host paths that bind mounts of the document name, each once."""
-    sources = (
-        str(mount["source"])
-        for mount in document.get("mounts", ())
-        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options", ()))
-    )
-    return list(dict.fromkeys(sources))
+def bind_sources(document: Mapping[str, Any]) -> dict[str, bool]:
+    """The host paths that bind mounts of the document name, and whether the guest may write there."""
+    out: dict[str, bool] = {}
+    for mount in document.get("mounts", ()):
+        options = set(mount.get("options", ()))
+        if mount.get("type") == "bind" or {"bind", "rbind"} & options:
+            source = str(mount["source"])
+            out[source] = out.get(source, False) or "ro" not in options
+    return out
