@@ -35,6 +35,7 @@ from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu
 
 QMP_SECONDS = 10.0
 SHIM = """#!{python} -SE
+import sys
 sys.path.insert(0, {root!r})
 from engine.runtimes.vm.shim import main
 sys.exit(main(sys.argv[1:]))
