@@ -23,7 +23,7 @@ from engine.images.upperlayer import entry
 from engine.jobs import Task
 from engine.store import tar
 from engine.store.blobs import no_space
-from engine.store.inflate import NONE, detect
+from engine.store.inflate import NONE, detect, inflate
 from engine.store.tarstart import check_start
 from engine.volumefill import OURS
 from engine.walk import FLAGS, RESOLVE, walk
@@ -87,33 +87,39 @@ def unpack(path: Path, target: Path, tmp: Path, task: Task) -> int:
         if detect(file.read(8)) != NONE:
             plain = inflated(path, tmp, stack, task)
         try:
-            return _Unpacked(target).run(plain, task)
+            with open(plain, "rb") as archive, host.directory_fd(target) as top:
+                return _Unpacked(top, owners=True).run(iter(lambda: archive.read(PIECE), b""), task)
         except OSError as error:
             if full := no_space(error):
                 raise full from error
             raise
 
 
+def unpack_stream(blocks: Iterator[bytes], top: int, *, owners: bool) -> int:
+    """The same from a stream, into the open directory `top`, which may hold something: a file in the way is replaced,
+    a directory merged into. Without `owners`, what only root may set is left out. Damaged leaves what came before."""
+    return _Unpacked(top, owners).run(inflate(blocks), Task())
+
+
 class _Unpacked:
-    def __init__(self, target: Path) -> None:
-        self._target = target
+    def __init__(self, top: int, owners: bool) -> None:
+        self._top, self._owners = top, owners
         self._times: list[tuple[bytes, tar.Member]] = []  # of directories, set when all is in them
 
-    def run(self, path: Path, task: Task) -> int:
+    def run(self, blocks: Iterator[bytes], task: Task) -> int:
         count = 0
-        with host.directory_fd(self._target) as top, open(path, "rb") as file:
-            reader = tar.TarReader(iter(lambda: file.read(PIECE), b""))
-            for member in reader:
-                task.check()
-                self._member(top, member, reader, task)
-                count += 1
-                task.advance("tar", reader.offset, 0, "reading")
-            for name, member in reversed(self._times):
-                fd = host.open_in_root(top, name, FLAGS, resolve=RESOLVE)
-                try:
-                    _dress(fd, member)
-                finally:
-                    os.close(fd)
+        reader = tar.TarReader(blocks)
+        for member in reader:
+            task.check()
+            self._member(self._top, member, reader, task)
+            count += 1
+            task.advance("tar", reader.offset, 0, "reading")
+        for name, member in reversed(self._times):
+            fd = host.open_in_root(self._top, name or b".", FLAGS, resolve=RESOLVE)
+            try:
+                self._dress(fd, member)
+            finally:
+                os.close(fd)
         return count
 
     def _member(self, top: int, member: tar.Member, reader: tar.TarReader, task: Task) -> None:
@@ -179,7 +185,7 @@ class _Unpacked:
             )
             try:
                 _body(fd, member, reader, task)
-                _dress(fd, member)
+                self._dress(fd, member)
             finally:
                 os.close(fd)
             return
@@ -192,10 +198,20 @@ class _Unpacked:
         else:
             kind = stat.S_IFCHR if member.type == tar.CHAR else stat.S_IFBLK
             os.mknod(name, 0o600 | kind, os.makedev(member.devmajor, member.devminor), dir_fd=parent)
-        os.chown(name, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
+        if self._owners:
+            os.chown(name, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
         if member.type != tar.SYMLINK:
             os.chmod(name, member.mode, dir_fd=parent)
         os.utime(name, ns=(member.mtime_ns, member.mtime_ns), dir_fd=parent, follow_symlinks=False)
+
+    def _dress(self, fd: int, member: tar.Member) -> None:
+        if self._owners:
+            os.fchown(fd, member.uid, member.gid)
+        for key, value in member.xattrs.items():
+            if key.startswith(XATTRS) and (self._owners or not key.startswith(b"security.")):
+                os.setxattr(fd, key, value)
+        os.fchmod(fd, member.mode)
+        os.utime(fd, ns=(member.mtime_ns, member.mtime_ns))
 
 
 def _parts(name: bytes) -> list[bytes]:
@@ -228,12 +244,3 @@ def _body(fd: int, member: tar.Member, reader: tar.TarReader, task: Task) -> Non
                     done += os.pwrite(fd, step[done:], at + done)
             at, left, piece = at + len(step), left - len(step), piece[len(step) :]
     os.ftruncate(fd, member.size)
-
-
-def _dress(fd: int, member: tar.Member) -> None:
-    os.fchown(fd, member.uid, member.gid)
-    for key, value in member.xattrs.items():
-        if key.startswith(XATTRS):
-            os.setxattr(fd, key, value)
-    os.fchmod(fd, member.mode)
-    os.utime(fd, ns=(member.mtime_ns, member.mtime_ns))

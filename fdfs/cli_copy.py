@@ -72,14 +72,49 @@ def cp_command(mount: str | None, archive: bool, source: str, target: str) -> No
     A directory is copied with all it holds: into TARGET when that is a directory, else as TARGET. SOURCE ending in `/.`
     means what is in it. Modes, times, symlinks and devices stay as they are. The same as `cp` on `rootfs/`, but a
     container's own symlinks are followed only inside it.
+
+    `-` in place of one of them is a tar: NAME:PATH - writes one to standard output, - NAME:DIRECTORY makes what the one
+    on standard input holds (owners too, for root). It is refused where it leads through a symlink.
     """
     where = Mount.find(mount)
+    if "-" in (source, target):
+        _stream(where, source, target)
+        return
     with _place(where, source) as origin, _place(where, target) as goal:
         try:
             _copy_to(origin, goal, archive)
         except OSError as error:
             name = f"{error.filename}: " if isinstance(error.filename, str) else ""
             raise Failure(f"cp {source} {target}: {name}{error.strerror}") from None
+
+
+def _stream(where: Mount, source: str, target: str) -> None:
+    from fdfs import cli_tar
+
+    what = f"cp {source} {target}"
+    with _place(where, target if source == "-" else source) as place, ExitStack() as stack:
+        if place.root is None:
+            raise Failure(f"{what}: a tar is of a path in a container", "hint: NAME:PATH - or - NAME:DIRECTORY")
+
+        def opened(path: str) -> int:
+            fd = place.open(path, DIRECTORY)
+            stack.callback(os.close, fd)
+            return fd
+
+        try:
+            if source == "-":
+                cli_tar.read(opened(place.path), what)
+                return
+            directory, name = _split(place.path)
+            if name:
+                cli_tar.write(opened(directory), name, name, what)
+            else:
+                cli_tar.write(opened(place.path), ".", ".", what)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            path = f"{error.filename}: " if isinstance(error.filename, str) else ""
+            raise Failure(f"{what}: {path}{error.strerror}") from None
 
 
 def _copy_to(origin: Place, goal: Place, owners: bool) -> None:

@@ -23,7 +23,9 @@ from fdfs.cli_options import mount_option
 from fdfs.cli_terminal import Detached, Hangup, Keys, Pump, connect, raw, window, write_all
 
 POLL = 0.03  # seconds between looks where there is no socket
-SETTLE = 40  # looks until what was printed before and after connecting is told apart
+SETTLE = 10  # looks until what was printed before and after connecting is told apart
+SEEN = 256 << 10  # bytes that suffice for it
+HEAD = 32  # bytes of which all places are looked at
 
 
 def _control(mount: Mount, directory: tuple[str, ...], line: str) -> None:
@@ -197,24 +199,28 @@ def _terminal(mount: Mount, name: str, *, fresh: bool) -> int:
     container = ("containers", name)
     log = Follower(mount.path(*container, "logs", "stdout"))
     path = mount.field(*container, "attach")
+    before = b"".join(log.read()) if fresh else b""
     client = connect(path) if path else None
     if client is None:  # it has ended already
-        for chunk in log.read() if fresh else ():
-            write_all(1, chunk)
+        if fresh:
+            write_all(1, b"".join((before, *log.read())))
         return _exit_code(mount, container, f"attach {name}")
     interactive = os.isatty(0)
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
         if interactive:
             stack.enter_context(raw(0))
+        skip = 0
         if fresh:
-            write_all(1, _printed(client, log))
+            text, skip = _printed(client, log, before)
+            write_all(1, text)
         _resize(mount, container)
         pump = Pump(
             client,
             keys=Keys() if interactive else None,
             on_resize=lambda: _resize(mount, container),
             on_signal=None if interactive else lambda signum: _control(mount, container, f"kill {signum}"),
+            skip=skip,
         )
         try:
             pump.run(0 if interactive else None)
@@ -225,25 +231,39 @@ def _terminal(mount: Mount, name: str, *, fresh: bool) -> int:
     return _exit_code(mount, container, f"attach {name}")
 
 
-def _printed(client: socket.socket, log: Follower) -> bytes:
+def _printed(client: socket.socket, log: Follower, before: bytes) -> tuple[bytes, int]:
     """What the container printed before and just after we connected: the log has both, the socket only the latter.
 
-    The two are told apart once the log ends with what came through the socket. If it prints without a pause that may
-    never be seen; then the log is believed, and a little may appear twice.
+    `before` is what the log had before. Returned with it: how many of the next bytes of the socket are in it already.
     """
-    logged, received = b"", b""
+    logged, received = before, b""
     for _ in range(SETTLE):
         logged += b"".join(log.read())
         quiet = True
-        while select.select([client], [], [], POLL)[0]:
+        while len(received) < SEEN and select.select([client], [], [], POLL)[0]:
             try:
                 packet = client.recv(70000)
             except ConnectionError:
                 packet = b""
             if not packet:  # it has ended: the log has it all
-                return b"".join((logged, *log.read()))
+                return b"".join((logged, *log.read())), 0
             received += packet[1:]
             quiet = False
-        if quiet and logged.endswith(received):
+        if quiet or len(received) >= SEEN:
             break
-    return logged
+    return merged(logged, received, len(before))
+
+
+def merged(logged: bytes, received: bytes, least: int) -> tuple[bytes, int]:
+    """All of a stream whose beginning is `logged`, and of which `received` is a part that begins at `least` or later
+    and ends with all that has come; and how many bytes that are still to come are in it.
+
+    It begins at the first place that fits; a stream that repeats itself fits at several, of which that is the nearest.
+    """
+    at, head = least, received[:HEAD]
+    while True:
+        both = min(len(received), len(logged) - at)
+        if logged[at : at + both] == received[:both]:
+            return logged + received[len(logged) - at :], len(logged) - at - both
+        found = logged.find(head, at + 1)
+        at = found if found >= 0 else max(at + 1, len(logged) - len(head) + 1)

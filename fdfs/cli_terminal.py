@@ -98,9 +98,11 @@ class Pump:
         keys: Keys | None = None,
         on_resize: Callable[[], None] | None = None,
         on_signal: Callable[[int], None] | None = None,
+        skip: int = 0,
     ) -> None:
-        """`keys`: input comes from a terminal. `on_signal` gets SIGINT, SIGTERM …; without it they end this command."""
-        self._client = client
+        """`keys`: input comes from a terminal. `on_signal` gets SIGINT, SIGTERM …; without it they end this command.
+        `skip`: so many bytes of output have been shown already."""
+        self._client, self._skip = client, skip
         self._keys = keys
         self._on_resize, self._on_signal = on_resize, on_signal
         self._pending = memoryview(b"")
@@ -169,7 +171,9 @@ class Pump:
             return False
         if not packet:
             return False
-        write_all(2 if packet[0] == STDERR else 1, packet[1:])
+        shown = packet[1 + self._skip :]
+        self._skip = max(0, self._skip - (len(packet) - 1))
+        write_all(2 if packet[0] == STDERR else 1, shown)
         return True
 
     def _read(self, source: int) -> None:

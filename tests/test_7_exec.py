@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
+import io
 import os
 import pty
 import select
@@ -10,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import termios
 import time
 from collections.abc import Iterator
@@ -17,6 +20,8 @@ from pathlib import Path
 
 import pytest
 from dutchman import ROOT, Dutchman, demo_archive, needs_oci, wait_for
+
+from fdfs.cli_exec import merged
 
 LIVE = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
 
@@ -325,3 +330,51 @@ def test_cp_copies_both_ways_and_stays_inside(engine: Dutchman, tmp_path: Path) 
     assert (outside / "kept").read_text() == "host" and os.listdir(outside) == ["kept"]
     assert piped(engine, "exec", "web", "cat", "/root/file").stdout == b"new"
     assert "there is no container" in engine.cli("cp", "nope:/x", str(tmp_path), code=1).stderr
+
+
+def test_cp_has_tars_on_pipes(engine: Dutchman, tmp_path: Path) -> None:
+    made = "mkdir -p /root/t/sub; cd /root/t; echo a > f; ln f sub/g; ln -s /etc/passwd l; chmod 700 ."
+    assert piped(engine, "exec", "web", "sh", "-c", made).returncode == 0
+    out = piped(engine, "cp", "web:/root/t", "-")
+    with tarfile.open(fileobj=io.BytesIO(out.stdout)) as archive:
+        members = {member.name: member for member in archive}
+    assert sorted(members) == ["t", "t/f", "t/l", "t/sub", "t/sub/g"] and members["t"].mode == 0o700
+    assert members["t/l"].linkname == "/etc/passwd"
+    assert members["t/sub/g"].islnk() and members["t/sub/g"].linkname == "t/f"
+    one = piped(engine, "cp", "web:/root/t/f", "-")
+    with tarfile.open(fileobj=io.BytesIO(one.stdout)) as archive:
+        assert archive.getnames() == ["f"]
+    piped(engine, "exec", "web", "mkdir", "/root/there")
+    for data in (out.stdout, gzip.compress(out.stdout)):  # the second time over what is there
+        done = piped(engine, "cp", "-", "web:/root/there", data=data)
+        assert done.returncode == 0, done.stderr
+    looked = piped(
+        engine, "exec", "web", "sh", "-c", "cd /root/there/t; cat sub/g; stat -c %h f; stat -c %a .; readlink l"
+    )
+    assert looked.stdout == b"a\n2\n700\n/etc/passwd\n"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    piped(engine, "exec", "web", "ln", "-s", str(outside), "/root/there/away")
+    for name in ("away/x", "../x"):
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+        assert piped(engine, "cp", "-", "web:/root/there", data=raw.getvalue()).returncode == 1
+    assert os.listdir(outside) == []
+    assert b"bad tar header" in piped(engine, "cp", "-", "web:/root/there", data=b"text" * 500).stderr
+    assert b"No such file" in piped(engine, "cp", "-", "web:/root/nowhere", data=out.stdout).stderr
+    assert b"of a path in a container" in piped(engine, "cp", "-", str(tmp_path), data=out.stdout).stderr
+
+
+@pytest.mark.parametrize(
+    "text", [os.urandom(4000), b"y\n" * 2000, b"a" * 4000, b"".join(b"%d\n" % n for n in range(900))]
+)
+def test_what_a_log_and_a_connection_both_have_is_shown_once(text: bytes) -> None:
+    """Wherever the connection began and however far the log was read: all of it once, in order."""
+    for begin in (0, 1, 700, 2000):
+        for least in {0, begin // 2, begin}:
+            for ahead, far in ((begin, begin + 500), (begin + 300, begin + 40), (begin + 64, begin + 64), (2500, 2500)):
+                shown, skip = merged(text[:ahead], text[begin:far], least)
+                assert text.startswith(shown) and skip >= 0
+                if text[0] == 48 or least == begin:  # one that nowhere repeats itself, or the place is known
+                    assert shown == text[: max(ahead, far)] and skip == max(0, ahead - far), (begin, least, ahead, far)
