@@ -62,24 +62,26 @@ class Agent:
         return self.client.open("EXEC", {"id": id, "in": "main", "argv": argv, "env": [PATH], **words}, deadline=60)[0]
 
 
+def spawn(channel: socket.socket) -> subprocess.Popen[bytes]:
+    """An agent whose port is `channel`, which is closed here; it ends when the other side does."""
+    argv = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--ipc", "--uts", "--net", "--cgroup"]
+    argv += [str(agentbuild.build(os.uname().machine, CACHE)), str(channel.fileno())]
+    with channel:
+        return subprocess.Popen(argv, pass_fds=[channel.fileno()], stdin=subprocess.DEVNULL)
+
+
 @contextmanager
 def agent(place: Path) -> Iterator[Agent]:
-    program = agentbuild.build(os.uname().machine, CACHE)
     rootfs = busybox(place / "rootfs")
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        argv = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--ipc", "--uts", "--net", "--cgroup"]
-        process = subprocess.Popen(
-            [*argv, str(program), str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-        )
-        theirs.close()
+    process = spawn(theirs)
+    try:
+        client = AgentClient(ours, deadline=60)
         try:
-            client = AgentClient(ours, deadline=60)
-            try:
-                yield Agent(client, rootfs, process)
-            finally:
-                client.close()  # the agent ends with its channel
-            process.wait(60)
+            yield Agent(client, rootfs, process)
         finally:
-            process.kill()
-            process.wait()
+            client.close()  # the agent ends with its channel
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()

@@ -10,6 +10,8 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -385,3 +387,9 @@ def test_the_agent_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     first = agentbuild.build(os.uname().machine, agents.CACHE).read_bytes()
     agentbuild.compile_sources(os.uname().machine, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == first
+
+
+def test_the_parser_of_the_agent_withstands_mutated_frames() -> None:
+    fuzzer = Path(__file__).parents[1] / "tools/fuzz/agent.py"
+    done = subprocess.run([sys.executable, fuzzer, "--turns", "20000"], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr

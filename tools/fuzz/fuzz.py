@@ -1,6 +1,8 @@
-"""Coverage-guided fuzzing (atheris) of what reads bytes from strangers: tar, layer index, trees, manifests, references.
+"""Coverage-guided fuzzing (atheris) of what reads bytes from strangers: tar, layer index, trees, manifests,
+references, frames of a guest.
 
-    python tools/fuzz/fuzz.py [tar|layer|index|tree|manifest|reference]… [--seconds 30] [--corpus DIR] [--seeds DIR]
+    python tools/fuzz/fuzz.py [tar|layer|index|tree|manifest|reference|frames]…
+        [--seconds 30] [--corpus DIR] [--seeds DIR]
 
 Needs `pip install -e .[fuzz]`. Without names, every target in turn, each in a process of its own for `--seconds`. A
 reader may refuse by an EngineError (a tree also by KeyError); any other exception, a hang above ten seconds or more
@@ -163,6 +165,8 @@ def seeds(target: str, where: Path) -> list[bytes]:
     tars = files("tar", "layers", where=where)
     if target in ("tar", "layer"):
         return tars
+    if target == "frames":
+        return frames_of_guest()
     if target == "manifest":
         return files("manifests", "oci-layouts", where=where)
     if target == "reference":
@@ -216,6 +220,45 @@ def index_of(tar: bytes) -> bytes:
         return path.read_bytes()
 
 
+def check_frames(data: bytes) -> None:
+    """What a hostile guest may say to the client of its agent."""
+    from engine.runtimes.vm import protocol
+    from engine.runtimes.vm.protocol import Type
+
+    readers = {
+        Type.HELLO: protocol.parse_hello,
+        Type.EXIT: protocol.parse_exit,
+        Type.CREDIT: lambda payload: protocol.Credit(1000).give(protocol.parse_credit(payload)),
+    }
+    for frame in protocol.Parser(protocol.Side.GUEST).feed(data):
+        if frame.type is Type.RESP:
+            _, values = protocol.parse_response(frame.payload)
+            values.text("step")
+            for entry in values.all("entry"):
+                name, _ = protocol.parse_entry(entry)
+                assert "/" not in name
+                assert name not in ("", ".", "..")
+            if values.get("attr") is not None:
+                protocol.parse_attr(values.need("attr"))
+            if values.get("handle") is not None:
+                assert values.number("handle", most=1 << 40) >= 0
+        elif frame.type in readers:
+            readers[frame.type](frame.payload)
+
+
+def frames_of_guest() -> list[bytes]:
+    from engine.runtimes.vm import protocol
+    from engine.runtimes.vm.protocol import Type, frame
+
+    hello = frame(Type.HELLO, 0, protocol.pack_words([b"version=1", b"build=x"]))
+    entry = bytes(protocol.ATTR.size)
+    answers: list[protocol.Words] = [{}, {"entry": [entry + b"a", entry + b"b"]}, {"handle": 7, "attr": entry}]
+    out = [hello + frame(Type.RESP, 1, protocol.response(0, words)) for words in answers]
+    out.append(hello + frame(Type.DATA, 2, b"text", 1) + frame(Type.END, 2, flag=1) + protocol.credit(2, 9))
+    out.append(hello + frame(Type.EXIT, 2, protocol.EXITED.pack(1, 0)) + frame(Type.PONG, 3))
+    return out
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "tar": check_tar,
     "layer": check_layer,
@@ -223,6 +266,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "tree": check_tree,
     "manifest": check_manifest,
     "reference": check_reference,
+    "frames": check_frames,
 }
 
 
