@@ -24,7 +24,7 @@ def test_x86_guest_emulated() -> None:
     machine = Platform("x86_64", Accelerator.TCG, acpi=False, tsc_khz=2_000_000)
     argv = qemu.argv(Path("/usr/bin/qemu-system-x86_64"), machine, GUEST)
     assert after(argv, "-M") == ["microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=off"]
-    assert after(argv, "-accel") == ["tcg,thread=multi"] and after(argv, "-cpu") == ["max,-xsave,-la57"]
+    assert after(argv, "-accel") == ["tcg,thread=multi"] and after(argv, "-cpu") == ["max,-xsave,-la57,-erms,-fsrm"]
     (append,) = after(argv, "-append")
     assert {"reboot=t", "tsc_early_khz=2000000", "nolapic_timer", "console=hvc0"} <= set(append.split())
     assert "virtio-serial-device,id=vs0" in argv and "socket,id=agent,fd=5" in argv
