@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import agents
@@ -316,6 +317,30 @@ class Peer:
         while True:
             for found in parser.feed(self.sock.recv(1 << 18)):
                 return found
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 12,
+        frame(Type.REQ, 1, b"\5\0\0\0abc"),
+        frame(Type.REQ, 1, protocol.pack_words([b"MKDIR", b"no key"])),
+        frame(Type.RESP, 1, protocol.response(0)),
+        frame(Type.REQ, 1, b"x" * (protocol.MAX_PAYLOAD + 1)),
+    ],
+)
+def test_an_agent_that_is_told_nonsense_ends_its_guest(data: bytes) -> None:
+    """Whoever speaks to it is not the engine it knows: no state is kept for that."""
+    ours, theirs = socket.socketpair()
+    process = agents.spawn(theirs)
+    with ours:
+        ours.settimeout(WAIT)
+        assert ours.recv(1 << 16), "its hello"
+        with suppress(BrokenPipeError, ConnectionResetError):
+            ours.sendall(data)
+        with suppress(ConnectionResetError):
+            assert ours.recv(1 << 16) == b""
+    assert process.wait(WAIT) != 0
 
 
 def test_a_deadline_passes_and_the_late_answer_is_dropped() -> None:
