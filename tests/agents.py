@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.runtimes.vm import agentbuild, protocol, verbs
+from engine.runtimes.vm import agentbuild, driver, protocol, verbs
 from engine.runtimes.vm.client import AgentClient, Stream
 
 MOUNTS = (
@@ -23,7 +23,7 @@ MOUNTS = (
     ("devpts", "/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
     ("sysfs", "/sys", "sysfs", "nosuid,noexec,nodev,ro"),
 )
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flying-dutchman" / "agents"
+CACHE = driver.agents()
 PATH = "PATH=/bin"
 
 
