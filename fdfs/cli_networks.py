@@ -7,8 +7,8 @@ import shlex
 import click
 
 from fdfs.cli_about import inspector, network
-from fdfs.cli_mount import Failure, Mount
-from fdfs.cli_options import columns, mount_option
+from fdfs.cli_mount import Mount
+from fdfs.cli_options import columns, each_told, mount_option
 
 
 @click.group("network")
@@ -30,7 +30,10 @@ def ls(mount: str | None, quiet: bool) -> None:
     rows = []
     for name in names:
         connected = where.path("networks", name, "containers")
-        containers = ",".join(sorted(path.name for path in connected.iterdir()))
+        try:
+            containers = ",".join(sorted(path.name for path in connected.iterdir()))
+        except FileNotFoundError:
+            continue  # removed meanwhile
         subnet = where.field("networks", name, "subnet").replace("\n", ",")
         kind = "internal" if where.field("networks", name, "internal") == "true" else ""
         rows.append((name, where.field("networks", name, "driver"), subnet, kind, containers))
@@ -72,15 +75,7 @@ def create(
 def rm(mount: str | None, names: tuple[str, ...]) -> int:
     """Remove networks no container uses."""
     where = Mount.find(mount)
-    failed = 0
-    for name in names:
-        try:
-            where.command(("networks", name), "remove", what=f"network rm {name}")
-            click.echo(name)
-        except Failure as failure:
-            failed = 1
-            click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
-    return failed
+    return each_told(names, lambda name: where.command(("networks", name), "remove", what=f"network rm {name}"))
 
 
 @network_command.command("connect")

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from fdfs.cli_mount import Failure
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -41,6 +43,19 @@ def network_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def each_told(names: Sequence[str], act: Callable[[str], object]) -> int:
+    """Do `act` to each and name those it was done to; a Failure is told, and makes the exit code 1."""
+    failed = 0
+    for name in names:
+        try:
+            act(name)
+            click.echo(name)
+        except Failure as failure:
+            failed = 1
+            click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
+    return failed
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -14,7 +14,7 @@ import click
 from fdfs.cli_about import inspector, volume
 from fdfs.cli_images import follow
 from fdfs.cli_mount import Failure, Mount, absolute
-from fdfs.cli_options import columns, human, mount_option
+from fdfs.cli_options import columns, each_told, human, mount_option
 from fdfs.cli_store import execute_plan
 
 
@@ -51,7 +51,7 @@ volume_command.add_command(inspector(volume, "volumes"))
 
 @volume_command.command("create")
 @mount_option
-@click.option("-d", "--driver", metavar="NAME", default="local", help="local (default) or ext4.")
+@click.option("-d", "--driver", metavar="NAME", default="local", help="local (default), ext4, or a program.")
 @click.option("-o", "--opt", multiple=True, metavar="KEY=VALUE", help="An option for the driver, such as size=1g.")
 @click.option("-l", "--label", multiple=True, metavar="KEY=VALUE")
 @click.argument("name")
@@ -68,16 +68,15 @@ def create(mount: str | None, driver: str, opt: tuple[str, ...], label: tuple[st
 @click.argument("names", nargs=-1, required=True)
 def rm(mount: str | None, names: tuple[str, ...]) -> int:
     """Remove volumes no container uses."""
-    where, failed = Mount.find(mount), 0
-    for name in names:
+    where = Mount.find(mount)
+
+    def remove(name: str) -> None:
         try:
             os.rmdir(where.path("volumes", name))
-            click.echo(name)
         except OSError as error:
-            failure = where.failure(error, ("volumes", name), ("volumes",), what=f"volume rm {name}")
-            click.echo("\n".join((f"dutchman: {failure.reason}", *failure.more)), err=True)
-            failed = 1
-    return failed
+            raise where.failure(error, ("volumes", name), ("volumes",), what=f"volume rm {name}") from None
+
+    return each_told(names, remove)
 
 
 @volume_command.command("prune")
