@@ -25,7 +25,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -336,9 +336,7 @@ class Connections:
     def _clear_if_idle(self) -> None:
         try:
             self._backend.clear(lambda: self._meta.row("SELECT 1 FROM connections") is None)
-            for empty in (self._netns, self._netns.parent):
-                with suppress(OSError):  # in use again
-                    empty.rmdir()
+            netns.leave(self._netns)
         except (EngineError, OSError, OverflowError, sqlite3.Error):
             log.warning("what all networks share could not be cleared", exc_info=True)
 
@@ -427,6 +425,7 @@ class Connections:
         if timer is not None:
             timer.cancel()
             self._clear_if_idle()
+        netns.leave(self._netns)
 
     @contextmanager
     def _locked(self, id: str) -> Iterator[None]:

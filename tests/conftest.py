@@ -1,4 +1,4 @@
-"""For every test: the CI rule about skips, and nothing mounted left behind.
+"""For every test: the CI rule about skips, and nothing left behind: no mount, process or directory of networks.
 
 In CI (CI=true) a skipped test is a failed session, with its reason: a check that did not run has not passed.
 Helpers: mounting.py (a live mount), registry.py (a real registry); fixtures come from `fixtures/` beside the project.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 from hypothesis import settings
 
 from engine import host
+from engine.connections import state_directory
+from engine.runtimes import netns
 
 # containers of tests have loopback alone unless a test asks for networks: the host's stay as they are
 os.environ.setdefault("DUTCHMAN_DEFAULT_NETWORK", "none")
@@ -25,6 +28,7 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 SKIPPED: list[str] = []
+LEFT: list[str] = []  # mounts, processes and directories that outlived their tests
 
 # how long an example takes is the machine's affair; in CI hypothesis' own profile says so already
 settings.register_profile("patient", settings.default, deadline=None)
@@ -46,7 +50,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if CI and SKIPPED and exitstatus == pytest.ExitCode.OK:
+    if (LEFT or (CI and SKIPPED)) and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -55,13 +59,77 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped, which fails here (CI is set)", red=True)
         for line in SKIPPED:
             terminalreporter.line(line)
+    if LEFT:
+        terminalreporter.section("left behind, which fails", red=True)
+        for line in LEFT:
+            terminalreporter.line(line)
+
+
+def processes_at(place: str) -> list[str]:
+    """Those whose command line names a path below `place`; this one is none."""
+    found = []
+    for entry in Path("/proc").iterdir() if host.LINUX else ():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # it has just ended
+                continue
+            if place in command:
+                found.append(f"process {entry.name}: {command[:300]}")
+    return found
+
+
+def stores_below(place: Path, depth: int = 4) -> Iterator[Path]:
+    for entry in place.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            if (entry / "db.sqlite").exists():
+                yield entry
+            elif depth:
+                yield from stores_below(entry, depth - 1)
+
+
+def mounts_below(place: Path) -> list[tuple[str, str]]:
+    """(mount point, kind), the highest first."""
+    found = [(point, kind) for point, kind, _ in host.mounts() if point.startswith(f"{place}/")] if host.LINUX else []
+    return sorted(found, key=lambda item: len(item[0]))
+
+
+def left_behind(base: Path) -> list[str]:
+    """What outlives its tests: mounts and processes of pytest's directory, namespaces of its stores' networks.
+
+    Mounts are taken down, or they would outlive the session. Processes get a moment: they end as their parent has.
+    """
+    left = [f"{kind} mount {point}" for point, kind in mounts_below(base)]
+    while points := mounts_below(base):
+        host.unmount(Path(points[0][0]))  # what is mounted below goes with it
+    deadline = time.monotonic() + 10
+    while (running := processes_at(f"{base}/")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for store in stores_below(base):
+        place = state_directory(store)
+        netns.leave(place / "netns")  # empty: of a daemon that was killed
+        if place.exists():
+            left.append(f"directory {place} of {store}")
+    return left + running
+
+
+@pytest.fixture(autouse=True)
+def rootfs_released(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Root filesystems outlive an engine on purpose, as its containers do; those of a test go with it.
+
+    Only these: any other mount that a test leaves is a failure of the session.
+    """
+    yield
+    place = request.node.funcargs.get("tmp_path") if hasattr(request.node, "funcargs") else None
+    if place is not None and host.LINUX and host.is_root():
+        for point, kind in reversed(mounts_below(place)):
+            if kind in ("overlay", "erofs"):
+                host.unmount(Path(point))
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_mount_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Whatever a failed test left mounted below pytest's directory is taken down, or it would outlive the session."""
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A session that leaves something behind has failed, though each of its tests has passed."""
     yield
     if host.LINUX and host.is_root():
-        base = f"{tmp_path_factory.getbasetemp()}/"
-        while points := [point for point, _, _ in host.mounts() if point.startswith(base)]:
-            host.unmount(Path(min(points, key=len)))  # what is mounted below goes with it
+        LEFT.extend(left_behind(tmp_path_factory.getbasetemp()))

@@ -11,6 +11,7 @@ warning and no traceback beyond those announced with `expect`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -48,6 +49,7 @@ def needs_oci() -> None:
 def demo_archive() -> Path:
     """The demo images as a docker-archive, made once per session."""
     path = Path(tempfile.mkdtemp(prefix="dutchman-demo-")) / "demo.tar"
+    atexit.register(shutil.rmtree, path.parent)
     subprocess.run([sys.executable, str(ROOT / "tools" / "demo_image.py"), str(path)], check=True, timeout=60)
     return path
 

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from engine import host
@@ -57,6 +58,13 @@ def remove(path: Path) -> None:
     """Let go of the namespace at `path`; interfaces in it end with its last process. Idempotent."""
     host.unmount(path)
     path.unlink(missing_ok=True)
+
+
+def leave(directory: Path) -> None:
+    """Remove the directory of a store's namespaces, and the one above it, unless they are in use."""
+    for empty in (directory, directory.parent):
+        with suppress(OSError):
+            empty.rmdir()
 
 
 def present(path: Path) -> bool:
