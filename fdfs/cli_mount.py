@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 256 << 10
+FOLLOWED = 1 << 20  # of a growing file, which a follower far behind reads at twice the speed of 128 KiB
 
 
 class Failure(Exception):
@@ -182,7 +183,7 @@ class Follower:
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDONLY)
-            while chunk := os.pread(self._fd, CHUNK, self._offset):
+            while chunk := os.pread(self._fd, FOLLOWED, self._offset):
                 self._offset += len(chunk)
                 yield chunk
         except OSError as error:
