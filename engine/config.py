@@ -109,8 +109,8 @@ class ContainerConfig(Frozen):
     dns_options: Words = ()
     extra_hosts: ExtraHosts = Field((), description="NAME:ADDRESS, NAME:host-gateway")
     # driver and logs
-    runtime: Text = Field("", description="oci or fake; empty: the engine's default")
     kernel: Text = Field("", description="of its virtual machine: a name in kernels/; empty: the default one")
+    runtime: Text = Field("", description="oci, vm or fake; empty: the engine's default")
     log_max_size: Size = Field(16 << 20, description="bytes of a log segment before it is rotated")
     log_max_total: Size = Field(1 << 30, description="bytes of all its log segments on disk; the oldest are dropped")
     log_max_age: Seconds = Field(86400.0, description="seconds before a log segment is rotated")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.errors import EngineError, InvalidArgument
 from engine.runtimes.base import Probe, Runtime
-from engine.runtimes.select import NAMES, open_runtime
+from engine.runtimes.select import NAMES, open_runtime, preferred
 
 
 class Drivers:
@@ -24,7 +24,7 @@ class Drivers:
             raise InvalidArgument(
                 f"runtime: unknown runtime {default!r}", at=default, hint=f"one of {', '.join(NAMES)}"
             )
-        self.default = "oci" if default == "auto" else default
+        self.default = preferred(directory) if default == "auto" else default
         self._directory = directory
         self._lock = threading.Lock()
         self._open: dict[str, Runtime] = {}

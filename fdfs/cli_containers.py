@@ -82,7 +82,7 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.option("--no-healthcheck", is_flag=True, help="Not the image's health check either.")
 @network_options
 @click.option("--kernel", metavar="NAME", help="The kernel of its virtual machine, instead of the default.")
-@click.option("--runtime", metavar="NAME", help="oci or fake, instead of the engine's default.")
+@click.option("--runtime", metavar="NAME", help="oci, vm or fake, instead of the engine's default.")
 @click.argument("image")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
 def run_command(

@@ -121,7 +121,7 @@ def _log_tail(log: Path, offset: int) -> list[str]:
 @click.command("up")
 @mount_option
 @store_option
-@click.option("--runtime", type=click.Choice(["auto", "oci", "fake"]), default="auto", show_default=True)
+@click.option("--runtime", type=click.Choice(["auto", "oci", "vm", "fake"]), default="auto", show_default=True)
 @click.option("--foreground", is_flag=True, help="Stay, and serve until Ctrl-C.")
 @click.option("--allow-other", is_flag=True, help="Let other users in, as modes and owners of the files allow.")
 def up_command(mount: str | None, store: str | None, runtime: str, foreground: bool, allow_other: bool) -> None:

@@ -7,29 +7,53 @@ import sys
 from pathlib import Path
 
 from engine import host
-from engine.errors import InvalidArgument, Unsupported
+from engine.errors import EngineError, InvalidArgument, Unsupported
 from engine.runtimes.base import Runtime
 from engine.runtimes.fake import FakeRuntime
 from engine.runtimes.seccomp import PACKAGE, profile_path
 
-NAMES = ("auto", "oci", "fake")
+NAMES = ("auto", "oci", "vm", "fake")
 
 
 def open_runtime(kind: str, containers: Path) -> Runtime:
-    """The driver named `kind`; `auto` is oci. `containers` holds a directory per container id.
+    """The driver named `kind`; `auto` is what `preferred` says. `containers` holds a directory per container id.
 
     InvalidArgument for an unknown name. A driver this host cannot run is returned all the same: its probe says why,
     and images can be browsed without it.
     """
     if kind == "fake":
         return FakeRuntime()
-    if kind in ("auto", "oci"):
+    if kind == "auto":
+        kind = preferred(containers)
+    if kind in ("oci", "vm"):
         if not host.LINUX:
-            raise Unsupported("runtime oci needs a Linux host", hint="use runtime: fake")
+            raise Unsupported(f"runtime {kind} needs a Linux host", hint="use runtime: fake")
+        if kind == "vm":
+            from engine.runtimes.vm.driver import VmRuntime
+
+            return VmRuntime(containers)
         from engine.runtimes.oci import OciRuntime
 
         return OciRuntime(containers)
     raise InvalidArgument(f"runtime: unknown runtime {kind!r}", at=kind, hint=f"one of {', '.join(NAMES)}")
+
+
+def preferred(containers: Path) -> str:
+    """What `auto` means on this host: vm where a virtual machine runs at the speed of its CPU and nothing is missing,
+    else oci. Without QEMU or a guest's kernel nothing is tried."""
+    if not host.LINUX:
+        return "oci"
+    from engine.runtimes.vm import accel, report
+
+    if not report.possible(containers):
+        return "oci"
+    try:
+        arch = accel.architecture()
+        choice = accel.Accelerators().choose(accel.find_qemu(arch), arch)
+        works = choice.accelerator.hardware and open_runtime("vm", containers).probe().ok
+    except EngineError:
+        return "oci"
+    return "vm" if works else "oci"
 
 
 def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, str]]:
@@ -76,4 +100,11 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
         present = kind in known
         detail = "in the kernel" if present else "not loaded"
         rows.append((kind, present, detail, "" if present else f"modprobe {kind}"))
-    return rows
+    return rows + vm_report(containers)
+
+
+def vm_report(containers: Path | None) -> list[tuple[str, bool, str, str]]:
+    """The same for containers in virtual machines. May take a few seconds, once a boot: it tries the accelerator."""
+    from engine.runtimes.vm import report
+
+    return report.rows(containers)

@@ -30,6 +30,7 @@ class Refused(EngineError):
     def __init__(self, errno: int, step: str) -> None:
         super().__init__(f"{step}: {os.strerror(errno)}" if step else os.strerror(errno))
         self.number = errno
+        self.step = step
 
 
 class Event(NamedTuple):

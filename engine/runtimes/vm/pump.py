@@ -37,6 +37,7 @@ def give_terminal(console_socket: str, size: tuple[int, int] | None) -> int:
     master, slave = os.openpty()
     try:
         tty.setraw(slave)
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # this process, a session's leader, is told of its changes of size
         if size is not None:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         with socket.socket(socket.AF_UNIX) as giving:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from engine import host
-from engine.errors import Unsupported
+from engine.errors import EngineError, Unsupported
 from engine.runtimes.calls import first_line
 from engine.runtimes.vm import accel
 from engine.runtimes.vm.network import PATHS
@@ -34,7 +34,7 @@ def summary() -> str:
     return "not tried yet" if choice is None else choice.reason
 
 
-def rows() -> list[Row]:
+def rows(containers: Path | None = None) -> list[Row]:
     """What virtual machines need: none of it is needed for the oci runtime. Tries the accelerator, once a boot."""
     try:
         arch = accel.architecture()
@@ -48,6 +48,8 @@ def rows() -> list[Row]:
     if host.LINUX:
         ip = shutil.which("ip", path=PATHS)
         out.append(("ip", ip is not None, ip or "not installed", "" if ip else "apt-get install iproute2"))
+    if containers is not None:
+        out.append(_runtime(containers))
     return out
 
 
@@ -55,3 +57,13 @@ def slow_advice() -> str:
     if host.MACOS:
         return "guests run all the same, many times slower: sysctl kern.hv_support says whether this Mac can do better"
     return "guests run all the same, many times slower: enable VT-x or AMD-V, or nested virtualisation of this machine"
+
+
+def _runtime(containers: Path) -> Row:
+    from engine.runtimes.select import open_runtime
+
+    try:
+        probe = open_runtime("vm", containers).probe()
+    except EngineError as error:
+        return ("runtime vm", False, error.reason, error.hint or "")
+    return ("runtime vm", probe.ok, probe.reason, "" if probe.ok else "see what is missing above")

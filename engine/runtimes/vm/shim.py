@@ -8,6 +8,7 @@ Source: runc's man pages; conmon's src/conmon.c for which options are used.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -228,4 +229,9 @@ def main(argv: list[str]) -> int:
 
 def _as_runc(error: Refused) -> str:
     """An executable that cannot be run is told of in runc's words: exit codes 126 and 127 follow from them."""
-    return error.reason
+    name, searched, _ = error.step.removeprefix("exec ").partition(" (looked for in $PATH)")
+    if not error.step.startswith("exec "):
+        return error.reason
+    if searched and error.number == errno.ENOENT:
+        return f'exec: "{name}": executable file not found in $PATH'
+    return f'exec: "{name}": {os.strerror(error.number).lower()}'
