@@ -261,7 +261,7 @@ def test_a_bomb_in_a_bomb_is_inflated_once(tmp_path: Path, suffix: str) -> None:
     archive = bombs.write(tmp_path / f"bomb{suffix}", bombs.zeros(1 << 30), times=2)
     assert archive.stat().st_size < 100_000
     answer, peak, disk, seconds = blow(tmp_path, archive)
-    assert "bad tar header" in answer or "ends at byte" in answer, answer
+    assert "not a tar archive but bytes" in answer, answer
     assert peak < 120 and disk < 20 and seconds < 10
 
 

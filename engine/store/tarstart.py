@@ -41,7 +41,9 @@ def check_start(path: Path) -> None:
     try:
         next(iter(TarReader(iter([bytes(head[:BLOCK])]))), None)
         broken = not head
-    except (Damaged, TooLarge) as error:
+    except TooLarge:
+        broken = False  # it is a tar, whose reader will say what is too much in it
+    except Damaged as error:
         broken = error.at == "byte 0" or len(head) < BLOCK
     if broken:
         inside = "" if packing == NONE else f", compressed with {packing}"
