@@ -54,18 +54,18 @@ def read(path: Path, tmp: Path, arch: str | None, check: Callable[[], None] = la
     version = ""
     with open(path, "rb") as file, tempfile.TemporaryFile(dir=tmp) as aside:
         places: dict[str, tuple[int, int]] = {}
-        for member, body in _members(_data(file, path, check), path):
+        for member, body in members(_data(file, path, check), path):
             name = member.name
             if match := _IMAGE.match(name):
-                image, version = _whole(body, member, kernelimage.MAX_PACKED), match[1]
+                image, version = whole(body, member, kernelimage.MAX_PACKED), match[1]
             elif _CONFIG.match(name):
-                config = _whole(body, member, MAX_CONFIG).decode(errors="replace")
+                config = whole(body, member, MAX_CONFIG).decode(errors="replace")
             elif match := _MODULES.match(name):
                 if match[2] == "modules.builtin":
-                    builtin = _whole(body, member, MAX_CONFIG).decode(errors="replace").split()
+                    builtin = whole(body, member, MAX_CONFIG).decode(errors="replace").split()
                 elif (found := kernelmodules.name_of(match[2])) and not _NEVER.match(match[2]):
                     places[found] = aside.tell(), member.size
-                    aside.write(_whole(body, member, kernelmodules.MAX_MODULE))
+                    aside.write(whole(body, member, kernelmodules.MAX_MODULE))
                     if aside.tell() > MAX_MODULES:
                         raise TooLarge(f"the package has more than {MAX_MODULES} bytes of modules", at=str(path))
         if not image:
@@ -87,17 +87,21 @@ def read(path: Path, tmp: Path, arch: str | None, check: Callable[[], None] = la
         return Packaged(image, config, kernelmodules.choose(places, module, names, config, kernel.arch))
 
 
-def _whole(body: IO[bytes], member: tarfile.TarInfo, limit: int) -> bytes:
+def whole(body: IO[bytes], member: tarfile.TarInfo, limit: int) -> bytes:
     if member.size > limit:
         raise TooLarge(f"{member.name[:200]} has {member.size} bytes; at most {limit} are taken", at=member.name[:200])
     return body.read(limit)
 
 
-def _members(data: Iterator[bytes], path: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """Regular files of the tar, in order; each is to be read before the next."""
+def members(
+    data: Iterator[bytes], path: Path, links: dict[str, str] | None = None
+) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """Regular files of the tar, in order; each is to be read before the next. `links` gets the targets of symlinks."""
     try:
         with tarfile.open(fileobj=cast("IO[bytes]", _Stream(data)), mode="r|") as tar:
             for member in tar:
+                if links is not None and member.issym():
+                    links[member.name] = member.linkname
                 if member.isreg() and (body := tar.extractfile(member)) is not None:
                     yield member, body
     except (tarfile.TarError, EOFError) as error:

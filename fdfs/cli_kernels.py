@@ -57,6 +57,21 @@ def import_(mount: str | None, digest: str | None, arch: str | None, path: Any, 
     click.echo(follow(where, where.command(("kernels",), shlex.join(words), what=what), what))
 
 
+@kernels_command.command("fetch")
+@mount_option
+@click.option("--digest", metavar="sha256:HEX", required=True, help="Of the asset that is downloaded.")
+@click.option("--repo", metavar="OWNER/NAME", help="A GitHub repository, instead of Kata Containers'.")
+@click.option("--asset", metavar="NAME", help="An asset, instead of the one that is named as ours or Kata's are.")
+@click.option("--member", metavar="PATH", help="The kernel in an archive of several.")
+@click.option("--name", metavar="NAME", help="What it is called here, instead of its version.")
+@click.argument("tag")
+def fetch(mount: str | None, tag: str, **options: str | None) -> None:
+    """Download the kernel of a GitHub release; $DUTCHMAN_GITHUB_TOKEN of the daemon is used where it is set."""
+    words = ["fetch", tag, *(f"{key}={value}" for key, value in options.items() if value)]
+    where, what = Mount.find(mount), f"kernels fetch {tag}"
+    click.echo(follow(where, where.command(("kernels",), shlex.join(words), what=what), what))
+
+
 @kernels_command.command("default")
 @mount_option
 @click.argument("name")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import AlreadyExists, Damaged, NotFound
+from engine.kernelfetch import KATA, Wanted
+from engine.kernelfetch import fetch as fetch_kernel
 from engine.kernels import check_kernel_name
 from engine.model import check_digest
 from fdfs.ctl import Call, Verb, table
@@ -120,6 +122,19 @@ def import_(engine: Any, call: Call) -> str:
     return job_reply(engine.jobs.start(f"kernels import {path}", work))
 
 
+def fetch(engine: Any, call: Call) -> str:
+    given = {"tag": call.args[0], "digest": "", **call.options}
+    given["repository"] = given.pop("repo", KATA)
+    wanted = Wanted(**given).check()
+    if wanted.name and check_kernel_name(wanted.name) in engine.kernels.names():
+        raise AlreadyExists(f"a kernel {wanted.name} is here", at=wanted.name)
+
+    def work(task: Any) -> str:
+        return str(fetch_kernel(engine.kernels, wanted, task).name)
+
+    return job_reply(engine.jobs.start(f"kernels fetch {wanted.tag}", work))
+
+
 def choose(engine: Any, call: Call) -> None:
     engine.kernels.choose(call.args[0])
 
@@ -218,6 +233,12 @@ KERNELS = Dir(
             doc="get, choose and clean up kernels",
             object=kernels_object,
             verbs=table(
+                Verb(
+                    name="fetch",
+                    args="TAG [digest=…] [repo=…] [asset=…] [member=…] [name=…] [arch=…] [initfs=…]",
+                    doc="a kernel of a GitHub release, Kata's unless repo=; its sha256 must be given (a job)",
+                    run=fetch,
+                ),
                 Verb(
                     name="import",
                     args="PATH [VERSION] [digest=…] [arch=…]",
