@@ -21,7 +21,7 @@ import errno
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -188,26 +188,7 @@ class Ext4:
             raise InvalidArgument(f"invalid size: {text!r} (from 2m to 16t)", at="size")
 
     def create(self, directory: Path, name: str, options: Options) -> None:
-        image = directory / "image"
-        fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, int(parse_size(options["size"])))
-        finally:
-            os.close(fd)
-        argv = ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "root_owner=0:0", str(image))
-        try:
-            code, _, said = run_helper(argv, b"", MKFS_SECONDS, 1 << 16)
-        except FileNotFoundError as error:
-            raise Unsupported("mkfs.ext4 is not installed", hint="apt-get install e2fsprogs") from error
-        except (TimeoutError, OverflowError) as error:
-            raise RuntimeFailure(f"mkfs.ext4: {error}") from error
-        if code:
-            raise RuntimeFailure(f"mkfs.ext4: {' '.join(said.decode(errors='replace').split())[:300]}", at=str(image))
-        fd = os.open(image, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        make_ext4(directory / "image", int(parse_size(options["size"])))
 
     def mounts(self, options: Options) -> bool:
         return True
@@ -232,6 +213,30 @@ class Ext4:
     def usage(self, directory: Path, options: Options) -> int:
         """Of its disk: what is allocated when it is not mounted."""
         return os.stat(directory / "image").st_blocks * 512
+
+
+def make_ext4(image: Path, size: int, *, options: Sequence[str] = (), extended: str = "") -> None:
+    """A new sparse file of `size` bytes with an empty ext4 file system, durable. `options` and `extended` (-E) are more
+    of mkfs.ext4's. Unsupported where that is not installed; RuntimeFailure with its words."""
+    fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+    argv = ["mkfs.ext4", "-q", "-F", "-m", "0", *options, "-E", f"root_owner=0:0{extended}", str(image)]
+    try:
+        code, _, said = run_helper(argv, b"", MKFS_SECONDS, 1 << 16)
+    except FileNotFoundError as error:
+        raise Unsupported("mkfs.ext4 is not installed", hint="apt-get install e2fsprogs") from error
+    except (TimeoutError, OverflowError) as error:
+        raise RuntimeFailure(f"mkfs.ext4: {error}") from error
+    if code:
+        raise RuntimeFailure(f"mkfs.ext4: {' '.join(said.decode(errors='replace').split())[:300]}", at=str(image))
+    fd = os.open(image, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def mount_image(image: Path, target: Path, kind: str, flags: int = 0, data: str = "") -> None:

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,23 +35,35 @@ def make(path: Path) -> None:
         except FileNotFoundError:  # the directory was removed as the last namespace went
             if not again:
                 raise
+
+    def work() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(ctypes.c_int(CLONE_NEWNET)) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"unshare: {os.strerror(number)}")
+        host.bind(Path(f"/proc/self/task/{threading.get_native_id()}/ns/net"), path)
+
+    try:
+        on_a_thread(work)
+    except BaseException:
+        remove(path)
+        raise
+
+
+def on_a_thread(work: Callable[[], None]) -> None:
+    """Run what enters a namespace on a thread of its own: only that is in it, and it ends right after."""
     failed: list[BaseException] = []
 
-    def work() -> None:  # a thread of its own: only it enters the namespace, and it ends right after
+    def body() -> None:
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.unshare(ctypes.c_int(CLONE_NEWNET)) < 0:
-                number = ctypes.get_errno()
-                raise OSError(number, f"unshare: {os.strerror(number)}")
-            host.bind(Path(f"/proc/self/task/{threading.get_native_id()}/ns/net"), path)
+            work()
         except BaseException as error:
             failed.append(error)
 
-    thread = threading.Thread(target=work, name="netns")
+    thread = threading.Thread(target=body, name="netns")
     thread.start()
     thread.join()
     if failed:
-        remove(path)
         raise failed[0]
 
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import host
-from engine.errors import Damaged, InvalidArgument, RuntimeFailure, Unsupported
+from engine.errors import Damaged, InvalidArgument, RuntimeFailure
 from engine.programs import run_helper
+from engine.volumedrivers import make_ext4
 
 SECTOR = 512
 BLOCK = 4096  # bytes: what the store's files are made of
 MAX_PATH = 511  # bytes of a path in a descriptor (block/vmdk.c)
 UPPER_SIZE = 16 << 30  # bytes of a sparse upper file system, unless a quota says otherwise
-MKFS_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +60,10 @@ def describe(files: Sequence[Path], descriptor: Path) -> list[Part]:
 
 
 def make_upper(path: Path, size: int = UPPER_SIZE) -> None:
-    """A sparse file of `size` bytes, an empty ext4 file system, unless it is there. Unsupported without mkfs.ext4."""
-    if path.exists():
-        return
-    aside = path.with_suffix(".new")
-    aside.unlink(missing_ok=True)
-    fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, size)
-    finally:
-        os.close(fd)
+    """A new sparse file of `size` bytes with an empty ext4 file system (volumedrivers.make_ext4)."""
     # inode tables are left for the guest's kernel to zero as they come to be needed; a small journal, for a small file
-    argv = ["mkfs.ext4", "-q", "-F", "-m", "0", "-J", "size=8"]
-    argv += ["-E", "root_owner=0:0,lazy_itable_init=1,packed_meta_blocks=1,nodiscard", str(aside)]
-    try:
-        code, _, said = run_helper(argv, b"", MKFS_SECONDS, 1 << 16)
-    except FileNotFoundError as error:
-        raise Unsupported("mkfs.ext4 is not installed", hint="apt-get install e2fsprogs") from error
-    except (TimeoutError, OverflowError) as error:
-        raise RuntimeFailure(f"mkfs.ext4: {error}") from error
-    if code:
-        raise RuntimeFailure(f"mkfs.ext4: {said.decode(errors='replace').strip()[:500]}")
-    os.rename(aside, path)
+    extended = ",lazy_itable_init=1,packed_meta_blocks=1,nodiscard"
+    make_ext4(path, size, options=("-J", "size=8"), extended=extended)
 
 
 def check_upper(path: Path) -> None:

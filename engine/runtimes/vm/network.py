@@ -19,7 +19,6 @@ import os
 import secrets
 import shutil
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 from engine.errors import RuntimeFailure, Unsupported
 from engine.programs import run_helper
-from engine.runtimes.netns import CLONE_NEWNET
+from engine.runtimes.netns import CLONE_NEWNET, on_a_thread
 
 PATHS = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 DEADLINE = 10.0  # seconds for one call of ip
@@ -140,28 +139,20 @@ def _ip(namespace: Path, arguments: Sequence[str], stdin: str = "") -> str:
 
 
 def _inside(namespace: Path, work: Callable[[], None]) -> None:
-    """Run `work` on a thread that is in the network namespace, and ends right after."""
-    failed: list[BaseException] = []
+    """Run `work` in the network namespace."""
 
-    def body() -> None:
+    def enter() -> None:
+        fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                libc = ctypes.CDLL(None, use_errno=True)
-                if libc.setns(fd, CLONE_NEWNET) < 0:
-                    number = ctypes.get_errno()
-                    raise OSError(number, f"setns: {os.strerror(number)}", str(namespace))
-            finally:
-                os.close(fd)
-            work()
-        except BaseException as error:
-            failed.append(error)
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(fd, CLONE_NEWNET) < 0:
+                number = ctypes.get_errno()
+                raise OSError(number, f"setns: {os.strerror(number)}", str(namespace))
+        finally:
+            os.close(fd)
+        work()
 
-    thread = threading.Thread(target=body, name="taps")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    on_a_thread(enter)
 
 
 def words(interface: Interface) -> dict[str, Any]:
