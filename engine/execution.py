@@ -231,7 +231,10 @@ class Execution:
             handle.run += 1
             handle.early = None
             run = handle.run
-            pid = self._connections.create(driver, spec)
+            try:
+                pid = self._connections.create(driver, spec)
+            finally:
+                self._mounts.given(id)
         try:
             driver.watch(id, lambda _, result: self.exited(id, run, result))
             began = time.time_ns()

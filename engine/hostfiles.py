@@ -1,14 +1,16 @@
-"""Files of this host: small ones that a config names, opened with care and read whole; fallocate. Floor 0."""
+"""Files of this host: small ones that a config names, read whole and with care; fallocate; shared locks. Floor 0."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 
-from engine.errors import InvalidArgument, NotFound, TooLarge, Unsupported
+from engine.errors import Busy, InvalidArgument, NotFound, TooLarge, Unsupported
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,3 +51,15 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if call(fd, mode, offset, length) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def share(fd: int, seconds: float) -> None:
+    """Take a shared flock(2) on `fd`, waiting up to `seconds` for who has it alone. Busy."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise Busy("the host has the file system mounted") from None
+        time.sleep(0.005)

@@ -15,8 +15,13 @@ LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LOOP_GET_STATUS64 = 0x4C82, 0x4C0A, 0x4C05
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
 
 
-def attach(path: Path, flags: int = LO_FLAGS_READ_ONLY, block: int = 4096) -> tuple[int, str]:
-    """A loop device over `path`, `block` bytes a sector, that goes away with its last user: (open fd, device path)."""
+def attach(
+    path: Path, flags: int = LO_FLAGS_READ_ONLY, block: int = 4096, *, file: int | None = None
+) -> tuple[int, str]:
+    """A loop device over `path`, `block` bytes a sector, that goes away with its last user: (open fd, device path).
+
+    `file`: the path, opened. The device keeps that very opening, so an flock(2) on it lasts as long as the device.
+    """
     access = os.O_RDONLY if flags & LO_FLAGS_READ_ONLY else os.O_RDWR
     for _ in range(16):
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
@@ -26,7 +31,7 @@ def attach(path: Path, flags: int = LO_FLAGS_READ_ONLY, block: int = 4096) -> tu
             os.close(control)
         name = f"/dev/loop{number}"
         device = os.open(name, access | os.O_CLOEXEC)
-        backing = os.open(path, access | os.O_CLOEXEC)
+        backing = os.open(path, access | os.O_CLOEXEC) if file is None else os.dup(file)
         try:
             # struct loop_config { __u32 fd, block_size; struct loop_info64 info (232 bytes, lo_flags at 52); __u64[8] }
             config = bytearray(8 + 232 + 64)

@@ -20,7 +20,6 @@ Threading: one lock per container and one per tree; mounting one never waits for
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -30,14 +29,16 @@ from pathlib import Path
 
 from engine import host, userids
 from engine.errors import Busy, Unsupported
+from engine.hostfiles import share
 from engine.model import hex_of
-from engine.runtimes.vm.disks import check_upper, make_upper
+from engine.runtimes.vm.disks import make_upper, mount_upper
 from engine.store.trees import Trees
 from engine.treecopy import copy_tree
 from engine.unpack import unpack
-from engine.volumedrivers import mount_image
 
 log = logging.getLogger(__name__)
+
+GIVE_SECONDS = 5.0  # for the kernel to let go of a disk that was unmounted
 
 
 def mounted_at(path: Path) -> bool:
@@ -72,6 +73,8 @@ class RootfsMounts:
         self._guard = threading.Lock()  # of the two maps below; never held over I/O
         self._locks: dict[str, threading.RLock] = {}  # by container id or chain id
         self._users: dict[str, set[str]] = {}  # chain id -> ids of containers whose overlay lies on it
+        self._disks: set[str] = set()  # containers whose disk is mounted, as far as known
+        self._lent: dict[str, int] = {}  # container id -> its disk, locked for the guest that is about to have it
         self._written = userids.rootless() is not None  # trees are plain files, not mounts
         self._tree_mounts.mkdir(parents=True, exist_ok=True)
         self._adopt()
@@ -82,6 +85,8 @@ class RootfsMounts:
             return
         points = {point for point, _, _ in host.mounts()}
         for directory in self._containers.iterdir() if self._containers.is_dir() else ():
+            if os.path.abspath(directory / "vm" / "disk") in points:
+                self._disks.add(directory.name)
             used = self._written or os.path.abspath(directory / "merged") in points
             if used and (chain := self._chain(directory.name)):
                 self._users.setdefault(chain, set()).add(directory.name)
@@ -129,12 +134,11 @@ class RootfsMounts:
             self._release(id)
             place = disk.parent
             place.mkdir(exist_ok=True, mode=0o700)
-            aside, old = place / "filling.ext4", self._containers / id / "upper"
+            aside, old, point = place / "filling.ext4", self._containers / id / "upper", place / "disk"
+            host.unmount(point)  # of one that a killed daemon was filling
             aside.unlink(missing_ok=True)
             make_upper(aside)
-            point = place / "disk"
-            point.mkdir(exist_ok=True, mode=0o700)
-            mount_image(aside, point, "ext4", host.MS_NODEV | host.MS_NOSUID)
+            mount_upper(aside, point)
             try:
                 for name in ("upper", "work"):
                     host.remove_tree(point / name)
@@ -151,30 +155,33 @@ class RootfsMounts:
     def _mount_disk(self, id: str) -> Path:
         """Where the container's disk is mounted. Its lock is held."""
         disk, point = self._disk(id), self._disk(id).parent / "disk"
-        if mounted_at(point):
-            return point
-        fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy(
-                    "its virtual machine has the disk", hint="stop the container first, or look inside with exec"
-                ) from None
-            check_upper(disk)
-            point.mkdir(exist_ok=True, mode=0o700)
-            # what a guest made of it is looked at, not run: its device nodes and setuid bits mean nothing here
-            mount_image(disk, point, "ext4", host.MS_NODEV | host.MS_NOSUID)
-        finally:
-            os.close(fd)
+        if not mounted_at(point):
+            mount_upper(disk, point)
+        self._disks.add(id)
         return point
 
     def give_disk(self, id: str) -> None:
-        """Let go of the container's disk, so that a guest can have it. Busy while somebody has files of it open."""
+        """Let go of the container's disk, so that a guest can have it. Nobody mounts it from here on until `given` says
+        that the guest has it, or will not. Busy while somebody has files of it open."""
         with self._lock(id):
             self._release(id)
+            busy = Busy("files of its root file system are open", hint="fuser says by whom; close them")
             if mounted_at(self._disk(id).parent / "disk"):
-                raise Busy("files of its root file system are open", hint="fuser says by whom; close them")
+                raise busy
+            fd = os.open(self._disk(id), os.O_RDWR | os.O_CLOEXEC)
+            try:
+                share(fd, GIVE_SECONDS)
+            except Busy:
+                os.close(fd)
+                raise busy from None
+            self.given(id)
+            self._lent[id] = fd
+
+    def given(self, id: str) -> None:
+        """The guest holds its disk by itself now, or does not get it. Idempotent."""
+        with self._lock(id):
+            if (fd := self._lent.pop(id, None)) is not None:
+                os.close(fd)
 
     def _drop_disk(self, id: str) -> None:
         """Its lock is held. Files in it may be open: then it stays."""
@@ -185,6 +192,8 @@ class RootfsMounts:
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
+                return
+        self._disks.discard(id)
 
     def mounted(self, id: str) -> bool:
         return mounted_at(self.merged(id))
@@ -217,9 +226,9 @@ class RootfsMounts:
             directory = self._containers / id
             for name in ("upper", "work", "merged"):
                 (directory / name).mkdir(mode=0o755, exist_ok=True)
+            top = self._mount_disk(id) if self._disk(id).exists() else directory
             with self._lock(chain_id):
                 tree = self._ensure_tree(chain_id)
-                top = self._mount_disk(id) if self._disk(id).exists() else directory
                 if not any((top / "upper").iterdir()):
                     _copy_root(tree, top / "upper")
                 host.write_atomic(directory / "chain", chain_id.encode() + b"\n")
@@ -303,13 +312,14 @@ class RootfsMounts:
         with self._lock(id):
             self._release(id, forget=True)
             host.unmount(self._disk(id).parent / "disk")
+            self._disks.discard(id)
         with self._guard:
             self._locks.pop(id, None)
 
     def release_all(self, keep: Container[str] = ()) -> None:
         """Take down everything but the containers whose id is in `keep` (those that run), and what they lie on."""
         with self._guard:
-            ids = [id for users in self._users.values() for id in users if id not in keep]
+            ids = [id for id in set().union(self._disks, *self._users.values()) if id not in keep]
         with ExitStack() as stack:
             for id in ids:
                 stack.callback(self.release, id)  # all are tried; the first error is raised

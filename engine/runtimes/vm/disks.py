@@ -6,18 +6,23 @@ Floor 2. Only here: their files below `containers/<id>/` and what the guest must
                     one disk, nothing is copied, however many layers there are. The guest is told where each begins.
     vm/upper.ext4   a sparse file with an ext4 file system; upper/ and work/ in it are the overlay's
 
+Two kernels on one file system would destroy it. So whoever has upper.ext4 holds an flock(2) on it: the guest's owner a
+shared one for as long as it lives; the host, while it is mounted, an exclusive one, which the loop device itself keeps
+(so it is there for whatever mounts there are, in whatever mount namespace, and outlives a killed daemon).
+
 Sources: QEMU's block/vmdk.c (flat extents); VMware's Virtual Disk Format 1.1.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import host
-from engine.errors import Damaged, InvalidArgument, RuntimeFailure
+from engine import host, loops
+from engine.errors import Busy, Damaged, InvalidArgument, RuntimeFailure
 from engine.programs import run_helper
 from engine.volumedrivers import make_ext4
 
@@ -72,3 +77,31 @@ def check_upper(path: Path) -> None:
     if code & ~3:
         words = " ".join((out + said).decode(errors="replace").split())[:500]
         raise RuntimeFailure(f"the container's disk is damaged: {words}", hint=f"e2fsck -f {path}")
+
+
+def mount_upper(path: Path, point: Path) -> None:
+    """Mount the file system, mended, at `point`, which is made. Busy while a guest has it.
+
+    What a guest made of it is looked at, not run: its device nodes and setuid bits mean nothing here.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        # a device that still has it (a mount of some process's, files that are open) has the lock, too
+        found = loops.of(path)
+        if found is None:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(
+                    "its virtual machine has the disk", hint="stop the container first, or look inside with exec"
+                ) from None
+            check_upper(path)
+            found = loops.attach(path, 0, 512, file=fd)
+        device, name = found
+        try:
+            point.mkdir(exist_ok=True, mode=0o700)
+            host.mount(name, point, "ext4", host.MS_NODEV | host.MS_NOSUID)
+        finally:
+            os.close(device)
+    finally:
+        os.close(fd)

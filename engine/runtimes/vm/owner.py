@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import secrets
@@ -26,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine import host
+from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
 from engine.runtimes.vm import network, pump, qemu, translate
 from engine.runtimes.vm.link import Link, Stream
@@ -35,6 +34,7 @@ from engine.runtimes.vm.relay import Relay
 
 HELLO_SECONDS = 75.0  # for a cold boot on a busy host under TCG
 POWEROFF_SECONDS = 5.0
+DISK_SECONDS = 5.0  # for the host to let go of the disk
 CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
 ROOTFS = "/run/rootfs"  # in the guest
 MAIN = "main"  # the agent's name of the container's first process
@@ -73,7 +73,7 @@ class Owner:
     def _launch(self) -> None:
         plan = self.plan
         self._upper = os.open(plan["machine"]["upper"], os.O_RDWR | os.O_CLOEXEC)
-        fcntl.flock(self._upper, fcntl.LOCK_SH)  # while the guest has it, the host does not mount it (engine/mounts.py)
+        hostfiles.share(self._upper, DISK_SECONDS)  # kept: while a guest has it, the host does not mount it
         self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
         shares = self._shares()
         agent, guest_agent = socket.socketpair()
