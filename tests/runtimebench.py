@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from guestkernel import guest_kernels
 
 from engine.config import ContainerConfig
 from engine.logs import ContainerLogs
 from engine.runtimes.base import Exit, Mount, RunSpec, Runtime, make_spec
 from engine.runtimes.fake import FakeRuntime
 from engine.runtimes.oci import OciRuntime
+from engine.runtimes.vm.disks import make_upper
+from engine.runtimes.vm.driver import VmRuntime
 
 BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "sleep", "echo", "cat", "true", "false", "seq", "id", "head", "yes", "tty", "dd", "touch", "grep")
@@ -35,6 +41,10 @@ COMMANDS: dict[str, dict[str, tuple[str, ...]]] = {
         "lines": ("sh", "-c", "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done"),
     },
 }
+COMMANDS["vm"] = COMMANDS["oci"]
+REAL = ("oci", "vm")  # drivers that run programs
+SLOW = bool(os.environ.get("DUTCHMAN_SLOW_TESTS"))  # a machine that is emulated takes seconds to boot
+PATIENCE = {"fake": 1.0, "oci": 1.0, "vm": 8.0}  # how much longer a driver may take
 
 
 def no_oci() -> str | None:
@@ -52,6 +62,15 @@ def skip_or_fail(reason: str) -> None:
     pytest.skip(reason)
 
 
+def no_vm() -> str | None:
+    if reason := no_oci():
+        return reason
+    if shutil.which("mkfs.erofs") is None:
+        return "needs erofs-utils"
+    probe = VmRuntime(Path("/nonexistent"), kernels=guest_kernels().directory).probe()
+    return None if probe.ok else probe.reason
+
+
 class Bench:
     """One driver, one directory of containers, everything deleted at the end."""
 
@@ -63,6 +82,8 @@ class Bench:
     def connect(self) -> Runtime:
         if self.kind == "fake":
             return FakeRuntime()
+        if self.kind == "vm":
+            return VmRuntime(self.place / "containers", state=self.place / "state", kernels=guest_kernels().directory)
         return OciRuntime(self.place / "containers", state=self.place / "state")
 
     def spec(
@@ -75,7 +96,23 @@ class Bench:
         if id not in self.ids:
             self.ids.append(id)
         config = ContainerConfig(command=argv, **fields)
-        return make_spec(id=id, name="n", directory=directory, rootfs=self.rootfs(), config=config, mounts=mounts)
+        run = make_spec(id=id, name="n", directory=directory, rootfs=self.rootfs(), config=config, mounts=mounts)
+        if self.kind != "vm":
+            return run
+        (directory / "vm").mkdir(exist_ok=True)
+        upper = directory / "vm" / "upper.ext4"
+        if not upper.exists():
+            make_upper(upper, 256 << 20)
+        return replace(run, layers=(self.image(),))
+
+    def image(self) -> Path:
+        """The root file system as the disk of a machine."""
+        path = self.place / "rootfs.erofs"
+        if not path.exists():
+            subprocess.run(["mkfs.erofs", "--quiet", path, self.rootfs()], check=True, stdout=subprocess.DEVNULL)
+            with path.open("r+b") as file:
+                file.truncate(-(-path.stat().st_size // 4096) * 4096)
+        return path
 
     def rootfs(self) -> Path:
         root = self.place / "rootfs"
@@ -84,7 +121,7 @@ class Bench:
             (root / "etc").mkdir()
             (root / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n")
             (root / "etc" / "group").write_text("root:x:0:\nweb:x:34:\nadm:x:4:web\n")
-            if self.kind == "oci":
+            if self.kind in REAL:
                 (root / "bin" / "busybox").write_bytes(BUSYBOX.read_bytes())
                 (root / "bin" / "busybox").chmod(0o755)
                 for name in APPLETS:
@@ -95,7 +132,7 @@ class Bench:
         self.runtime.watch(id, lambda id, end: self.ends.put((id, end)))
 
     def end(self, seconds: float = 15) -> Exit:
-        return self.ends.get(timeout=seconds)[1]
+        return self.ends.get(timeout=seconds * (PATIENCE[self.kind] if seconds > 1 else 1))[1]
 
     def run(self, command: str | tuple[str, ...], **fields: Any) -> str:
         run = self.spec(command, **fields)
@@ -113,7 +150,7 @@ class Bench:
             logs.close()
 
     def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
-        end = time.monotonic() + seconds
+        end = time.monotonic() + seconds * PATIENCE[self.kind]
         while not condition():
             assert time.monotonic() < end, "it did not come to that"
             time.sleep(0.01)
@@ -126,5 +163,7 @@ class Bench:
 
 def bench_of(kind: str, place: Path) -> Bench:
     if kind == "oci" and (reason := no_oci()):
+        skip_or_fail(reason)
+    if kind == "vm" and (reason := no_vm()):
         skip_or_fail(reason)
     return Bench(kind, place)

@@ -1,4 +1,4 @@
-"""The contract of sessions (`exec`), kept by `fake` and by `oci` (runc exec under conmon; needs root on Linux)."""
+"""The contract of sessions (`exec`), kept by `fake`, `oci` (runc exec under conmon; needs root on Linux) and `vm`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtimebench import Bench, bench_of
+from runtimebench import REAL, Bench, bench_of
 
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure
 from engine.logs import ContainerLogs
@@ -20,7 +20,7 @@ from engine.runtimes import conmon, stdio
 from engine.runtimes.base import Exit, State
 from engine.runtimes.sessions import SessionSpec
 
-EXIT_3 = {"fake": ("exit", "3"), "oci": ("sh", "-c", "exit 3")}
+EXIT_3 = {"fake": ("exit", "3"), "oci": ("sh", "-c", "exit 3"), "vm": ("sh", "-c", "exit 3")}
 
 
 class Execs:
@@ -54,7 +54,7 @@ class Execs:
         return number
 
     def end(self, number: int) -> Exit:
-        return self.ends[number].get(timeout=20)
+        return self.ends[number].get(timeout=60)
 
     def output(self, number: int, view: str = "stdout") -> bytes:
         logs = ContainerLogs(self.directory / "exec" / str(number) / "logs")
@@ -76,15 +76,24 @@ def of_oci(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Execs]:
     bench.close()
 
 
-@pytest.fixture
-def oci(of_oci: Execs) -> Execs:
-    return of_oci
+@pytest.fixture(scope="module")
+def of_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Execs]:
+    bench = bench_of("vm", tmp_path_factory.mktemp("vm"))
+    yield Execs(bench)
+    bench.close()
 
 
-@pytest.fixture(params=["fake", "oci"])
+@pytest.fixture(params=REAL)
+def oci(request: pytest.FixtureRequest) -> Execs:
+    """Either of the drivers that run programs under conmon."""
+    found: Execs = request.getfixturevalue(f"of_{request.param}")
+    return found
+
+
+@pytest.fixture(params=["fake", *REAL])
 def execs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Execs]:
-    if request.param == "oci":
-        yield request.getfixturevalue("of_oci")
+    if request.param in REAL:
+        yield request.getfixturevalue(f"of_{request.param}")
         return
     bench = bench_of("fake", tmp_path)
     yield Execs(bench)
@@ -159,7 +168,7 @@ def test_deleting_ends_it_even_before_it_started(execs: Execs) -> None:
     assert {execs.state(created), execs.state(running)} == {State.ABSENT}
 
 
-# --- oci ------------------------------------------------------------------------------------------------------------
+# --- oci and vm -----------------------------------------------------------------------------------------------------
 
 
 def test_it_runs_as_the_container_does_unless_told_otherwise(oci: Execs) -> None:
@@ -192,7 +201,8 @@ def test_a_terminal_has_a_size_and_takes_control_c(oci: Execs) -> None:
             while wanted not in seen:
                 seen += terminal.recv(70000)[1:]
 
-        terminal.send(b"stty size; cat\n")
+        # a guest has the size a moment later
+        terminal.send(b"until stty size | grep '^4''3 101$'; do sleep 0.02; done; cat\n")
         until(b"43 101")
         terminal.send(b"typed\n")
         until(b"typed\r\ntyped\r\n")  # echoed, and said again by cat: from here on ^C is for cat
@@ -273,5 +283,5 @@ def test_a_containers_own_input(oci: Execs) -> None:
     runtime.watch(id, lambda _, end: ends.put(end))
     assert runtime.console.send(id, b"again\n") == 6
     runtime.console.end_input(id)
-    assert ends.get(timeout=20).exit_code == 0
+    assert ends.get(timeout=60).exit_code == 0
     assert oci.bench.output(id) == b"hello\nagain\n"

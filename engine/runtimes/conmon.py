@@ -373,6 +373,8 @@ def control(files: Files, line: bytes) -> None:
         if not stat.S_ISFIFO(os.fstat(fd).st_mode):
             raise RuntimeFailure(f"{files.ctl} is not conmon's fifo")
         os.write(fd, line)
+    except BrokenPipeError as error:  # it has just ended
+        raise NotFound("it has no conmon: it is not running") from error
     finally:
         os.close(fd)
 

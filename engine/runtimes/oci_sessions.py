@@ -60,7 +60,7 @@ class OciSessions:
         self._directory = directory
         self._tools = tools
         self._cgroups = cgroups_
-        self._lock = threading.Lock()  # guards what follows; never held over a wait
+        self._lock = threading.Lock()  # guards what follows and the files of ended sessions; never held over a wait
         self._waiting: dict[Key, tuple[int, int]] = {}  # created: pipe to start it, pipe that tells its pid
         self._ending = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -172,8 +172,9 @@ class OciSessions:
         finally:
             for fd in (*pipes, *(() if monitor is None else (monitor,))):
                 os.close(fd)
-        for place in (files.spare, files.run, files.bundle):
-            host.remove_tree(place)
+        with self._lock:  # not while its watcher writes down how it ended
+            for place in (files.spare, files.run, files.bundle):
+                host.remove_tree(place)
 
     def close(self) -> None:
         os.eventfd_write(self._ending, 1)
@@ -291,13 +292,17 @@ class OciSessions:
                         return  # the driver is closed
                 finally:
                     os.close(monitor)
-            on_exit(self._finish(files))
+            with self._lock:
+                end = self._finish(files)
+            on_exit(end)
         except Exception:
             log.exception("how session %s of container %s ended was not found out", files.session, files.id)
 
     def _finish(self, files: Files) -> Exit:
         """conmon has ended: what became of the process. Writes down what would be lost."""
         reason = ""
+        if not files.run.exists():
+            return Exit(UNKNOWN, False, time.time_ns(), "the runtime knows nothing of this session")
         if conmon.exit_code(files) is None:
             facts = Facts.load(files.facts)
             code, reason = UNKNOWN, "it ended while nobody looked, and nothing tells how"

@@ -108,6 +108,7 @@ class VmRuntime(OciRuntime):
                 "tsc_khz": qemu.tsc_khz(cpuinfo.read_text()) if cpuinfo.exists() else 0,
             },
             "parts": [[part.start, part.length] for part in parts],
+            "oom": str(files.oom),  # to be made when the guest's kernel kills for want of memory
             "netns": str(spec_.network.path or ""),
             "taps": taps,
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},

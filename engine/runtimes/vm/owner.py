@@ -200,7 +200,10 @@ class Owner:
             os._exit(GONE)
         if event.bits & OOM:
             self._note("out of memory: the guest's kernel killed a process of the container")
-            (self.reason.parent / "oom").touch()
+            flag = Path(self.plan["oom"])
+            with contextlib.suppress(OSError):  # a full disk; the reason is written down elsewhere
+                flag.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                flag.touch()
         self.end()
         os._exit(event.code)
 
@@ -234,5 +237,8 @@ class Owner:
         text = b"".join(self._console)[-CONSOLE_KEPT:].decode(errors="replace")
         with contextlib.suppress(OSError):
             text = (self.place / "qemu.log").read_bytes()[-2000:].decode(errors="replace") + text
-        panics = [line for line in text.splitlines() if line.strip()]
-        return " | ".join(panics[-4:])
+        lines = [line for line in text.splitlines() if line.strip()]
+        for number, line in enumerate(lines):
+            if "Kernel panic" in line:  # what comes after it are registers
+                return " | ".join(lines[max(0, number - 2) : number + 1])
+        return " | ".join(lines[-4:])

@@ -8,8 +8,8 @@ is started in; sockets should be, for their paths are limited to about 100 bytes
     aarch64   -M virt, virtio-pci
 
 Reasons for options that look odd: `tsc_early_khz` keeps a TCG guest from calibrating its clock, which hangs on a loaded
-host; `nolapic_timer` is only right with one CPU; without `reboot=t` a stop takes 3 s; -no-reboot makes a panic the end
-of QEMU (panic=-1 reboots at once).
+host; `nolapic_timer` is only right with one CPU, and with ACPI timers soon stand still (the first wait for RCU never
+ends); without `reboot=t` a stop takes 3 s; -no-reboot makes a panic the end of QEMU (panic=-1 reboots at once).
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Platform:
             if not self.accelerator.hardware:
                 if self.tsc_khz:
                     words.append(f"tsc_early_khz={self.tsc_khz}")
-                if cpus == 1:
+                if cpus == 1 and not self.acpi:
                     words.append("nolapic_timer")
         return " ".join(words)
 

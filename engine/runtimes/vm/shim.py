@@ -113,7 +113,7 @@ class Shim:
             pump.feed(owner.stream, 0 if terminal is None else terminal)
             owner.wait(*((1, 2) if terminal is None else (terminal, terminal)))
         except BaseException as error:
-            os.write(writing, str(error).encode()[:4096] or type(error).__name__.encode())
+            os.write(writing, _told(error))
             os._exit(1)
 
     def _terminal(self, process: dict[str, Any]) -> int | None:
@@ -147,7 +147,7 @@ class Shim:
                 os.setsid()
                 os._exit(self._session(saved, plan, process, writing))
             except BaseException as error:
-                os.write(writing, str(error).encode()[:4096] or type(error).__name__.encode())
+                os.write(writing, _told(error))
                 os._exit(1)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
@@ -225,6 +225,12 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _told(error: BaseException) -> bytes:
+    """What a child tells the process that waits for it."""
+    text = _as_runc(error) if isinstance(error, Refused) else str(error)
+    return text.encode()[:4096] or type(error).__name__.encode()
 
 
 def _as_runc(error: Refused) -> str:

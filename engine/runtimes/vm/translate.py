@@ -15,7 +15,6 @@ from engine.runtimes.vm.protocol import fields
 from engine.runtimes.vm.verbs import mount_flags
 
 SHARES = "/run/shares"  # in the guest: where the 9p export is mounted
-SKIPPED = {"/sys/fs/cgroup"}  # the agent mounts its own
 Words = dict[str, Any]
 
 
@@ -93,8 +92,6 @@ _TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
 def _mount(mount: Mapping[str, Any], shared: Mapping[str, str]) -> list[bytes]:
     """One mount of the document. The agent tells the kernel twice where it has to be (a read-only bind)."""
     target, kind, source = str(mount["destination"]), str(mount.get("type", "bind")), str(mount.get("source", ""))
-    if target in SKIPPED:
-        return []
     options = [option for option in mount.get("options", ()) if option not in ("newinstance",)]
     if kind == "bind" or "bind" in options or "rbind" in options:
         flags, _ = mount_flags([option for option in options if option not in _PROPAGATION])

@@ -1,0 +1,92 @@
+"""What only the vm driver has: what a guest's limits are, and what is left of a machine that was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runtimebench import Bench, bench_of
+
+from engine.errors import InvalidArgument
+from engine.runtimes import conmon
+from engine.runtimes.base import State
+from engine.runtimes.resources import Resources
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = bench_of("vm", tmp_path)
+    yield bench
+    bench.close()
+
+
+def qemu_of(bench: Bench, id: str) -> int:
+    return int((bench.place / "containers" / id / "run" / "vm" / "qemu.pid").read_text())
+
+
+def gone(bench: Bench, pid: int) -> None:
+    bench.until(lambda: conmon.start_time(pid) is None)
+
+
+def said(bench: Bench, id: str, script: str) -> str:
+    code, output = bench.runtime.probe_exec(id, ("/bin/sh", "-c", script), deadline=60)
+    assert code == 0, output
+    return output.decode()
+
+
+def test_limits_and_what_survives_a_daemon(bench: Bench) -> None:
+    id = bench.run("sleep", memory="64m", pids=40)
+    limits = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max"
+    assert said(bench, id, limits).split() == [str(64 << 20), "40"]
+    bench.runtime.update(id, Resources(memory=48 << 20, pids=50))
+    assert said(bench, id, limits).split() == [str(48 << 20), "50"]
+    pid = bench.runtime.status(id).pid
+    bench.runtime.close()
+    bench.runtime = bench.connect()
+    bench.watch(id)
+    status = bench.runtime.status(id)
+    assert (status.state, status.pid) == (State.RUNNING, pid)
+    qemu = qemu_of(bench, id)
+    os.kill(qemu, signal.SIGKILL)
+    end = bench.end()
+    assert end.exit_code == 137 and "virtual machine ended" in end.reason
+    assert bench.runtime.status(id).state is State.STOPPED
+    gone(bench, qemu)
+
+
+def test_its_disk_keeps_what_it_wrote_and_nothing_outlives_its_owner(bench: Bench) -> None:
+    id = bench.run(("sh", "-c", "echo kept > /etc/kept; sync"))
+    assert bench.end().exit_code == 0
+    bench.run(("sh", "-c", "cat /etc/kept; trap 'exit 9' TERM; while :; do sleep 0.02; done"), id=id)
+    bench.until(lambda: bench.output(id) == b"kept\n")
+    owner, qemu = bench.runtime.status(id).pid, qemu_of(bench, id)
+    assert owner
+    os.kill(owner, signal.SIGKILL)
+    assert bench.end().exit_code == 137
+    gone(bench, qemu)
+
+
+def test_a_killed_conmon_takes_the_machine_along(bench: Bench) -> None:
+    id = bench.run("sleep")
+    qemu = qemu_of(bench, id)
+    facts = conmon.Facts.load(bench.place / "containers" / id / "run" / "facts.json")
+    assert facts is not None
+    os.kill(facts.conmon, signal.SIGKILL)
+    end = bench.end()
+    assert end.exit_code == 137 and "conmon was killed" in end.reason
+    gone(bench, qemu)
+
+
+def test_a_panic_is_told(bench: Bench) -> None:
+    bench.run(("sh", "-c", "echo c > /proc/sysrq-trigger; sleep 100"), privileged=True)
+    end = bench.end(30)
+    assert end.exit_code == 137 and "panic" in end.reason
+
+
+@pytest.mark.parametrize(("field", "value"), [("networks", {"host": {}}), ("pid", "host"), ("ipc", "host")])
+def test_what_is_the_hosts_cannot_be_a_guests(bench: Bench, field: str, value: object) -> None:
+    with pytest.raises(InvalidArgument, match=field):
+        bench.runtime.create(bench.spec("true", **{field: value}))
