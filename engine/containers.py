@@ -31,27 +31,27 @@ from engine.errors import AlreadyExists, InvalidArgument, NotFound
 from engine.events import Journal
 from engine.execution import Execution
 from engine.failures import Failures
-from engine.health import HealthChecks
+from engine.guests import Guests
+from engine.health import HealthChecks, machine_changed
 from engine.images.catalog import Images
 from engine.images.reference import parse as parse_reference
 from engine.lifecycle import ALIVE, State, Verb
 from engine.logs import ContainerLogs
 from engine.logsopen import Recent
+from engine.meters import Meters
 from engine.model import check_name
 from engine.monitor import Monitor
 from engine.mounts import RootfsMounts
 from engine.mountspec import MountSpec
 from engine.names import random_name
-from engine.processes import Process, processes
+from engine.processes import Process
 from engine.records import PINNED, Container, Records
 from engine.restarts import Restarts
 from engine.runtimes.base import Mount, check_names_of_host, parse_signal
 from engine.runtimes.select import NAMES as RUNTIMES
 from engine.runtimes.spec import capabilities
-from engine.runtimes.users import user_names
 from engine.scheduler import Clock
 from engine.sessions import Sessions
-from engine.stats import resources
 from engine.store.meta import Meta
 from engine.store.trees import Trees
 from engine.volumes import Volumes
@@ -94,9 +94,12 @@ class Containers:
         self.execution = Execution(store, meta, self.records, images, volumes, mounts, trees, drivers, connections)
         self.console = Console(self.records, self.execution)
         self.sessions = Sessions(store, meta, journal, failures, self.records, self.execution)
-        self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of)
+        self.guests = Guests(self._root, self.execution)
+        self.meters = Meters(self._root, self.guests, mounts.merged)
+        self.monitor = Monitor(meta, journal, self.records, self.execution, self._logs_of, self.meters)
         self.restarts = Restarts(meta, journal, self.records, self._start, clock)
         self.health = HealthChecks(meta, journal, self.records, self.execution, clock)
+        self.meters.on_change = lambda id, mute: machine_changed(self.records, failures, self.health, id, mute)
         self._root.mkdir(parents=True, exist_ok=True)
         self._tmp.mkdir(parents=True, exist_ok=True)
 
@@ -179,19 +182,11 @@ class Containers:
 
     def stats(self, name: str) -> dict[str, int]:
         """What it uses now; empty when it does not run or its driver does not count."""
-        container = self.get(name)
-        if container.state not in ALIVE or container.runtime != "oci":
-            return {}
-        return resources(container.id, container.pid)
+        return self.meters.stats(self.get(name))
 
     def processes(self, name: str) -> list[tuple[Process, str]]:
         """Those that run in it, each with its user's name in the container."""
-        container = self.get(name)
-        if container.state not in ALIVE or container.runtime != "oci":
-            return []
-        names = user_names(self._mounts.merged(container.id))
-        found = processes(container.id, container.pid)
-        return [(process, names.get(process.uid, str(process.uid))) for process in found]
+        return self.meters.processes(self.get(name))
 
     def field_text(self, name: str, field: str) -> str:
         """The file `config/<field>`."""
@@ -432,6 +427,8 @@ class Containers:
         self.health.close()
         self.sessions.close()
         self.monitor.close()
+        self.meters.close()
+        self.guests.close()
         self._workers.join(max(0.0, deadline - time.monotonic()))
         with self._guard:
             logs = list(self._logs.values())

@@ -23,7 +23,6 @@ from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, NoSpace
 from engine.events import Journal, acting
 from engine.failures import Failures
-from engine.guests import Guests
 from engine.history import History
 from engine.images.catalog import Images
 from engine.images.diff import Diffs
@@ -165,8 +164,7 @@ class Engine:
         undo.callback(self.drivers.close)
         undo.callback(self.connections.close)
         undo.callback(self.containers.close)
-        self.guests = Guests(self.store / "containers", self.containers.execution)
-        undo.callback(self.guests.close)
+        self.guests = self.containers.guests
         self._check_files()
         self.volumes.reconcile()
         self.kernels.clean()

@@ -5,6 +5,8 @@ the container's driver, on a bounded pool; one thread waits for what is due, how
 paused container is not asked; after `resume` the next probe comes after the interval. Nothing is asked before the first
 interval has passed, as with Docker.
 
+A virtual machine whose agent is mute (meters.py finds out) is unhealthy, whatever its check says, and also without one.
+
 State is kept in memory, and each change of it in the journal: a restarted daemon takes a container's health from its
 newest healthStatus event; failures in a row and the last probes' output begin anew.
 
@@ -26,7 +28,9 @@ from typing import Any
 from engine.errors import Busy, DeadlineExceeded, EngineError, Gone, NotFound
 from engine.events import Journal, rfc3339
 from engine.execution import Execution
+from engine.failures import Failures
 from engine.lifecycle import State, Verb
+from engine.meters import HINT
 from engine.records import Container, Records
 from engine.scheduler import Clock, Scheduler
 from engine.store.meta import Meta
@@ -47,7 +51,12 @@ class Watch:
     streak: int = 0
     turn: int = 0  # counts what a probe under way must not outlive: its run, or a pause
     asleep: bool = False  # paused
+    mute: bool = False  # its virtual machine does not answer
     probes: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_PROBES))
+
+    @property
+    def shown(self) -> Health:
+        return Health.UNHEALTHY if self.mute else self.health
 
 
 class HealthChecks:
@@ -78,8 +87,8 @@ class HealthChecks:
             watch = self._watches.get(container.id)
             if watch is None:
                 return Health.NONE
-            if watch.known:
-                return watch.health
+            if watch.known or watch.mute:
+                return watch.shown
         return Health.NONE if self._check(container) is None else Health.STARTING
 
     def probes(self, id: str) -> list[dict[str, Any]]:
@@ -87,6 +96,18 @@ class HealthChecks:
         with self._lock:
             watch = self._watches.get(id)
             return list(watch.probes) if watch else []
+
+    def machine(self, container: Container, mute: str) -> None:
+        """Its virtual machine does not answer, as `mute` says; empty: it does again."""
+        with self._lock:
+            watch = self._watches.get(container.id)
+            if watch is None:
+                return  # it has ended
+            was = watch.shown
+            watch.mute = bool(mute)
+            now = watch.shown
+        if now is not was:
+            self._tell(container, was, now, {"output": mute} if mute else {})
 
     def close(self) -> None:
         self._scheduler.close()
@@ -207,13 +228,13 @@ class HealthChecks:
             watch = self._watches.get(id)
             if watch is None or watch.turn != turn:
                 return  # it ended or was paused meanwhile: what was said does not count
-            was = watch.health
+            was = watch.shown
             watch.health, watch.streak = after_probe(
-                was, watch.streak, check, code, self._since_start(container, began)
+                watch.health, watch.streak, check, code, self._since_start(container, began)
             )
             text = output[:MAX_OUTPUT].decode(errors="replace")
             watch.probes.append({"start": rfc3339(began), "end": rfc3339(ended), "exit_code": code, "output": text})
-            now, streak = watch.health, watch.streak
+            now, streak = watch.shown, watch.streak
             delay = self._pause(watch, container)
         if now is not was:
             more: dict[str, Any] = {} if code == 0 else {"streak": streak, "exit_code": code, "output": text}
@@ -239,3 +260,14 @@ class HealthChecks:
                 self._meta.after_commit(self._records.notify)
         except (EngineError, sqlite3.Error) as error:
             log.warning("container %s is %s now, which the journal does not have: %s", container.id, now, error)
+
+
+def machine_changed(records: Records, failures: Failures, health: HealthChecks, id: str, mute: str) -> None:
+    """The virtual machine of container `id` has been mute for as long as `mute` says; empty: it answers again."""
+    container = records.by_id(id)
+    if mute:
+        error = DeadlineExceeded(f"its virtual machine has not answered for {mute}", hint=HINT)
+        log.warning("container %s: %s", container.name, error)
+        failures.record(container.object, "", error)
+        mute = error.reason
+    health.machine(container, mute)

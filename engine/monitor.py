@@ -6,7 +6,7 @@ minute tells of resources (resourceUpdate). After a container ended it tells of 
 driver keeps. Sleeps without limit while nothing runs.
 
     logOutput        {"name", "stdout": [from, to], "stderr": [from, to], "stdout_end", "stderr_end"}
-    resourceUpdate   {"name", "memory_bytes", "cpu_usec", "pids", ...}: what the cgroup has
+    resourceUpdate   {"name", "memory_bytes", "cpu_usec", "pids", ...}: what `stats` says
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from engine.events import Journal
 from engine.execution import Execution
 from engine.lifecycle import ALIVE, State
 from engine.logs import ContainerLogs
+from engine.meters import Meters
 from engine.records import Container, Records
 from engine.samples import Samples
-from engine.stats import quick, resources
 from engine.store.meta import Meta
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,20 @@ STREAMS = ("stdout", "stderr")
 
 class Monitor:
     def __init__(
-        self, meta: Meta, journal: Journal, records: Records, execution: Execution, logs: Callable[[str], ContainerLogs]
+        self,
+        meta: Meta,
+        journal: Journal,
+        records: Records,
+        execution: Execution,
+        logs: Callable[[str], ContainerLogs],
+        meters: Meters,
     ) -> None:
         self._meta = meta
         self._journal = journal
         self._records = records
         self._execution = execution
         self._logs = logs
+        self._meters = meters
         self._wake = threading.Event()
         self._closing = False
         self._guard = threading.Lock()  # of the three below
@@ -86,6 +93,7 @@ class Monitor:
             self._resources_at.pop(id, None)
             self._bounded_at.pop(id, None)
         self.samples.forget(id)
+        self._meters.forget(id)
 
     def close(self) -> None:
         self._closing = True
@@ -125,6 +133,7 @@ class Monitor:
             self._rotate(container)
         for container in over:
             self._clear(container)
+        self._meters.watch(alive)
         self._sample(alive)
         self._resources(alive)
         return waiting or bool(alive) or bool(over)
@@ -198,8 +207,8 @@ class Monitor:
     def _sample(self, alive: list[Container]) -> None:
         for container in alive:
             now = time.monotonic()
-            if self.samples.due(container.id, now) and (found := quick(container.id)) is not None:
-                self.samples.add(container.id, now, *found)
+            if self.samples.due(container.id, now) and (found := self._meters.quick(container)) is not None:
+                self.samples.add(container.id, *found)
 
     def _resources(self, alive: list[Container]) -> None:
         now = time.monotonic()
@@ -209,7 +218,7 @@ class Monitor:
                 if now - self._resources_at.get(container.id, -RESOURCES_EVERY) >= RESOURCES_EVERY:
                     self._resources_at[container.id] = now
                     due.append(container)
-        found = [(container, resources(container.id, container.pid)) for container in due]
+        found = [(container, self._meters.latest(container)) for container in due]
         if any(values for _, values in found):
             with self._meta.tx():
                 for container, values in found:

@@ -1,4 +1,5 @@
-"""The processes of a container, from its cgroup and /proc. Floor 3, stateless, thread-safe.
+"""The processes of a container, from its cgroup and /proc, or as the agent of its virtual machine tells them. Floor 3,
+stateless, thread-safe.
 
 Only here: which facts of a process are shown and how. Nothing is executed. Sources: proc_pid_stat(5),
 proc_pid_status(5), proc_pid_cmdline(5); kernel documentation admin-guide/cgroup-v2.rst (cgroup.procs).
@@ -12,17 +13,19 @@ from pathlib import Path
 
 from engine.runtimes import cgroups
 from engine.runtimes.spec import Cgroups
+from engine.runtimes.vm.protocol import ProtocolError, Values
 
 MAX_PROCESSES = 4096  # that are shown
 MAX_COMMAND = 4096  # bytes of a command line that are shown
 TICKS = os.sysconf("SC_CLK_TCK")  # per second
+GUEST_TICKS = 100  # per second, of a Linux guest (USER_HZ)
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    pid: int  # on the host
+    pid: int  # on the host; in a virtual machine, of its guest
     inside: int  # its pid in the container
-    parent: int  # on the host
+    parent: int  # as `pid`
     uid: int
     state: str  # one letter, as ps has it
     cpu_seconds: float
@@ -69,5 +72,33 @@ def process(pid: int) -> Process | None:
         state=fields[0],
         cpu_seconds=(int(fields[11]) + int(fields[12])) / TICKS,
         memory_bytes=int(facts.get("VmRSS", "0 kB").split()[0]) * 1024,
-        command="".join(char if char.isprintable() else repr(char)[1:-1] for char in command),
+        command=_shown(command),
+    )
+
+
+def _shown(command: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in command)
+
+
+def guest_processes(told: Values) -> list[Process]:
+    """Those of a container in a virtual machine, from the agent's answer to PS. ProtocolError."""
+    return sorted(map(_guest_process, told.all("proc")[:MAX_PROCESSES]), key=lambda item: item.inside)
+
+
+def _guest_process(data: bytes) -> Process:
+    parts = data.split(b"\0", 10)
+    if len(parts) != 11 or any(len(part) > 20 or not part.isdigit() for part in (*parts[:4], *parts[5:9])):
+        raise ProtocolError(f"not a process: {data[:80]!r}")
+    pid, inside, parent, uid = map(int, parts[:4])
+    cpu, memory = int(parts[6]), int(parts[7])
+    words = parts[10][:MAX_COMMAND].decode(errors="replace").replace("\x1f", " ")
+    return Process(
+        pid=pid,
+        inside=inside,
+        parent=parent,
+        uid=uid,
+        state=_shown(parts[4][:1].decode(errors="replace")) or "?",
+        cpu_seconds=cpu / GUEST_TICKS,
+        memory_bytes=memory,
+        command=_shown(words or f"[{parts[9][:64].decode(errors='replace')}]"),
     )

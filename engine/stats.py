@@ -1,4 +1,5 @@
-"""What a container uses now, from its cgroup and its network namespace. Floor 3, stateless, thread-safe.
+"""What a container uses now, from its cgroup and its network namespace: of this host, or of its virtual machine as the
+agent there tells it. Floor 3, stateless, thread-safe.
 
 Only here: the names under which both cgroup versions' counters are shown. Sources: kernel documentation
 admin-guide/cgroup-v2.rst, cgroup-v1/{memory,cpuacct,pids,blkio-controller}.rst, scheduler/sched-bwc.rst;
@@ -8,12 +9,13 @@ proc_pid_net(5) for `dev`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from engine.runtimes import cgroups
 from engine.runtimes.spec import Cgroups
+from engine.runtimes.vm.protocol import Values
 
 NO_LIMIT = 1 << 60  # version 1 writes a number of this size for none
 Found = dict[str, int | None]
@@ -31,24 +33,32 @@ def _text(path: Path) -> str:
         return ""
 
 
+def _int(text: str) -> int | None:
+    """A counter of the kernel; a guest may say anything."""
+    text = text.strip()
+    return int(text) if len(text) <= 20 and text.isascii() and text.isdigit() else None
+
+
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdigit() else None
+    return _int(_text(path))
 
 
-def _keyed(path: Path) -> dict[str, int]:
-    """A flat-keyed file."""
-    pairs = (line.split() for line in _text(path).splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+def _keyed(text: str) -> dict[str, int]:
+    """The text of a flat-keyed file."""
+    pairs = (line.split() for line in text.splitlines())
+    found = {pair[0]: _int(pair[1]) for pair in pairs if len(pair) == 2}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _percent(quota: str, period: str) -> int | None:
-    return round(100 * int(quota) / int(period)) if quota.isdigit() and period.isdigit() and int(period) else None
+    share, whole = _int(quota), _int(period)
+    return round(100 * share / whole) if share is not None and whole else None
 
 
-def _version2(group: Path) -> Found:
-    cpu, memory = _keyed(group / "cpu.stat"), _keyed(group / "memory.stat")
-    quota, _, period = _text(group / "cpu.max").strip().partition(" ")
+def _version2(text: Callable[[str], str]) -> Found:
+    """`text` gives a file of the group, empty when it is not there."""
+    cpu, memory = _keyed(text("cpu.stat")), _keyed(text("memory.stat"))
+    quota, _, period = text("cpu.max").strip().partition(" ")
     out: Found = {
         "cpu_usec": cpu.get("usage_usec"),
         "cpu_user_usec": cpu.get("user_usec"),
@@ -56,20 +66,20 @@ def _version2(group: Path) -> Found:
         "cpu_throttled_usec": cpu.get("throttled_usec"),
         "cpu_throttled_periods": cpu.get("nr_throttled"),
         "cpu_limit_percent": _percent(quota, period),
-        "memory_bytes": _number(group / "memory.current"),
-        "memory_peak_bytes": _number(group / "memory.peak"),
-        "memory_limit_bytes": _number(group / "memory.max"),
+        "memory_bytes": _int(text("memory.current")),
+        "memory_peak_bytes": _int(text("memory.peak")),
+        "memory_limit_bytes": _int(text("memory.max")),
         "memory_anon_bytes": memory.get("anon"),
         "memory_file_bytes": memory.get("file"),
-        "swap_bytes": _number(group / "memory.swap.current"),
-        "pids": _number(group / "pids.current"),
-        "pids_limit": _number(group / "pids.max"),
+        "swap_bytes": _int(text("memory.swap.current")),
+        "pids": _int(text("pids.current")),
+        "pids_limit": _int(text("pids.max")),
     }
-    if (group / "io.stat").exists():
+    if io := text("io.stat"):
         names = {"rbytes": "io_read_bytes", "wbytes": "io_written_bytes", "rios": "io_reads", "wios": "io_writes"}
-        words = [word.partition("=") for word in _text(group / "io.stat").split()]
+        words = [word.partition("=") for word in io.split()]
         for key, name in names.items():
-            out[name] = sum(int(value) for word, _, value in words if word == key and value.isdigit())
+            out[name] = sum(_int(value) or 0 for word, _, value in words if word == key)
     return out
 
 
@@ -77,7 +87,7 @@ def _version1(id: str) -> Found:
     memory, cpu, account, pids, block = (
         cgroups.path(Cgroups(1, False), controller, id) for controller in ("memory", "cpu", "cpuacct", "pids", "blkio")
     )
-    stat, throttled = _keyed(memory / "memory.stat"), _keyed(cpu / "cpu.stat")
+    stat, throttled = _keyed(_text(memory / "memory.stat")), _keyed(_text(cpu / "cpu.stat"))
     limit = _number(memory / "memory.limit_in_bytes")
     out: Found = {
         "cpu_usec": _usec(_number(account / "cpuacct.usage")),
@@ -122,7 +132,7 @@ def network(lines: Iterable[str]) -> dict[str, int]:
         row = rest.split()
         if colon and interface.strip() != "lo" and len(row) >= 16:
             for name, column in zip(names, (0, 1, 8, 9), strict=True):
-                out[name] += int(row[column])
+                out[name] += _int(row[column]) or 0
     return out
 
 
@@ -145,7 +155,7 @@ def resources(id: str, pid: int | None = None) -> dict[str, int]:
     here = _host()
     if here.version == 2:
         group = cgroups.path(here, "", id)
-        out = _version2(group) if group.is_dir() else {}
+        out = _version2(lambda name: _text(group / name)) if group.is_dir() else {}
     else:
         out = _version1(id)
     found = {key: value for key, value in out.items() if value is not None}
@@ -156,12 +166,24 @@ def resources(id: str, pid: int | None = None) -> dict[str, int]:
     return found
 
 
+def guest_resources(told: Values) -> dict[str, int]:
+    """The same of a container in a virtual machine, from the agent's answer to STATS; memory_machine_bytes is all the
+    machine has. What is no number is left out."""
+    found = {key: value for key, value in _version2(told.text).items() if value is not None}
+    found.update(network(told.text("net.dev").splitlines()))
+    found["oom_kills"] = _keyed(told.text("memory.events")).get("oom_kill", 0)
+    total = [line.split() for line in told.text("meminfo").splitlines() if line.startswith("MemTotal:")]
+    if total and len(total[0]) == 3 and (size := _int(total[0][1])) is not None:
+        found["memory_machine_bytes"] = size * 1024
+    return found
+
+
 def quick(id: str) -> tuple[int, int] | None:
     """(CPU time used in µs, memory in bytes) for pictures: two small files. None without a cgroup."""
     here = _host()
     if here.version == 2:
         group = cgroups.path(here, "", id)
-        cpu, memory = _keyed(group / "cpu.stat").get("usage_usec"), _number(group / "memory.current")
+        cpu, memory = _keyed(_text(group / "cpu.stat")).get("usage_usec"), _number(group / "memory.current")
     else:
         cpu = _usec(_number(cgroups.path(here, "cpuacct", id) / "cpuacct.usage"))
         memory = _number(cgroups.path(here, "memory", id) / "memory.usage_in_bytes")

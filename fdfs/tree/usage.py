@@ -58,8 +58,12 @@ USAGE = (
     File(
         name="stats",
         doc="what it uses now, flat-keyed: CPU, memory, I/O, processes, network; empty when it does not run",
-        show=stats,
+        wait=stats,  # a virtual machine is asked
     ),
     File(name="stats.svg", doc="a picture of the last ten minutes: CPU and memory", show=stats_svg),
-    File(name="top", doc="its processes: pid on the host and inside, user, CPU time, memory, command", wait=top),
+    File(
+        name="top",
+        doc="its processes: pid on the host (or in its virtual machine) and inside, user, CPU time, memory, command",
+        wait=top,
+    ),
 )

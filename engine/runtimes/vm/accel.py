@@ -165,7 +165,8 @@ class Accelerators:
         probe: Callable[[Path, str, Accelerator], str] = runs_guests,
         system: str | None = None,
     ) -> None:
-        self._path = (directory or host.runtime_dir()) / "accelerator.json"
+        self.directory = directory or host.runtime_dir()
+        self._path = self.directory / "accelerator.json"
         self._probe = probe
         self._candidate = candidate(system or sys.platform)
         self._lock = threading.Lock()  # held while probing: who comes second waits for the answer

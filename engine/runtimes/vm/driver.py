@@ -21,7 +21,7 @@ from typing import Any
 
 from engine import host
 from engine.config import Namespace
-from engine.errors import InvalidArgument, RuntimeFailure, Unsupported
+from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
 from engine.netconfig import HOST
 from engine.runtimes import conmon
@@ -29,6 +29,7 @@ from engine.runtimes.base import Probe, RunSpec, State, Status
 from engine.runtimes.calls import find_conmon, first_line
 from engine.runtimes.netfiles import NetworkMode
 from engine.runtimes.oci import OciRuntime
+from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
 from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu
@@ -44,6 +45,7 @@ sys.exit(main(sys.argv[1:]))
 
 class VmRuntime(OciRuntime):
     name = "vm"
+    host_limits = False  # its limits are the guest's
     create_deadline = 90.0  # seconds: an emulated guest on a busy host takes its time to boot
 
     def __init__(self, containers: Path, *, state: Path | None = None, kernels: Path | None = None) -> None:
@@ -109,6 +111,7 @@ class VmRuntime(OciRuntime):
             },
             "parts": [[part.start, part.length] for part in parts],
             "oom": str(files.oom),  # to be made when the guest's kernel kills for want of memory
+            "accelerators": str(self._accelerators.directory),
             "netns": str(spec_.network.path or ""),
             "taps": taps,
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},
@@ -132,6 +135,29 @@ class VmRuntime(OciRuntime):
         self._expect(id, State.PAUSED)
         self._qmp(id, "cont")
         (self._vm(id) / "paused").unlink(missing_ok=True)
+
+    def update(self, id: str, resources: Resources) -> None:
+        """As every driver; InvalidArgument for more than its machine was made with."""
+        try:
+            machine = json.loads((self._files(id).bundle / "vm.json").read_bytes())["machine"]
+        except FileNotFoundError:
+            raise NotFound("the runtime has no such container") from None
+        again = "stop it, set it, start it: its virtual machine is made anew"
+        if resources.memory is not None and qemu.memory_of(resources.memory) > (has := int(machine["memory"])):
+            raise InvalidArgument(
+                f"memory: its virtual machine has {has} MiB, {has - qemu.OVERHEAD} of them for the container",
+                at="memory",
+                hint=again,
+            )
+        if resources.cpus is not None and math.ceil(resources.cpus) > (has := int(machine["cpus"])):
+            raise InvalidArgument(f"cpus: its virtual machine has {has}", at="cpus", hint=again)
+        known = self._files(id).resources
+        if self.status(id).state is State.PAUSED and known.read_text() != json.dumps(self._limits(resources)):
+            raise Busy("its virtual machine is paused, and sets no limits", hint="resume it first")
+        super().update(id, resources)
+
+    def _limits(self, resources: Resources) -> dict[str, Any]:
+        return resources.update(swap=self._cgroups.swap, cpus=online_cpus())
 
     def status(self, id: str) -> Status:
         found = super().status(id)

@@ -15,6 +15,7 @@ import collections
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import secrets
 import signal
@@ -27,10 +28,13 @@ from typing import Any, NoReturn
 
 from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
-from engine.runtimes.vm import network, pump, qemu, translate
+from engine.runtimes.vm import faults, network, pump, qemu, translate
+from engine.runtimes.vm.accel import Accelerator, Accelerators
 from engine.runtimes.vm.link import Link, Stream
 from engine.runtimes.vm.protocol import OOM, Words, fields
 from engine.runtimes.vm.relay import Relay
+
+log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 75.0  # for a cold boot on a busy host under TCG
 POWEROFF_SECONDS = 5.0
@@ -50,6 +54,9 @@ class Owner:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.place = bundle.parent / "run" / "vm"
         self.reason = bundle.parent / "run" / "reason"
+        self._upper = -1
+        self._shared: Path | None = None
+        self._broken = ""  # QEMU's word for a machine that stopped for good
         self._console: collections.deque[bytes] = collections.deque(maxlen=64)
         self.qemu: subprocess.Popen[bytes] | None = None
         self.link: Link | None = None
@@ -60,32 +67,79 @@ class Owner:
 
     def boot(self) -> None:
         """The machine runs, its agent answers, and the container's process waits. Raises with all that is known."""
+        machine = self.plan["machine"]
         try:
-            self._launch()
+            self._own()
+            refused = "" if machine["accelerator"] == Accelerator.TCG else self._try_hardware()
+            if machine["accelerator"] == Accelerator.TCG:
+                self._launch().greet(HELLO_SECONDS)
+            if refused:  # not before it is certain that the guest itself is not to blame
+                self._refuse(refused)
             assert self.link is not None
-            self.link.greet(HELLO_SECONDS)
             self._prepare(self.link)
         except EngineError as error:
             self.end()
             said = " ".join(self._last_words().split())[-500:]
             raise RuntimeFailure(f"{error.reason}{': ' + said if said else ''}", hint=error.hint) from error
 
-    def _launch(self) -> None:
-        plan = self.plan
-        self._upper = os.open(plan["machine"]["upper"], os.O_RDWR | os.O_CLOEXEC)
+    def _own(self) -> None:
+        """What the machine needs, however often it is launched."""
+        self._upper = os.open(self.plan["machine"]["upper"], os.O_RDWR | os.O_CLOEXEC)
         hostfiles.share(self._upper, DISK_SECONDS)  # kept: while a guest has it, the host does not mount it
         self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        shares = self._shares()
+        self._shared = self._shares()
+
+    def _try_hardware(self) -> str:
+        """Launch with the hardware's accelerator. When that fails: why; the plan is then to emulate. Raises what it is
+        not to blame for."""
+        machine = self.plan["machine"]
+        link = self._launch()
+        try:
+            link.greet(faults.HELLO_SECONDS)
+            return ""
+        except EngineError as error:
+            assert self.qemu is not None
+            status = None
+            if link.lost:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = self.qemu.wait(1.0)
+            said = (self.place / "qemu.log").read_text(errors="replace")[-2000:]
+            why = faults.of_accelerator(machine["accelerator"], status, said, self._broken)
+            if not why:
+                raise
+            link.close()
+            self.end()
+            self._broken = ""
+            machine["accelerator"] = str(Accelerator.TCG)
+            log.warning("%s; the CPU is emulated instead: %s", why, error)
+            return why
+
+    def _refuse(self, why: str) -> None:
+        """No machine of this boot is to try the hardware's accelerator again."""
+        machine = self.plan["machine"]
+        known = Accelerators(Path(self.plan["accelerators"]))
+        known.refuse(Path(machine["qemu"]), machine["arch"], f"with a real guest: {why}")
+
+    def _breaks(self, status: str) -> None:
+        """QEMU's word on a machine that has stopped for good. On a thread of its own."""
+        self._broken = status
+        if self.qemu is not None:
+            self.qemu.kill()
+
+    def _launch(self) -> Link:
+        plan = self.plan
         agent, guest_agent = socket.socketpair()
         console, guest_console = socket.socketpair()
+        watch, guest_watch = socket.socketpair()
         taps = network.make_taps(Path(plan["netns"]), plan["taps"]) if plan["taps"] else []
         try:
             machine = qemu.Machine(
                 **plan["machine"],
                 agent=guest_agent.fileno(),
                 console=guest_console.fileno(),
+                watch=guest_watch.fileno(),
                 taps=tuple(taps),
-                share=None if shares is None else str(shares),
+                share=None if self._shared is None else str(self._shared),
             )
             (self.place / "qmp.sock").unlink(missing_ok=True)
             with open(self.place / "qemu.log", "wb") as words:
@@ -95,7 +149,7 @@ class Owner:
                     stdout=words,
                     stderr=words,
                     cwd=self.place,
-                    pass_fds=[guest_agent.fileno(), guest_console.fileno(), *taps],
+                    pass_fds=[guest_agent.fileno(), guest_console.fileno(), guest_watch.fileno(), *taps],
                     preexec_fn=self._child,
                 )
         except OSError as error:
@@ -103,17 +157,20 @@ class Owner:
         finally:
             for fd in taps:
                 os.close(fd)
-            guest_agent.close()
-            guest_console.close()
+            for end in (guest_agent, guest_console, guest_watch):
+                end.close()
         (self.place / "qemu.pid").write_text(str(self.qemu.pid))
         threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
+        faults.follow(watch, self._breaks)
         self.relay = Relay()
-        self.link = Link(agent, self.relay.took)
-        self.relay.link = self.link
+        self.relay.link = self.link = Link(agent, self.relay.took)
+        return self.link
 
     def _child(self) -> None:
         if host.LINUX:
             self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if cpus := self.document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus"):
+                os.sched_setaffinity(0, translate.cpu_numbers(cpus))  # of the host: the guest has CPUs of its own
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.setsid()  # a terminal's ^C is for the guest's process
 
@@ -195,7 +252,14 @@ class Owner:
         if event is None or event.code is None:
             assert self.link is not None
             words = self._last_words()
-            self._note(f"the virtual machine ended: {self.link.lost}" + (f": {words}" if words else ""))
+            why = self.link.lost
+            accelerator = self.plan["machine"]["accelerator"]
+            if self._broken:
+                why = f"QEMU stopped it: {self._broken}"
+                if accelerator != Accelerator.TCG:
+                    self._refuse(why)
+                    why += f"; {accelerator} is not used again until the host is started anew"
+            self._note(f"the virtual machine ended: {why}" + (f": {words}" if words else ""))
             self.end()
             os._exit(GONE)
         if event.bits & OOM:

@@ -125,6 +125,7 @@ class Guest:
     agent_fd: int = -1  # of the agent's port: one end of a socket pair, inherited
     console_fd: int = -1  # of the console, likewise; -1: none
     qmp: str = "qmp.sock"
+    watch_fd: int = -1  # of a second monitor, for who started it; -1: none
     disks: Sequence[Disk] = ()
     shares: Sequence[Share] = ()
     nets: Sequence[Tap | UserNet] = ()
@@ -147,6 +148,7 @@ class Machine:
     upper: str  # raw: /dev/vdb
     agent: int  # inherited descriptors
     console: int = -1
+    watch: int = -1
     qmp: str = "qmp.sock"
     taps: tuple[int, ...] = ()
     share: str | None = None  # a directory, by 9p, with the tag SHARES
@@ -169,6 +171,7 @@ def command(machine: Machine) -> list[str]:
         agent_fd=machine.agent,
         console_fd=machine.console,
         qmp=machine.qmp,
+        watch_fd=machine.watch,
         disks=[Disk(Path(machine.image), "image", True, "vmdk"), Disk(Path(machine.upper), "upper")],
         shares=[Share(Path(machine.share), SHARES)] if machine.share is not None else [],
         nets=[Tap(fd) for fd in machine.taps],
@@ -220,6 +223,8 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
         out += ["-device", "virtconsole,bus=vs0.0,nr=0,chardev=console"]
     out += ["-chardev", options("socket", {"id": "qmp", "path": guest.qmp, "server": "on", "wait": "off"})]
     out += ["-mon", "chardev=qmp,mode=control"]
+    if guest.watch_fd >= 0:
+        out += ["-chardev", f"socket,id=watch,fd={guest.watch_fd}", "-mon", "chardev=watch,mode=control"]
     for number, disk in enumerate(guest.disks):
         out += disk_options(number, disk, suffix)
     for number, share in enumerate(guest.shares):

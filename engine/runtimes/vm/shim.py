@@ -8,21 +8,26 @@ Source: runc's man pages; conmon's src/conmon.c for which options are used.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine import host
 from engine.errors import EngineError, NotFound, RuntimeFailure, Unreachable
 from engine.runtimes.vm import pump, translate
 from engine.runtimes.vm.link import Link, Refused
-from engine.runtimes.vm.owner import MAIN, Owner
+from engine.runtimes.vm.owner import MAIN, PR_SET_PDEATHSIG, Owner
 
 GREETING = 10.0  # seconds for the owner to answer
 WITH_VALUE = {"--root", "--bundle", "-b", "--pid-file", "--console-socket", "--process", "-p", "--resources", "-r"}
@@ -61,6 +66,35 @@ def connect(place: Path) -> Link:
     return link
 
 
+def end_with_parent() -> None:
+    if host.LINUX:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_reader(pipe: int) -> Callable[[], None]:
+    """This process ends, and its machine with it, when nobody can read from `pipe` any more: its creator was killed.
+    What is returned ends that."""
+    over, ending = os.pipe()
+
+    def work() -> None:
+        poll = select.poll()
+        poll.register(pipe, 0)  # POLLERR is told anyhow
+        poll.register(over, select.POLLIN)
+        if all(fd != over for fd, _ in poll.poll()):
+            os._exit(1)
+
+    thread = threading.Thread(target=work, name="creator", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        os.write(ending, b"1")
+        thread.join()
+        os.close(over)
+        os.close(ending)
+
+    return end
+
+
 class Shim:
     def __init__(self, options: dict[str, str], id: str) -> None:
         self.options = options
@@ -83,6 +117,7 @@ class Shim:
         fifo = self.state / "exec.fifo"
         fifo.touch()
         pump.block_signals()
+        end_with_parent()  # a killed conmon leaves nobody who waits for a machine that boots
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -94,19 +129,21 @@ class Shim:
         if said != b"ready":
             shutil.rmtree(self.state, ignore_errors=True)
             raise RuntimeFailure(said.decode(errors="replace") or "the process that owns the machine was killed")
-        state = {"bundle": str(bundle), "pid": pid, "created_ns": time.time_ns()}
-        (self.state / "state.json").write_text(json.dumps(state))
         self._note_pid(pid)
 
     def _own(self, bundle: Path, fifo: Path, writing: int) -> None:
         """The child: never returns."""
         try:
             os.setsid()
+            state = {"bundle": str(bundle), "pid": os.getpid(), "created_ns": time.time_ns()}
+            (self.state / "state.json").write_text(json.dumps(state))
             owner = Owner(bundle)
+            booted = end_with_reader(writing)
             terminal = self._terminal(owner.document["process"])
             owner.boot()
             assert owner.link is not None and owner.stream is not None
             owner.serve(fifo)
+            booted()
             os.write(writing, b"ready")
             os.close(writing)
             pump.hand_on(owner.link, MAIN, terminal)
@@ -174,8 +211,17 @@ class Shim:
         return 137 if event is None or event.code is None else event.code
 
     def update(self) -> None:
+        """Refused, as by runc, when more memory is in use than is to be allowed: the kernel would kill."""
         resources = json.loads(Path(self.options.get("--resources") or self.options["-r"]).read_bytes())
-        self._link().call("LIMITS", {"cgroup": translate.cgroup_words(resources)})
+        link = self._link()
+        limit = resources.get("memory", {}).get("limit", -1)
+        if limit > 0 and (used := translate.memory_in_use(link.call("STATS"))) > limit:
+            raise RuntimeFailure(f"memory: {used} bytes are in use, more than the limit of {limit}")
+        link.call("LIMITS", {"cgroup": translate.cgroup_words(resources)})
+        if cpus := resources.get("cpu", {}).get("cpus"):
+            pid = (Path(self._saved()["bundle"]).parent / "run" / "vm" / "qemu.pid").read_text()
+            for thread in os.listdir(f"/proc/{int(pid)}/task"):
+                os.sched_setaffinity(int(thread), translate.cpu_numbers(cpus))
 
     def kill(self, words: list[str]) -> None:
         number = int(words[0]) if words and words[0].isdigit() else getattr(signal, words[0] if words else "SIGTERM")

@@ -11,7 +11,7 @@ import resource
 from collections.abc import Mapping
 from typing import Any
 
-from engine.runtimes.vm.protocol import fields
+from engine.runtimes.vm.protocol import Values, fields
 from engine.runtimes.vm.verbs import mount_flags
 
 SHARES = "/run/shares"  # in the guest: where the 9p export is mounted
@@ -122,6 +122,24 @@ def cgroup_words(resources: Mapping[str, Any]) -> list[bytes]:
     if pids.get("limit") is not None:
         out.append(("pids.max", _max(pids["limit"])))
     return [fields(name, value) for name, value in out]
+
+
+def memory_in_use(stats: Values) -> int:
+    """Bytes a container could not give back at once, from the agent's answer to STATS: without its page cache."""
+    numbers: dict[str, int] = {}
+    for name in ("memory.current", "memory.stat"):
+        for line in stats.text(name).splitlines():
+            words = line.split()
+            if words and len(words[-1]) <= 20 and words[-1].isascii() and words[-1].isdigit():
+                numbers[words[0] if len(words) == 2 else name] = int(words[-1])
+    cache = numbers.get("active_file", 0) + numbers.get("inactive_file", 0)
+    return max(0, numbers.get("memory.current", 0) - cache)
+
+
+def cpu_numbers(text: str) -> set[int]:
+    """CPUs of a list such as 0-3,7 that has been checked (options.py, which needs more than the shim has)."""
+    ends = (part.partition("-") for part in text.split(","))
+    return {number for low, _, high in ends for number in range(int(low), int(high or low) + 1)}
 
 
 def _max(value: int) -> str:

@@ -86,8 +86,8 @@ PROCESSES: Mapping[str, Mapping[str, str]] = {
         "->": "NAME=text of cgroup files (memory.current, cpu.stat, ...) and of uptime, loadavg, meminfo, net.dev"
     },
     "PS": {
-        "->": "proc*: PID\\0PPID\\0UID\\0STATE\\0START ticks\\0CPU ticks\\0RSS bytes\\0THREADS\\0COMM\\0CMDLINE,"
-        " its words joined by 0x1f; the guest's numbers",
+        "->": "proc*: PID\\0INSIDE (its pid in the container)\\0PPID\\0UID\\0STATE\\0START ticks\\0CPU ticks"
+        "\\0RSS bytes\\0THREADS\\0COMM\\0CMDLINE, its words joined by 0x1f; the guest's numbers",
     },
     "DIAL": {"port": "", "kind": "tcp (127.0.0.1, then ::1) | vsock (the guest's own)", "->": "the stream carries it"},
 }

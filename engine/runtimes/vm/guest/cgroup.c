@@ -74,7 +74,8 @@ int cgroup_freeze(int state) {
 
 void cgroup_stats(struct answer *answer) {
     static const char *const files[] = {"cpu.stat", "memory.current", "memory.peak", "memory.max", "memory.swap.current",
-                                        "memory.events", "memory.stat", "pids.current", "pids.max", "io.stat"};
+                                        "memory.events", "memory.stat", "pids.current", "pids.max", "io.stat",
+                                        "cpu.max"};
     static const char *const system[][2] = {{"uptime", "/proc/uptime"}, {"loadavg", "/proc/loadavg"},
                                             {"meminfo", "/proc/meminfo"}, {"net.dev", "/proc/net/dev"},
                                             {"net.snmp", "/proc/net/snmp"}};
@@ -89,6 +90,19 @@ void cgroup_stats(struct answer *answer) {
         int length = read_file(system[i][1], text, sizeof text);
         if (length >= 0) answer_add(answer, system[i][0], text, length);
     }
+}
+
+/* The pid in its innermost namespace, the container's: the last number of NSpid (a kernel with pid namespaces has it). */
+static int pid_inside(int pid) {
+    char path[64], text[4096];
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    if (read_file(path, text, sizeof text) <= 0) return pid;
+    char *line = strstr(text, "\nNSpid:");
+    if (!line) return pid;
+    char *end = strchr(++line, '\n');
+    if (end) *end = 0;
+    char *last = strrchr(line, '\t');
+    return last ? atoi(last + 1) : pid;
 }
 
 static void one_process(struct answer *answer, int pid) {
@@ -112,8 +126,8 @@ static void one_process(struct answer *answer, int pid) {
     while (length > 0 && !command[length - 1]) length--;
     for (int i = 0; i < length; i++)
         if (!command[i]) command[i] = 0x1f;
-    int size = snprintf(line, sizeof line, "%d%c%d%c%u%c%c%c%llu%c%lu%c%lld%c%lu%c%s%c%.*s", pid, 0, parent, 0, info.st_uid, 0,
-                        state, 0, start, 0, user + kernel, 0, (long long)pages * sysconf(_SC_PAGESIZE), 0, threads, 0, open + 1, 0,
+    int size = snprintf(line, sizeof line, "%d%c%d%c%d%c%u%c%c%c%llu%c%lu%c%lld%c%lu%c%s%c%.*s", pid, 0, pid_inside(pid), 0,
+                        parent, 0, info.st_uid, 0, state, 0, start, 0, user + kernel, 0, (long long)pages * sysconf(_SC_PAGESIZE), 0, threads, 0, open + 1, 0,
                         length < 0 ? 0 : length, command);
     answer_add(answer, "proc", line, size < (int)sizeof line ? size : (int)sizeof line - 1);
 }

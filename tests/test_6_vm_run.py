@@ -1,0 +1,121 @@
+"""A container in a virtual machine through a real mount: what it uses, limits, health, and a daemon that was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+
+import pytest
+from guestkernel import guest_kernels
+from mounting import Daemon, can_mount
+from ociimages import busybox_rootfs_tar
+from runtimebench import SLOW, no_vm, skip_or_fail
+
+START = 120.0  # seconds for a machine to boot on a busy host
+CHECK = "test: test -e /well || { echo I am ill; exit 1; }\\ninterval: 0.5\\ntimeout: 20\\nretries: 1\\n"
+SERVE = "echo up; while :; do sleep 0.2; done"
+
+
+def flat(text: str) -> dict[str, int]:
+    return {key: int(value) for key, value in (line.split() for line in text.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    if (why := can_mount() or no_vm()) is not None:
+        skip_or_fail(why)
+    place = tmp_path_factory.mktemp("vmrun")
+    (place / "store").mkdir()
+    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True)
+    with Daemon(place, runtime="vm") as daemon:
+        (place / "rootfs.tar").write_bytes(busybox_rootfs_tar())
+        daemon.sh(f"echo 'import {place}/rootfs.tar box:1' > images/ctl")
+        daemon.until("ls images", "box:1", seconds=30)
+        daemon.sh("mkdir containers/web; echo box:1 > containers/web/config/image")
+        daemon.sh(f"printf 'sh\\n-c\\n{SERVE}\\n' > containers/web/config/command")
+        daemon.sh("echo 64m > containers/web/config/memory; echo always > containers/web/config/restart")
+        daemon.sh(f"printf '{CHECK}' > containers/web/config/healthcheck")
+        daemon.run("echo start > containers/web/ctl")
+        daemon.until("cat containers/web/state", "running", seconds=START)
+        yield daemon
+        daemon.run("echo 'stop 0' > containers/web/ctl")
+        daemon.until("cat containers/web/state", "stopped", seconds=60)
+        daemon.sh("rmdir containers/web")
+
+
+def qemu_of(daemon: Daemon) -> int:
+    id = daemon.sh("cat containers/web/id").strip()
+    return int((daemon.store / "containers" / id / "run" / "vm" / "qemu.pid").read_text())
+
+
+def test_what_it_uses_is_told_by_its_agent(daemon: Daemon) -> None:
+    daemon.until("cat containers/web/stats", "memory_bytes", seconds=30)
+    stats = flat(daemon.sh("cat containers/web/stats"))
+    assert stats["memory_limit_bytes"] == 64 << 20 and 0 < stats["memory_bytes"] <= 64 << 20
+    assert stats["cpu_usec"] > 0 and stats["pids"] >= 1 and "network_received_bytes" in stats
+    assert stats["memory_machine_bytes"] > 64 << 20
+    top = daemon.sh("cat containers/web/top").splitlines()
+    assert top[0].split()[:4] == ["PID", "INSIDE", "PARENT", "USER"]
+    first = top[1].split()
+    assert first[1] == "1" and first[3] == "root" and "echo up" in top[1]
+    daemon.until("grep -c polyline containers/web/stats.svg", "2", seconds=30)
+    daemon.until("cat containers/web/events", "resourceUpdate", seconds=60)
+
+
+def test_limits_change_while_it_runs_and_more_than_the_machine_is_refused(daemon: Daemon) -> None:
+    daemon.sh("echo 48m > containers/web/config/memory; echo 77 > containers/web/config/pids")
+    daemon.until("cat containers/web/stats", f"memory_limit_bytes {48 << 20}", seconds=30)
+    assert "pids_limit 77\n" in daemon.sh("cat containers/web/stats")
+    daemon.refused("echo 1g > containers/web/config/memory", "Invalid argument")
+    error = daemon.sh("cat containers/web/error")
+    assert "memory: its virtual machine has 128 MiB" in error and "hint: stop it" in error
+    assert daemon.sh("cat containers/web/config/memory") == daemon.sh("echo 50331648")
+
+
+def test_its_health_is_asked_inside_it(daemon: Daemon) -> None:
+    daemon.until("cat containers/web/health", "unhealthy", seconds=60)
+    log = [json.loads(line) for line in daemon.sh("cat containers/web/health.jsonl").splitlines()]
+    assert (log[-1]["exit_code"], log[-1]["output"]) == (1, "I am ill\n")
+    daemon.sh("touch containers/web/rootfs/well")
+    daemon.until("cat containers/web/health | grep -v un", "healthy", seconds=60)
+
+
+def test_a_killed_daemon_finds_it_again_and_its_policy_holds(daemon: Daemon) -> None:
+    qemu = qemu_of(daemon)
+    daemon.kill()
+    daemon.unmount()
+    daemon.start(seconds=60)
+    assert daemon.sh("cat containers/web/state containers/web/config/pids").split() == ["running", "77"]
+    assert qemu_of(daemon) == qemu
+    assert "up" in daemon.sh("cat containers/web/logs/stdout")
+    daemon.sh("echo 'run mkdir /again' > containers/web/exec/ctl")
+    daemon.until("ls -d containers/web/rootfs/again && echo there", "there", seconds=60)
+    daemon.until("cat containers/web/stats", "pids_limit 77", seconds=30)
+    os.kill(qemu, signal.SIGKILL)  # while it is watched again: its end is told, and it is started anew
+    daemon.until("cat containers/web/restarts", "1", seconds=30)
+    daemon.until("cat containers/web/state", "running", seconds=START)
+    assert "virtual machine ended" in daemon.sh("grep stateChanged containers/web/events")
+    assert qemu_of(daemon) != qemu
+    limits = daemon.until("cat containers/web/stats", "pids_limit", seconds=30)
+    assert flat(limits)["memory_limit_bytes"] == 48 << 20 and flat(limits)["pids_limit"] == 77
+
+
+if SLOW:
+
+    def test_a_mute_machine_is_seen_and_holds_nobody_up(daemon: Daemon) -> None:
+        daemon.until("cat containers/web/health | grep -v un", "healthy", seconds=60)
+        qemu = qemu_of(daemon)
+        os.kill(qemu, signal.SIGSTOP)
+        try:
+            daemon.until("cat containers/web/stats 2>&1", "timed out", seconds=60)
+            daemon.refused("cat containers/web/top", "timed out")
+            daemon.until("cat containers/web/error", "its virtual machine has not answered", seconds=60)
+            assert "echo kill > ctl" in daemon.sh("cat containers/web/error")
+            assert daemon.sh("cat containers/web/state containers/web/health").split() == ["running", "unhealthy"]
+        finally:
+            os.kill(qemu, signal.SIGCONT)
+        daemon.until("cat containers/web/health | grep -v un", "healthy", seconds=60)
+        daemon.until("cat containers/web/stats", "memory_bytes", seconds=30)
