@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import signal
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +15,10 @@ import pytest
 from runtimebench import Bench, bench_of
 
 from engine.errors import Busy, InvalidArgument, RuntimeFailure
+from engine.runtimes import conmon
+from engine.runtimes.base import State
 from engine.runtimes.resources import Resources
-from engine.runtimes.vm import accel
+from engine.runtimes.vm import accel, faults
 from engine.runtimes.vm.accel import Accelerator, Accelerators
 from engine.runtimes.vm.driver import VmRuntime
 
@@ -64,3 +70,59 @@ def test_an_accelerator_that_fails_with_a_guest_is_not_tried_again(bench: Bench)
     bench.runtime.update(id, Resources())
     assert said(bench, id, limits).split() == ["max", "max", "max", "100000"]
     assert plan["machine"]["accelerator"] == "hvf"  # what it was asked for
+
+
+@pytest.mark.parametrize("who", ["creator", "conmon"])
+def test_a_machine_whose_creator_was_killed_does_not_go_on_booting(bench: Bench, who: str) -> None:
+    run = bench.spec("sleep")
+    place = bench.place / "containers" / run.id / "run"
+    failures: list[Exception] = []
+
+    def create() -> None:
+        try:
+            bench.runtime.create(run)
+        except RuntimeFailure as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=create)
+    thread.start()
+    bench.until((place / "vm" / "qemu.pid").exists)
+    bench.until(lambda: (place / "vm" / "qemu.pid").read_text() != "")
+    qemu = int((place / "vm" / "qemu.pid").read_text())
+    os.kill(qemu, signal.SIGSTOP)  # it never answers
+    owner = parent_of(qemu)
+    os.kill(parent_of(owner) if who == "creator" else int((place / "conmon.pid").read_text()), signal.SIGKILL)
+    bench.until(lambda: conmon.start_time(qemu) is None and conmon.start_time(owner) is None)
+    thread.join(60)
+    assert len(failures) == 1 and bench.runtime.status(run.id).state is State.ABSENT
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_whose_fault_it_is() -> None:
+    assert faults.of_accelerator("kvm", None, "", "internal-error") == "QEMU stopped it: internal-error"
+    assert "did not answer within 10 s" in faults.of_accelerator("kvm", None, "", "")
+    assert faults.of_accelerator("kvm", -6, "error: kvm run failed", "").startswith("QEMU aborted: error: kvm")
+    assert faults.of_accelerator("kvm", 134, "", "") == "QEMU aborted"
+    assert "status 1: Could not access KVM" in faults.of_accelerator("kvm", 1, "Could not access KVM kernel module", "")
+    assert faults.of_accelerator("kvm", 1, "image.vmdk: No such file", "") == ""  # TCG would fail as well
+    assert faults.of_accelerator("hvf", 0, "", "") == ""  # the guest's kernel has ended
+
+
+def test_a_monitor_tells_of_a_machine_that_stopped_for_good_alone() -> None:
+    ours, qemu = socket.socketpair()
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    faults.follow(ours, told.put)
+    with qemu, qemu.makefile("rwb", buffering=0) as lines:
+        lines.write(b'{"QMP": {}}\n')
+        assert json.loads(lines.readline()) == {"execute": "qmp_capabilities"}
+        lines.write(b'{"return": {}}\n{"event": "RESUME"}\nrubbish\n[]\n')
+        for status in ("paused", "internal-error"):
+            lines.write(b'{"event": "STOP"}\n')
+            assert json.loads(lines.readline())["execute"] == "query-status"
+            lines.write(json.dumps({"id": "status", "return": {"status": status}}).encode() + b"\n")
+        assert told.get(timeout=30) == "internal-error"
+        assert lines.readline() == b""
+    assert told.empty()
