@@ -22,12 +22,14 @@ from typing import Any
 import click
 
 from fdfs.cli_limits import fields_of, spec_options
-from fdfs.cli_mount import Failure, Follower, Mount, tail_offset
+from fdfs.cli_mount import Failure, Follower, Mount, explain, tail_offset
 from fdfs.cli_mounts import MOUNT_WORDS, long_mount, mount_options, short_mount
 from fdfs.cli_options import columns, mount_option, network_options
 
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
+PATIENCE = 10.0  # seconds of the first kind, for a start
 NOT_EXECUTED = ("126", "127")  # exit codes of a program that cannot be executed, and of one that is not there
+NOT_STARTED = ("125", *NOT_EXECUTED)
 ENDED = ("created", "stopped", "removing", "removed", "")
 ADJECTIVES = ("bold", "brisk", "calm", "deep", "fleet", "grey", "keen", "loud", "quiet", "salty", "sleepy", "swift")
 NOUNS = ("anchor", "beacon", "brig", "buoy", "cutter", "dinghy", "galley", "gull", "keel", "lantern", "mast", "skiff")
@@ -139,6 +141,7 @@ def run_command(
         where.write(container, "config.yaml", json.dumps(config, ensure_ascii=False).encode(), what=what)
         if starts:
             where.command(container, "start", what=what)
+            await_start(where, chosen, what)
     except Failure as failure:
         ended = where.field(*container, "exit_code")
         with contextlib.suppress(OSError):  # it never ran: nothing is kept of it
@@ -387,5 +390,27 @@ def for_each(where: Mount, names: tuple[str, ...], *acts: Callable[[str], object
 @mount_option
 @click.argument("names", nargs=-1, required=True)
 def start_command(mount: str | None, names: tuple[str, ...]) -> int:
-    """Start containers that are created or stopped."""
-    return each(mount, names, "start", "start")
+    """Start containers that are created or stopped. Returns when they have started."""
+    where = Mount.find(mount)
+    before: dict[str, str] = {}
+
+    def ask(name: str) -> None:
+        before[name] = where.field("containers", name, "started_at")
+        where.command(("containers", name), "start", what=f"start {name}")
+
+    return for_each(where, names, ask, lambda name: await_start(where, name, f"start {name}", before[name]))
+
+
+def await_start(where: Mount, name: str, what: str, before: str = "") -> None:
+    """`start` returns after five seconds; this waits for the rest, as of a virtual machine on a busy host. Failure with
+    the reason when it did not start: `before` was its `started_at`. Says on a terminal what it waits for."""
+    container, since = ("containers", name), time.monotonic()
+    if where.field(*container, "state") == "starting" and sys.stderr.isatty():
+        click.echo(f"{name} is starting …", err=True)
+    while (state := where.field(*container, "state")) == "starting":
+        time.sleep(POLL[time.monotonic() - since > PATIENCE])
+    if state != "stopped" or where.field(*container, "started_at") != before:
+        return
+    reason, more = explain(where.field(*container, "error"))
+    if reason and where.field(*container, "exit_code") in NOT_STARTED:
+        raise Failure(f"{what}: {reason}", *more)
