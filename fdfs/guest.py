@@ -57,19 +57,20 @@ class OpenFile:
     direct = False
     keep = False
 
-    def __init__(self, file: GuestFile, mix: int) -> None:
-        self._file, self._mix = file, mix
+    def __init__(self, file: GuestFile, mix: int, *, append: bool = False) -> None:
+        self._file, self._mix, self._append = file, mix, append
 
     def read(self, size: int, offset: int) -> bytes:
         return self._file.read(size, offset)
 
     def write(self, data: bytes, offset: int) -> int:
-        return self._file.write(data, offset)
+        return self._file.write(data, offset, append=self._append)
 
     def truncate(self, size: int) -> None:
         self._file.truncate(size)
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        self._file.settle()
 
     def fsync(self) -> None:
         self._file.sync()
@@ -140,7 +141,9 @@ class GuestGraft:
             raise ReadOnly("this view is read-only")
         if self._held(path) is not None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return OpenFile(self._files.open(self._root, path, _letters(flags)), self._mix)
+        return OpenFile(
+            self._files.open(self._root, path, _letters(flags)), self._mix, append=bool(flags & os.O_APPEND)
+        )
 
     def _overlay(self, name: bytes) -> bool:
         return name.startswith(OVERLAY)
@@ -194,7 +197,7 @@ class GuestGraft:
     def _create(self, path: bytes, mode: int, flags: int, umask: int = 0) -> OpenFile:
         letters = _letters(flags) + "c" + ("x" if flags & os.O_EXCL else "")
         words: dict[str, str | int] = {"mode": f"{mode & WHOLE & ~umask:o}", **self._owner(path)}
-        return OpenFile(self._files.open(self._root, path, letters, words), self._mix)
+        return OpenFile(self._files.open(self._root, path, letters, words), self._mix, append=bool(flags & os.O_APPEND))
 
     def _mknod(self, path: bytes, mode: int, device: int, umask: int = 0) -> None:
         kind = stat.S_IFMT(mode)

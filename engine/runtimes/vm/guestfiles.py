@@ -10,11 +10,13 @@ Errors: OSError with the guest's errno; DeadlineExceeded; Unreachable when nobod
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +33,9 @@ MUTE_SECONDS = 3.0  # how long a guest that missed a deadline is not asked again
 AT_ONCE = 16  # calls of one guest that may be under way: the agent's file workers are fewer
 BELIEVED = 2.0  # seconds that what came with a listing is believed, twice at most: a lookup and a stat
 MAX_BELIEVED = 1 << 16
+PIPELINE = 6  # calls under way for one file that is read or written in order
+BEHIND_FROM = 1 << 20  # bytes written in order after which a file is written behind
+AHEAD_SECONDS = 1.0  # how long bytes read ahead are believed
 ROOTS = {
     "container": "",
     "upper": "/run/disk/upper",
@@ -55,6 +60,8 @@ class GuestFiles:
         self._guard = threading.Lock()  # of all below; never held over I/O
         self._listed: dict[tuple[str, bytes], tuple[float, int, Attr]] = {}  # until, uses left
         self._names: dict[tuple[str, bytes], Names] = {}
+        self.pool = ThreadPoolExecutor(PIPELINE, "guest-files")  # threads come when needed
+        self.dirty: set[GuestFile] = set()  # written behind
         self.open_handles: dict[tuple[int, int], list[int]] = {}  # dev, ino -> handles of the agent
 
     # --- calls ----------------------------------------------------------------------------------------------------
@@ -125,6 +132,12 @@ class GuestFiles:
         client = self._client
         if client is not None:
             client.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def settle(self) -> None:
+        """Wait for what is written behind; its errors are told to who wrote it, at its next call."""
+        for file in list(self.dirty):
+            file.arrived()
 
     @property
     def closed(self) -> bool:
@@ -136,6 +149,7 @@ class GuestFiles:
 
     def stat(self, root: str, path: bytes) -> Attr:
         key = root, path
+        self.settle()
         with self._guard:
             found = self._listed.pop(key, None)
             if found is not None and found[0] > time.monotonic():
@@ -146,6 +160,7 @@ class GuestFiles:
 
     def list(self, root: str, path: bytes) -> Iterator[tuple[bytes, Attr]]:
         """Names with attributes; the order is the guest's."""
+        self.settle()
         words: Words = {"root": root, "path": path}
         while True:
             values = self.call("LIST", words)
@@ -191,6 +206,7 @@ class GuestFiles:
 
     def change(self, verb: str, root: str, path: bytes, words: Words, *others: bytes) -> Values:
         """A verb that modifies `path` (and `others`)."""
+        self.settle()
         self.forget(root, path, *others)
         try:
             return self.call(verb, {"root": root, "path": path, **words})
@@ -227,19 +243,36 @@ class GuestFiles:
 
 
 class GuestFile:
-    """An open file of a guest. It is of the connection it was opened on: afterwards EBADF."""
+    """An open file of a guest. It is of the connection it was opened on: afterwards EBADF.
+
+    A round trip is long beside what one call carries. So a file read in order is read ahead, and one written in order
+    is written behind, after its first MiB: an error then comes with a later write, or with flush (close(2)), as of NFS.
+    Every other question to the guest waits until what was written is there.
+    """
 
     def __init__(self, files: GuestFiles, root: str, path: bytes, handle: int, identity: tuple[int, int]) -> None:
         self.files, self.identity = files, identity
         self._root, self._path, self._handle = root, path, handle
+        self._lock = threading.Lock()  # of all below
+        self._read_to = 0  # where the reads in order have come to
+        self._ahead: dict[int, tuple[float, Future[bytes]]] = {}  # offset -> when it was asked for, the bytes
+        self._behind: list[tuple[int, int, Future[int]]] = []  # offset, end
+        self._written_to, self._in_order = 0, 0
+
+    # --- reading
+
+    def _fetch(self, size: int, offset: int) -> bytes:
+        data = self.files.call("READ", {"handle": self._handle, "offset": offset, "size": size}).need("data")
+        if len(data) > size:
+            raise protocol.ProtocolError(f"READ gave {len(data)} bytes where {size} were asked for")
+        return data
 
     def read(self, size: int, offset: int) -> bytes:
+        self.settle()
         parts: list[bytes] = []
         while size > 0:
             wanted = min(size, protocol.BULK)
-            data = self.files.call("READ", {"handle": self._handle, "offset": offset, "size": wanted}).need("data")
-            if len(data) > wanted:
-                raise protocol.ProtocolError(f"READ gave {len(data)} bytes where {wanted} were asked for")
+            data = self._piece(wanted, offset)
             parts.append(data)
             if len(data) < wanted:
                 break
@@ -247,37 +280,118 @@ class GuestFile:
             offset += wanted
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def write(self, data: bytes, offset: int) -> int:
+    def _piece(self, size: int, offset: int) -> bytes:
+        with self._lock:
+            if size == protocol.BULK and offset and abs(offset - self._read_to) <= PIPELINE * protocol.BULK:
+                for number in range(1, PIPELINE + 1):
+                    at = offset + number * protocol.BULK
+                    if at not in self._ahead and len(self._ahead) < 2 * PIPELINE:
+                        future = self.files.pool.submit(self._fetch, protocol.BULK, at)
+                        self._ahead[at] = time.monotonic(), future
+            known = self._ahead.pop(offset, None)
+            for old in [at for at, (asked, _) in self._ahead.items() if asked < time.monotonic() - AHEAD_SECONDS]:
+                del self._ahead[old]
+            self._read_to = max(offset + size, self._read_to) if offset else size
+        if known is not None and known[0] > time.monotonic() - AHEAD_SECONDS:
+            data = known[1].result()
+            if len(data) >= size:
+                return data[:size]
+        return self._fetch(size, offset)  # also at the end of a file, which may have grown
+
+    # --- writing
+
+    def _send(self, data: bytes, offset: int) -> int:
+        words: Words = {"handle": self._handle, "offset": offset, "data": data}
+        return self.files.call("WRITE", words).number("size", most=len(data))
+
+    def _send_all(self, data: bytes, offset: int) -> int:
+        count = self._send(data, offset)
+        if count < len(data):  # a full disk says so when it is asked for the rest
+            count += self._send_all(data[count:], offset + count) if count else 0
+        if count < len(data):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return count
+
+    def write(self, data: bytes, offset: int, *, append: bool = False) -> int:
         done = 0
         self.files.written(self._root, self._path)
         while done < len(data):
-            part = data[done : done + protocol.BULK]
-            answer = self.files.call("WRITE", {"handle": self._handle, "offset": offset + done, "data": part})
-            count = answer.number("size", most=len(part))
+            part = bytes(data[done : done + protocol.BULK])
+            if not append and self._later(part, offset + done):
+                done += len(part)
+                continue
+            self.settle()
+            count = self._send(part, offset + done)
             done += count
             if count < len(part):
                 break
         return done
 
-    def truncate(self, size: int) -> None:
+    def _later(self, data: bytes, offset: int) -> bool:
+        """Whether it is on its way. The error of an earlier one."""
+        with self._lock:
+            self._ahead.clear()
+            self._in_order = self._in_order + len(data) if offset == self._written_to else 0
+            self._written_to = offset + len(data)
+            if self._in_order <= BEHIND_FROM:
+                return False
+            first = self._behind.pop(0) if len(self._behind) >= PIPELINE else None
+        if first is not None:
+            first[2].result()
+        future = self.files.pool.submit(self._send_all, data, offset)
+        with self._lock:
+            self._behind.append((offset, offset + len(data), future))
+        self.files.dirty.add(self)
+        return True
+
+    def settle(self) -> None:
+        """Wait for what is written behind; the first of its errors."""
+        if not self._behind:
+            return
+        with self._lock:
+            pending, self._behind = self._behind, []
+            self._in_order = 0
+        self.files.dirty.discard(self)
+        errors = [error for _, _, future in pending if (error := future.exception()) is not None]
         self.files.written(self._root, self._path)
+        if errors:
+            raise errors[0]
+
+    def arrived(self) -> None:
+        """Wait for what is written behind; errors stay for the writer."""
+        wait([future for _, _, future in list(self._behind)])
+        self.files.written(self._root, self._path)
+
+    def _changed(self) -> None:
+        self.settle()
+        with self._lock:
+            self._ahead.clear()
+        self.files.written(self._root, self._path)
+
+    def truncate(self, size: int) -> None:
+        self._changed()
         self.files.call("TRUNCATE", {"handle": self._handle, "size": size})
 
     def sync(self) -> None:
+        self.settle()
         self.files.call("FSYNC", {"handle": self._handle}, SYNC_SECONDS)
 
     def allocate(self, mode: int, offset: int, length: int) -> None:
-        self.files.written(self._root, self._path)
-        words = {"handle": self._handle, "mode": mode, "offset": offset, "size": length}
+        self._changed()
+        words: Words = {"handle": self._handle, "mode": mode, "offset": offset, "size": length}
         self.files.call("FALLOCATE", words, SYNC_SECONDS)
 
     def attr(self) -> Attr:
+        self.settle()
         return protocol.parse_attr(self.files.call("STAT", {"handle": self._handle}).need("attr"))
 
     def close(self) -> bool:
         """Whether it was the last of its file."""
         last = self.files.dropped(self.identity, self._handle)
-        self.files.call("CLOSE", {"handle": self._handle})
+        try:
+            self.settle()
+        finally:
+            self.files.call("CLOSE", {"handle": self._handle})
         return last
 
 
@@ -295,7 +409,7 @@ class Machines:
             files = self._files.get(id)
             if files is None:
                 for other in [key for key, known in self._files.items() if known.closed]:
-                    del self._files[other]
+                    self._files.pop(other).close()
                 files = self._files[id] = GuestFiles(self._containers / id / "run" / "vm" / "agent.sock")
             return files
 
