@@ -91,6 +91,8 @@ class OpenFile:
 class GuestGraft:
     """`root` (container or upper) of a guest. With `upper` whiteouts are not shown."""
 
+    fleeting = True  # once the machine has ended its files are elsewhere: not to be kept for a moment (ops.py)
+
     def __init__(self, files: GuestFiles, root: str, *, writable: bool, caller: Caller | None = None) -> None:
         self._files, self._root = files, root
         self._writable, self._caller = writable, caller

@@ -106,11 +106,12 @@ class Operations:
                 raise
             return Found(row, found.keys)  # nothing to show yet: an empty directory, so that its parent stays browsable
         prefix = path[: len(path) - len(found.rest)].rstrip(b"/") if found.rest else path.rstrip(b"/")
-        with self._lock:
-            if len(self._grafts) >= MAX_GRAFTS:
-                self._grafts.clear()
-            self._grafts[prefix] = (graft, time.monotonic() + GRAFT_SECONDS)
-            self._depths = self._depths | {prefix.count(b"/")}
+        if not getattr(graft, "fleeting", False):
+            with self._lock:
+                if len(self._grafts) >= MAX_GRAFTS:
+                    self._grafts.clear()
+                self._grafts[prefix] = (graft, time.monotonic() + GRAFT_SECONDS)
+                self._depths = self._depths | {prefix.count(b"/")}
         if self._on_graft is not None and row.bind is not None:
             self._on_graft(prefix, row, found.keys)
         return graft, found.rest

@@ -25,6 +25,7 @@ class Agent:
     def __init__(self, root: Path, connection: socket.socket) -> None:
         self.root, self.connection = root, connection
         self.mute = threading.Event()
+        self.full = threading.Event()
         self.asked: list[str] = []
         self.page = 100  # entries of one LIST
         self.name = b""  # added to what is listed
@@ -92,6 +93,8 @@ class Agent:
             return _words(handle=self._next, attr=self._attr(opened))
         if verb == "READ":
             return _words(data=os.pread(fd, values.number("size"), values.number("offset")))
+        if verb == "WRITE" and self.full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if verb == "WRITE":
             return _words(size=os.pwrite(fd, values.need("data"), values.number("offset")))
         if verb == "TRUNCATE":
@@ -176,6 +179,27 @@ def test_a_listing_brings_attributes_and_what_is_changed_is_asked_for_again(agen
     handle = graft.open(b"101", os.O_WRONLY)
     handle.write(b"y" * 500, 0)
     assert graft.getattr(b"101").size == 500
+    handle.close()
+
+
+def test_a_big_file_is_written_behind_and_read_ahead(agent: Parts) -> None:
+    played, _, graft, root = agent
+    content = os.urandom(3 << 20)
+    handle = graft.change("create", b"big", 0o644, os.O_RDWR | os.O_CREAT)
+    for offset in range(0, len(content), 128 << 10):
+        assert handle.write(content[offset : offset + (128 << 10)], offset) == 128 << 10
+    assert graft.getattr(b"big").size == len(content)  # who asks waits until all is there
+    out = b"".join(handle.read(128 << 10, offset) for offset in range(0, len(content) + 1, 128 << 10))
+    assert out == content
+    for offset in range(0, 2 << 20, 128 << 10):
+        handle.write(bytes(128 << 10), offset)
+    handle.flush()
+    assert (root / "big").read_bytes()[: 2 << 20] == bytes(2 << 20)
+    played.full.set()
+    with pytest.raises(OSError, match="No space"):  # close(2) says what a write no longer could
+        for offset in range(2 << 20, 3 << 20, 128 << 10):
+            handle.write(bytes(128 << 10), offset)
+        handle.flush()
     handle.close()
 
 
