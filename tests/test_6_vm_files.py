@@ -1,0 +1,75 @@
+"""A container in a virtual machine through the real mount: its files while it runs, and after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dutchman import demo_archive, wait_for
+from guestkernel import guest_kernels
+from mounting import Daemon, can_mount
+from runtimebench import bench_of
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    if reason := can_mount():
+        pytest.skip(reason)
+    bench_of("vm", tmp_path / "bench").close()  # skips where there is no virtual machine
+    daemon = Daemon(tmp_path, runtime="oci", binds=False)
+    daemon.store.mkdir(parents=True, mode=0o700)
+    shutil.copytree(guest_kernels().directory, daemon.store / "kernels")
+    with daemon:
+        daemon.sh(f"echo 'load {demo_archive()}' > images/ctl")
+        wait_for(lambda: "demo:1" in os.listdir(daemon.mount / "images"), 60)
+        yield daemon
+        daemon.run("echo kill > containers/m/ctl")
+
+
+def test_files_of_a_machine(daemon: Daemon) -> None:
+    daemon.sh("mkdir containers/m; cd containers/m/config; echo demo:1 > image; echo vm > runtime")
+    daemon.sh("printf 'sleep\\n1000\\n' > containers/m/config/command")
+    daemon.sh("echo start > containers/m/ctl || cat containers/m/error", timeout=120)
+    wait_for(lambda: daemon.sh("cat containers/m/state").strip() != "starting", 120)
+    assert daemon.sh("cat containers/m/state").strip() == "running", daemon.sh("cat containers/m/error")
+    place = daemon.mount / "containers/m/rootfs"
+    assert "busybox" in os.listdir(place / "bin")
+    daemon.sh(
+        "cd containers/m/rootfs; echo text > new; mkdir -p d/e; ln -s ../new d/link; ln new hard; mv hard d/;"
+        " chmod 640 new; chown 5:6 new; echo more >> new; rm etc/hostname 2>/dev/null; cp -a bin d/copy;"
+        " head -c 3000000 /dev/urandom > d/big; cmp <(cat d/big) d/big; touch -d @1000 d/e; cat d/link"
+    )
+    st = os.lstat(place / "new")
+    assert (st.st_mode & 0o777, st.st_uid, st.st_gid, st.st_nlink) == (0o640, 5, 6, 2)
+    assert os.lstat(place / "d/e").st_mtime == 1000
+    assert "new" in os.listdir(daemon.mount / "containers/m/diff")
+    big = (place / "d/big").read_bytes()
+    with open(place / "gone", "w+") as file:
+        file.write("kept")
+        file.flush()
+        os.unlink(place / "gone")
+        assert os.fstat(file.fileno()).st_size == 4
+    daemon.sh("echo 'run sh -c \"cat /new; ls -a / | grep -c fuse\"' > containers/m/exec/ctl", timeout=60)
+    wait_for(lambda: daemon.run("grep . containers/m/exec/1/exit_code").returncode == 0, 60)
+    assert daemon.sh("cat containers/m/exec/1/stdout") == "text\nmore\n0\n"
+    # a machine that hangs: an error within the deadline, and the rest of the mount goes on
+    [directory] = (daemon.store / "containers").iterdir()
+    pid = int((directory / "run/vm/qemu.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = daemon.run("ls containers/m/rootfs/lib; cat containers/m/state", timeout=60)
+        assert "timed out" in done.stderr and done.stdout.strip() == "running"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: daemon.run("ls containers/m/rootfs/bin").returncode == 0, 60)
+    daemon.sh("sync containers/m/rootfs/new containers/m/rootfs/d/big containers/m/rootfs/d", timeout=90)
+    daemon.sh("echo kill > containers/m/ctl")
+    wait_for(lambda: daemon.sh("cat containers/m/state").strip() == "stopped", 60)
+    # what it wrote is on its disk, which the host mounts now
+    assert (place / "new").read_text() == "text\nmore\n"
+    assert (place / "d/big").read_bytes() == big
+    assert {"A /new", "A /d"} <= set(daemon.sh("cat containers/m/changes").splitlines())
