@@ -125,6 +125,10 @@ class RootfsMounts:
     def _disk(self, id: str) -> Path:
         return self._containers / id / "vm" / "upper.ext4"
 
+    def has_disk(self, id: str) -> bool:
+        """Whether what the container changes is on a disk of its own, for virtual machines."""
+        return self._disk(id).exists()
+
     def use_disk(self, id: str) -> None:
         """From now on what the container changes is on a disk of its own; what it has changed moves there."""
         disk = self._disk(id)

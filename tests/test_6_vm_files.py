@@ -20,7 +20,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     if reason := can_mount():
         pytest.skip(reason)
     bench_of("vm", tmp_path / "bench").close()  # skips where there is no virtual machine
-    daemon = Daemon(tmp_path, runtime="oci", binds=False)
+    daemon = Daemon(tmp_path, runtime="oci")
     daemon.store.mkdir(parents=True, mode=0o700)
     shutil.copytree(guest_kernels().directory, daemon.store / "kernels")
     with daemon:
@@ -40,8 +40,9 @@ def test_files_of_a_machine(daemon: Daemon) -> None:
     assert "busybox" in os.listdir(place / "bin")
     daemon.sh(
         "cd containers/m/rootfs; echo text > new; mkdir -p d/e; ln -s ../new d/link; ln new hard; mv hard d/;"
-        " chmod 640 new; chown 5:6 new; echo more >> new; rm etc/hostname 2>/dev/null; cp -a bin d/copy;"
-        " head -c 3000000 /dev/urandom > d/big; cmp <(cat d/big) d/big; touch -d @1000 d/e; cat d/link"
+        " chmod 640 new; chown 5:6 new; echo more >> new; rm etc/hostname 2>/dev/null; cp -a etc d/copy;"
+        " head -c 3000000 /dev/urandom > d/big; cmp <(cat d/big) d/big; touch -d @1000 d/e; cat d/link",
+        timeout=120,
     )
     st = os.lstat(place / "new")
     assert (st.st_mode & 0o777, st.st_uid, st.st_gid, st.st_nlink) == (0o640, 5, 6, 2)

@@ -179,9 +179,9 @@ def rootfs(engine: Any, name: str) -> Loopback | GuestGraft:
 
 
 def rootfs_source(engine: Any, name: str) -> BindSource:
-    """Only what is mounted already: looking at a container must not mount it."""
+    """Only what is mounted already: looking at a container must not mount it. Never a disk that a guest will want."""
     container = engine.containers.get(name)
-    mounted = engine.mounts.mounted(container.id)
+    mounted = engine.mounts.mounted(container.id) and not engine.mounts.has_disk(container.id)
     return BindSource(directory=str(engine.mounts.merged(container.id)) if mounted else "")
 
 

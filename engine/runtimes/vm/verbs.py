@@ -113,7 +113,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
     "FSYNC": {"handle": "", "data?": "1: fdatasync"},
     "FALLOCATE": {"handle": "", "mode": "FALLOC_FL_*", "offset": "", "size": ""},
     "CLOSE": {"handle?": "", "all?": "1: every handle, for a new owner"},
-    "TRUNCATE": {"path": "or handle", "size": ""},
+    "TRUNCATE": {"path": "or handle", "size": "", "->": "attr (by path; so CHMOD CHOWN UTIMENS SETXATTR …)"},
     "MKNOD": {"path": "", "mode": "octal with type", "rdev_major?": "", "rdev_minor?": "", "uid?": "", "gid?": ""},
     "MKDIRAT": {"path": "", "mode": "octal", "uid?": "", "gid?": "", "->": "attr (also MKNOD, SYMLINK, LINK)"},
     "UNLINK": {"path": ""},

@@ -364,7 +364,7 @@ static int do_truncate(struct worker *w) {
     if (number_of(&w->words, "size", 10, -1, &size) || size < 0) return EINVAL;
     int fd = open_existing(w, O_WRONLY);
     if (fd < 0) return errno;
-    int error = ftruncate(fd, size) ? errno : 0;
+    int error = ftruncate(fd, size) ? errno : answer_attr(w, fd, "");
     close(fd);
     return error;
 }
@@ -498,6 +498,8 @@ int is_file_verb(const char *verb) {
     return !strcmp(verb, "RENAME") || !strcmp(verb, "LINK") || one_of(by_name, verb) || one_of(by_object, verb);
 }
 
+static int changes_object(const char *verb) { return strcmp(verb, "STATFS") && strcmp(verb, "GETXATTR") && strcmp(verb, "LISTXATTR"); }
+
 static int serve(struct worker *w) {
     const char *verb = w->words.at[0];
     char *name;
@@ -511,6 +513,7 @@ static int serve(struct worker *w) {
     int fd = names ? open_parent(&w->words, "path", &name) : open_path(&w->words, O_PATH);
     if (fd < 0) return errno;
     int error = names ? with_name(w, verb, fd, name) : with_object(w, verb, fd);
+    if (!error && !names && changes_object(verb)) error = answer_attr(w, fd, "");
     close(fd);
     return error;
 }
