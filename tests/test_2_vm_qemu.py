@@ -11,7 +11,7 @@ from runtimebench import skip_or_fail
 from engine.errors import InvalidArgument, Unsupported
 from engine.runtimes.vm import accel, qemu, report
 from engine.runtimes.vm.accel import Accelerator, Accelerators
-from engine.runtimes.vm.qemu import Disk, Guest, Machine, Platform, Share, Tap, UserNet
+from engine.runtimes.vm.qemu import Disk, Guest, Machine, Platform, Share, Tap, UserNet, VsockDevice
 
 GUEST = Guest(kernel=Path("/k/vmlinux"), initfs=Path("/k/initfs"), agent_fd=5, console_fd=6)
 
@@ -53,6 +53,17 @@ def test_machines(arch: str, accelerator: Accelerator, kind: str, cpu: str, devi
     assert "read-only=off" in upper and "detect-zeroes=unmap" in upper
     (append,) = after(argv, "-append")
     assert "tsc_early" not in append and ("reboot=t" in append) == (arch == "x86_64")
+
+
+def test_vsock_by_the_host_or_by_a_daemon() -> None:
+    kernel = dataclasses.replace(GUEST, agent_fd=-1, vsock=VsockDevice(cid=7))
+    argv = qemu.argv(Path("q"), Platform("x86_64", Accelerator.KVM), kernel)
+    assert "vhost-vsock-device,guest-cid=7" in argv and not [word for word in argv if "virtserialport" in word]
+    daemon = dataclasses.replace(GUEST, memory=300, vsock=VsockDevice(socket="v.sock"))
+    argv = qemu.argv(Path("q"), Platform("aarch64", Accelerator.TCG), daemon)
+    assert after(argv, "-M") == ["virt,memory-backend=shared"] and "vhost-user-vsock-pci,chardev=vsock" in argv
+    assert after(argv, "-object") == ["memory-backend-memfd,id=shared,size=300M,share=on"]
+    assert "socket,id=vsock,path=v.sock" in argv
 
 
 def test_shares_and_networks() -> None:

@@ -63,6 +63,14 @@ class UserNet:
 
 
 @dataclass(frozen=True, slots=True)
+class VsockDevice:
+    """A guest's vsock(7): by the host's kernel, as the context `cid`, or by the vhost-user daemon at `socket`."""
+
+    cid: int = 0
+    socket: str = ""  # the daemon sees all of the guest's memory, which is shared with it (Linux)
+
+
+@dataclass(frozen=True, slots=True)
 class Platform:
     """The kind of machine."""
 
@@ -122,13 +130,14 @@ class Guest:
     initfs: Path
     memory: int = DEFAULT  # MiB
     cpus: int = 1
-    agent_fd: int = -1  # of the agent's port: one end of a socket pair, inherited
+    agent_fd: int = -1  # of the agent's port: one end of a socket pair, inherited; -1: none, it listens on vsock
     console_fd: int = -1  # of the console, likewise; -1: none
     qmp: str = "qmp.sock"
     watch_fd: int = -1  # of a second monitor, for who started it; -1: none
     disks: Sequence[Disk] = ()
     shares: Sequence[Share] = ()
     nets: Sequence[Tap | UserNet] = ()
+    vsock: VsockDevice | None = None
     name: str = ""  # shown by ps
     arguments: str = ""  # more of the kernel's
 
@@ -158,6 +167,7 @@ class Machine:
 
 
 SHARES = "shares"
+SHARED = "shared"  # the memory that a vhost-user daemon sees
 
 
 def command(machine: Machine) -> list[str]:
@@ -201,14 +211,16 @@ def options(kind: str, values: Mapping[str, object]) -> str:
 
 def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     """The whole command line. InvalidArgument when the machine has no room for the devices."""
-    count = 1 + len(guest.disks) + len(guest.shares) + len(guest.nets)
+    count = 1 + len(guest.disks) + len(guest.shares) + len(guest.nets) + (guest.vsock is not None)
     if count > machine.slots:
         raise InvalidArgument(
             f"{count} disks, shares and networks, and this machine has room for {machine.slots}",
             hint="mount fewer volumes, or directories instead of many files",
         )
     suffix = machine.device
-    out = [str(qemu), "-M", machine.machine, "-accel", machine.accel, "-cpu", machine.cpu]
+    shared = guest.vsock is not None and bool(guest.vsock.socket)
+    kind = machine.machine + (f",memory-backend={SHARED}" if shared else "")
+    out = [str(qemu), "-M", kind, "-accel", machine.accel, "-cpu", machine.cpu]
     out += ["-m", str(guest.memory), "-smp", str(guest.cpus)]
     out += ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
     if guest.name:
@@ -216,8 +228,10 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     console = "console=hvc0 " if guest.console_fd >= 0 else ""
     append = f"{console}{machine.kernel_arguments(guest.cpus)} {guest.arguments}".strip()
     out += ["-kernel", str(guest.kernel), "-initrd", str(guest.initfs), "-append", append]
-    out += ["-device", f"virtio-serial-{suffix},id=vs0", "-chardev", f"socket,id=agent,fd={guest.agent_fd}"]
-    out += ["-device", f"virtserialport,bus=vs0.0,nr=1,chardev=agent,name={PORT_NAME}"]
+    out += ["-device", f"virtio-serial-{suffix},id=vs0"]
+    if guest.agent_fd >= 0:
+        out += ["-chardev", f"socket,id=agent,fd={guest.agent_fd}"]
+        out += ["-device", f"virtserialport,bus=vs0.0,nr=1,chardev=agent,name={PORT_NAME}"]
     if guest.console_fd >= 0:
         out += ["-chardev", f"socket,id=console,fd={guest.console_fd}"]
         out += ["-device", "virtconsole,bus=vs0.0,nr=0,chardev=console"]
@@ -233,6 +247,8 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
         out += ["-device", f"virtio-9p-{suffix},fsdev=share{number},mount_tag={quoted(share.tag)}"]
     for number, net in enumerate(guest.nets):
         out += net_options(number, net, suffix)
+    if guest.vsock is not None:
+        out += vsock_options(guest.vsock, suffix, guest.memory)
     if machine.kind == "virt":
         out += ["-device", "virtio-rng-pci"]
     return out
@@ -261,6 +277,14 @@ def net_options(number: int, net: Tap | UserNet, suffix: str) -> list[str]:
         f",hostfwd={protocol}:{address}:{port}-:{inside}" for protocol, address, port, inside in net.ports
     )
     return ["-netdev", f"user,id={name}{forwards}", "-device", f"virtio-net-{suffix},netdev={name}"]
+
+
+def vsock_options(device: VsockDevice, suffix: str, memory: int) -> list[str]:
+    if not device.socket:
+        return ["-device", f"vhost-vsock-{suffix},guest-cid={device.cid}"]
+    out = ["-object", f"memory-backend-memfd,id={SHARED},size={memory}M,share=on"]
+    out += ["-chardev", options("socket", {"id": "vsock", "path": device.socket})]
+    return [*out, "-device", f"vhost-user-vsock-{suffix},chardev=vsock"]
 
 
 def tsc_khz(cpuinfo: str) -> int:

@@ -8,6 +8,9 @@ engine's own ports, and the three transports:
     Hybrid   a unix socket that speaks `CONNECT PORT\\n` -> `OK NUMBER\\n` (Firecracker, Cloud Hypervisor,
              vhost-device-vsock; the number is the host's end, not the port)
 
+A guest that listens at Port.AGENT has one host at a time: the next gets its hello when the one before has gone. Several
+share it behind the relay.
+
 Errors: Unreachable (nobody listens, no such socket), Unsupported (the host has none), DeadlineExceeded. Thread-safe:
 transports are values; a line is used by one reader and one writer at a time.
 """

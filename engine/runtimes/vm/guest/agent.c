@@ -321,7 +321,7 @@ int main(int argc, char **argv) {
         fds[0] = (struct pollfd){channel, (room > 2 * MAX_FRAME ? POLLIN : 0) | (queue_head < queue_tail ? POLLOUT : 0), 0};
         fds[1] = (struct pollfd){signals, POLLIN, 0};
         fds[2] = (struct pollfd){room > 2 * MAX_FRAME ? files : -1, POLLIN, 0};
-        fds[3] = (struct pollfd){listener, POLLIN, 0};
+        fds[3] = (struct pollfd){channel < 0 ? listener : -1, POLLIN, 0}; /* one host at a time: the next waits for its HELLO */
         int count = 4 + process_poll(fds + 4, sizeof fds / sizeof *fds - 4);
         if (poll(fds, count, -1) < 0) continue;
         if (fds[2].revents & POLLIN) files_read();
@@ -329,8 +329,7 @@ int main(int argc, char **argv) {
         process_ready(fds + 4, count - 4);
         if (fds[3].revents & POLLIN) {
             int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-            if (fd >= 0 && channel >= 0) close(fd); /* one host at a time */
-            else if (fd >= 0) {
+            if (fd >= 0) {
                 channel = fd;
                 greeted = 0;
                 continue;
