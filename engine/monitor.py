@@ -212,13 +212,16 @@ class Monitor:
 
     def _resources(self, alive: list[Container]) -> None:
         now = time.monotonic()
-        due = []
-        with self._guard:
-            for container in alive:
-                if now - self._resources_at.get(container.id, -RESOURCES_EVERY) >= RESOURCES_EVERY:
+        found = []
+        for container in alive:
+            with self._guard:
+                if now - self._resources_at.get(container.id, -RESOURCES_EVERY) < RESOURCES_EVERY:
+                    continue
+            values = self._meters.latest(container)
+            if values or container.runtime != "vm":  # a machine that has just started has not been asked yet
+                with self._guard:
                     self._resources_at[container.id] = now
-                    due.append(container)
-        found = [(container, self._meters.latest(container)) for container in due]
+            found.append((container, values))
         if any(values for _, values in found):
             with self._meta.tx():
                 for container, values in found:

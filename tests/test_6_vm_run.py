@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 from guestkernel import guest_kernels
@@ -14,9 +15,18 @@ from mounting import Daemon, can_mount
 from ociimages import busybox_rootfs_tar
 from runtimebench import SLOW, no_vm, skip_or_fail
 
+from engine.runtimes import conmon
+
 START = 120.0  # seconds for a machine to boot on a busy host
 CHECK = "test: test -e /well || { echo I am ill; exit 1; }\\ninterval: 0.5\\ntimeout: 20\\nretries: 1\\n"
-SERVE = "echo up; while :; do sleep 0.2; done"
+SERVE = "echo up; while ! rmdir /end 2>/dev/null; do sleep 0.2; done; echo over; exit 7"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, "it did not come to that"
+        time.sleep(0.05)
 
 
 def flat(text: str) -> dict[str, int]:
@@ -83,24 +93,37 @@ def test_its_health_is_asked_inside_it(daemon: Daemon) -> None:
     daemon.until("cat containers/web/health | grep -v un", "healthy", seconds=60)
 
 
-def test_a_killed_daemon_finds_it_again_and_its_policy_holds(daemon: Daemon) -> None:
+def test_a_killed_daemon_finds_it_again(daemon: Daemon) -> None:
     qemu = qemu_of(daemon)
     daemon.kill()
     daemon.unmount()
     daemon.start(seconds=60)
     assert daemon.sh("cat containers/web/state containers/web/config/pids").split() == ["running", "77"]
     assert qemu_of(daemon) == qemu
-    assert "up" in daemon.sh("cat containers/web/logs/stdout")
-    daemon.sh("echo 'run mkdir /again' > containers/web/exec/ctl")
-    daemon.until("ls -d containers/web/rootfs/again && echo there", "there", seconds=60)
+    assert daemon.sh("cat containers/web/logs/stdout") == "up\n"
     daemon.until("cat containers/web/stats", "pids_limit 77", seconds=30)
-    os.kill(qemu, signal.SIGKILL)  # while it is watched again: its end is told, and it is started anew
+    os.kill(qemu, signal.SIGKILL)  # while it is watched again: its end is told, and its policy starts it anew
     daemon.until("cat containers/web/restarts", "1", seconds=30)
     daemon.until("cat containers/web/state", "running", seconds=START)
     assert "virtual machine ended" in daemon.sh("grep stateChanged containers/web/events")
     assert qemu_of(daemon) != qemu
-    limits = daemon.until("cat containers/web/stats", "pids_limit", seconds=30)
-    assert flat(limits)["memory_limit_bytes"] == 48 << 20 and flat(limits)["pids_limit"] == 77
+    stats = flat(daemon.until("cat containers/web/stats", "pids_limit", seconds=30))
+    assert (stats["memory_limit_bytes"], stats["pids_limit"]) == (48 << 20, 77)  # they are in its config
+
+
+def test_how_it_ended_while_no_daemon_looked(daemon: Daemon) -> None:
+    qemu = qemu_of(daemon)
+    daemon.sh("echo 'run sh -c \"sleep 3; mkdir /end\"' > containers/web/exec/ctl")
+    daemon.until("cat containers/web/exec/*/state", "running", seconds=60)
+    daemon.kill()
+    daemon.unmount()
+    wait_for(lambda: conmon.start_time(qemu) is None)
+    daemon.start(seconds=60)
+    daemon.until("cat containers/web/restarts", "2", seconds=30)
+    ends = [json.loads(line) for line in daemon.sh('grep \'"to":"stopped"\' containers/web/events').splitlines()]
+    assert ends[-1]["exit_code"] == 7
+    assert "over\n" in daemon.sh("cat containers/web/logs/stdout")
+    daemon.until("cat containers/web/state", "running", seconds=START)
 
 
 if SLOW:
