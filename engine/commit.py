@@ -1,8 +1,8 @@
 """Committing a container: its changes as a layer on its image. Floor 3.
 
 Only here: that what is read holds still. A running container is paused while its changes are read (its state says so,
-and its processes go on afterwards); one that does not run must not be started meanwhile, else the commit fails and
-nothing is left of it. Runs in a job's thread.
+and its processes go on afterwards; in a virtual machine they are frozen, and the state stays); one that does not run
+must not be started meanwhile, else the commit fails and nothing is left of it. Runs in a job's thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
+from engine.changes import Upper
 from engine.containers import Containers
 from engine.errors import Busy, EngineError, InvalidArgument
 from engine.images import manifests, newimage
@@ -55,9 +57,9 @@ def commit(
         base = containers.execution.image_of(container)
         tree = trees.open(base.chain_id)
         made: tuple[str, str, int] | None = None
-        with still(containers, name, task) as container:
+        with still(containers, name, task) as (container, upper):
             task.progress(f"reading the changes of {name}")
-            pieces = layer_tar(containers.upper(name), tree, task)
+            pieces = layer_tar(upper, tree, task)
             head = next(pieces, None)
             if head is not None:
                 made = _layer(images, _joined(head, pieces, task), task)
@@ -94,20 +96,29 @@ def _layer(images: Images, tar: Iterator[bytes], task: Task) -> tuple[str, str, 
         return info.diff_id, keep.digest(), keep.offset
 
 
+def _same_run(containers: Containers, container: Container, states: tuple[State, ...]) -> None:
+    after = containers.records.by_id(container.id)
+    if after.started_ns != container.started_ns or after.state not in states:
+        raise Busy("the container went on while its changes were read", at=container.name, hint="commit it again")
+
+
 @contextmanager
-def still(containers: Containers, name: str, task: Task) -> Iterator[Container]:
-    """The container while nothing in it runs. Busy when it did run meanwhile."""
+def still(containers: Containers, name: str, task: Task) -> Iterator[tuple[Container, Path | Upper]]:
+    """The container, and what it changed, while nothing in it runs. Busy when it did run meanwhile."""
     container = containers.get(name)
     if container.state not in COMMITTABLE:
         raise Busy(f"the container is {container.state}", at=name, hint="try again once it is running or stopped")
+    if containers.guests.files(container) is not None:  # a paused machine could not tell of its files
+        with containers.guests.still(container) as upper:
+            yield container, upper
+        _same_run(containers, container, (State.RUNNING,))
+        return
     paused = container.state is State.RUNNING
     if paused:
         containers.pause(name)
     try:
-        yield container
-        after = containers.records.by_id(container.id)
-        if after.started_ns != container.started_ns or after.state not in STILL:
-            raise Busy("the container went on while its changes were read", at=name, hint="commit it again")
+        yield container, containers.upper(name)
+        _same_run(containers, container, STILL)
     finally:
         if paused:
             try:

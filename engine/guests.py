@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.errors import Busy
+from engine.errors import Busy, Unreachable
 from engine.execution import Execution
 from engine.lifecycle import ALIVE, State
 from engine.records import Container
 from engine.runtimes.vm.guestfiles import GuestFiles, Machines
+from engine.runtimes.vm.guestupper import GuestUpper
+
+FREEZE_SECONDS = 15.0  # for processes in the middle of something to stop
 
 
 class Guests:
@@ -33,6 +38,19 @@ class Guests:
         if starts:
             raise Busy("its virtual machine starts", hint="try again in a moment")
         return self._machines.of(container.id)
+
+    @contextmanager
+    def still(self, container: Container) -> Iterator[GuestUpper]:
+        """What it changed, with its processes held still in the running machine. Should this daemon end meanwhile, the
+        machine's owner lets them go on (relay.py)."""
+        files = self.files(container)
+        assert files is not None
+        files.call("FREEZE", {"state": 1}, FREEZE_SECONDS)
+        try:
+            yield GuestUpper(files)
+        finally:
+            with suppress(Unreachable):  # it has ended meanwhile
+                files.call("FREEZE", {"state": 0}, FREEZE_SECONDS)
 
     def close(self) -> None:
         self._machines.close()

@@ -23,6 +23,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Container
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,7 +39,7 @@ from engine.unpack import unpack
 
 log = logging.getLogger(__name__)
 
-GIVE_SECONDS = 5.0  # for the kernel to let go of a disk that was unmounted
+GIVE_SECONDS = 2.0  # for who just looks in, and for the kernel, to let go of a disk
 
 
 def mounted_at(path: Path) -> bool:
@@ -170,8 +171,12 @@ class RootfsMounts:
         with self._lock(id):
             self._release(id)
             busy = Busy("files of its root file system are open", hint="fuser says by whom; close them")
-            if mounted_at(self._disk(id).parent / "disk"):
-                raise busy
+            until = time.monotonic() + GIVE_SECONDS
+            while mounted_at(self._disk(id).parent / "disk"):  # who just looks in is soon done
+                if time.monotonic() > until:
+                    raise busy
+                time.sleep(0.02)
+                self._drop_disk(id)
             fd = os.open(self._disk(id), os.O_RDWR | os.O_CLOEXEC)
             try:
                 share(fd, GIVE_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from dutchman import demo_archive, wait_for
 from guestkernel import guest_kernels
 from mounting import Daemon, can_mount
 from runtimebench import bench_of
+
+from engine import loops
+from engine.runtimes.vm.guestfiles import GuestFiles
 
 
 @pytest.fixture
@@ -30,12 +34,20 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         daemon.run("echo kill > containers/m/ctl")
 
 
-def test_files_of_a_machine(daemon: Daemon) -> None:
+def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> None:
     daemon.sh("mkdir containers/m; cd containers/m/config; echo demo:1 > image; echo vm > runtime")
     daemon.sh("printf 'sleep\\n1000\\n' > containers/m/config/command")
+    # people look in all the while: nobody gets at the disk that the guest is about to have
+    look = "while :; do ls containers/m/{rootfs,diff}; cat containers/m/changes; sleep 0.01; done &>/dev/null"
+    onlooker = subprocess.Popen(["bash", "-c", look], cwd=daemon.mount)
+    request.addfinalizer(onlooker.kill)
     daemon.sh("echo start > containers/m/ctl || cat containers/m/error", timeout=120)
     wait_for(lambda: daemon.sh("cat containers/m/state").strip() != "starting", 120)
     assert daemon.sh("cat containers/m/state").strip() == "running", daemon.sh("cat containers/m/error")
+    onlooker.kill()
+    onlooker.wait()
+    [directory] = (daemon.store / "containers").iterdir()
+    assert loops.of(directory / "vm/upper.ext4") is None
     place = daemon.mount / "containers/m/rootfs"
     assert "busybox" in os.listdir(place / "bin")
     daemon.sh(
@@ -57,8 +69,27 @@ def test_files_of_a_machine(daemon: Daemon) -> None:
     daemon.sh("echo 'run sh -c \"cat /new; ls -a / | grep -c fuse\"' > containers/m/exec/ctl", timeout=60)
     wait_for(lambda: daemon.run("grep . containers/m/exec/1/exit_code").returncode == 0, 60)
     assert daemon.sh("cat containers/m/exec/1/stdout") == "text\nmore\n0\n"
+    # what it changed, while it runs
+    daemon.sh("cd containers/m/rootfs; rm -r srv etc/group; mkdir srv; setfattr -n user.kept -v yes d/big")
+    told = daemon.sh("cat containers/m/changes").splitlines()
+    assert {"A /new", "A /d/link", "D /etc/group", "M /srv", "D /srv/hello.txt"} <= set(told)
+    daemon.sh("echo 'commit demo:c' > containers/m/ctl")
+    wait_for(lambda: "demo:c" in os.listdir(daemon.mount / "images"), 120)
+    image = daemon.mount / "images/demo:c/rootfs"
+    assert (image / "d/big").read_bytes() == big
+    assert os.getxattr(image / "d/big", "user.kept") == b"yes"
+    assert os.readlink(image / "d/link") == "../new"
+    assert os.lstat(image / "new").st_ino == os.lstat(image / "d/hard").st_ino
+    assert (os.lstat(image / "new").st_uid, os.lstat(image / "d/e").st_mtime) == (5, 1000)
+    assert not os.listdir(image / "srv")
+    assert daemon.sh("cat containers/m/state").strip() == "running"
+    # an engine that is killed while it holds the processes still leaves them running
+    held = GuestFiles(directory / "run/vm/agent.sock")
+    held.call("FREEZE", {"state": 1}, 60)
+    held.close()
+    daemon.sh("echo 'run echo goes on' > containers/m/exec/ctl", timeout=60)
+    wait_for(lambda: daemon.run("grep . containers/m/exec/2/exit_code").returncode == 0, 60)
     # a machine that hangs: an error within the deadline, and the rest of the mount goes on
-    [directory] = (daemon.store / "containers").iterdir()
     pid = int((directory / "run/vm/qemu.pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -70,6 +101,9 @@ def test_files_of_a_machine(daemon: Daemon) -> None:
     daemon.sh("sync containers/m/rootfs/new containers/m/rootfs/d/big containers/m/rootfs/d", timeout=90)
     daemon.sh("echo kill > containers/m/ctl")
     wait_for(lambda: daemon.sh("cat containers/m/state").strip() == "stopped", 60)
+    check = subprocess.run(["e2fsck", "-p", directory / "vm/upper.ext4"], capture_output=True)  # its journal
+    assert not check.returncode & ~1, check.stdout
+    assert subprocess.run(["e2fsck", "-fn", directory / "vm/upper.ext4"], capture_output=True).returncode == 0
     # what it wrote is on its disk, which the host mounts now
     assert (place / "new").read_text() == "text\nmore\n"
     assert (place / "d/big").read_bytes() == big

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 from engine import fields
@@ -15,11 +14,9 @@ from engine.images.newimage import check as check_change
 from engine.images.reference import parse as parse_reference
 from engine.records import PINNED
 from fdfs.ctl import Call, Verb, table
-from fdfs.entry import STARTED_NS, BindSource, Dir, File, Link, Row
-from fdfs.guest import GuestGraft
-from fdfs.loopback import Loopback
-from fdfs.tree.caller import caller
+from fdfs.entry import STARTED_NS, Dir, File, Link, Row
 from fdfs.tree.console import CONSOLE, VERBS, console_verbs
+from fdfs.tree.containerfiles import changes, changes_size, diff, rootfs, rootfs_source
 from fdfs.tree.containerlist import LIST
 from fdfs.tree.errors import error_file
 from fdfs.tree.history import HISTORY
@@ -169,37 +166,6 @@ def wait(engine: Any, name: str) -> str:
     finally:
         _waiting.release()
     return "" if code is None else line(code)
-
-
-def rootfs(engine: Any, name: str) -> Loopback | GuestGraft:
-    guest = engine.guests.files(engine.containers.get(name))
-    if guest is not None:
-        return GuestGraft(guest, "container", writable=True, caller=caller)
-    return Loopback(Path(engine.containers.rootfs(name)), writable=lambda: True, caller=caller)
-
-
-def rootfs_source(engine: Any, name: str) -> BindSource:
-    """Only what is mounted already: looking at a container must not mount it. Never a disk that a guest will want."""
-    container = engine.containers.get(name)
-    mounted = engine.mounts.mounted(container.id) and not engine.mounts.has_disk(container.id)
-    return BindSource(directory=str(engine.mounts.merged(container.id)) if mounted else "")
-
-
-def diff(engine: Any, name: str) -> Loopback | GuestGraft:
-    from engine.changes import hidden_places
-
-    container = engine.containers.get(name)
-    guest = engine.guests.files(container)
-    if guest is not None:
-        return GuestGraft(guest, "upper", writable=False)
-    hidden = hidden_places(lambda: engine.trees.open(engine.containers.execution.image_of(container).chain_id))
-    return Loopback(Path(engine.containers.upper(name)), writable=lambda: False, overlay_upper=True, hidden=hidden)
-
-
-def changes(engine: Any, name: str) -> bytes:
-    from engine.changes import changes_text
-
-    return changes_text(iter(engine.containers.changes(name)))
 
 
 def _mounts(engine: Any, name: str) -> list[Any]:
@@ -422,7 +388,7 @@ CONTAINER = Dir(
         Dir(name="logs", doc="what it printed", names=_log_names, find=_log, kinds=(LOG,)),
         Dir(name="rootfs", doc="its files, live and writable", graft=rootfs, bind=rootfs_source),
         Dir(name="diff", doc="only what differs from the image, read-only", graft=diff),
-        File(name="changes", doc="A, M or D and a path per line, against the image", show=changes),
+        File(name="changes", doc="A, M or D and a path per line, against the image", show=changes, size=changes_size),
         HISTORY,
         Dir(name="mounts", doc="volumes and bind mounts in use", names=_mount_names, find=_mount, kinds=(MOUNT,)),
     ),

@@ -1,9 +1,9 @@
 """The agent's connection shared with other processes of the host: the socket `agent.sock` of a machine. Floor 2.
 
 Only here: streams of several clients on one connection. A client speaks protocol.py as if it were alone with the agent,
-HELLO included; its streams get numbers of the connection, and what it started (EXEC) is killed when it goes away. A
-client that does not read what it asked for is cut off: the agent's window bounds what can be under way for it.
-The socket is 0600 in a 0700 directory.
+HELLO included; its streams get numbers of the connection, and when it goes away, what it started (EXEC) is killed and
+what it froze goes on. A client that does not read what it asked for is cut off: the agent's window bounds what can be
+under way for it. The socket is 0600 in a 0700 directory.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class _Client:
         self.connection = connection
         self.out: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUE)
         self.streams: dict[int, int] = {}  # its number -> the connection's
+        self.froze = False  # the container's processes, which go on when this client goes away
         self.processes: dict[int, str] = {}  # the connection's number of what it started -> id
 
     def put(self, data: bytes | None) -> None:
@@ -161,6 +162,8 @@ class Relay:
             self._owners[stream] = (client, frame.stream)
             if verb in KEEPS:
                 self._kept.add(stream)
+            if verb == "FREEZE":
+                client.froze = values.text("state") != "0"
             if verb == "EXEC":
                 client.processes[stream] = values.text("id")
         link.send(frame._replace(stream=stream).encode())
@@ -175,6 +178,10 @@ class Relay:
                 if stream not in left:
                     self._owners.pop(stream, None)
         client.connection.close()
+        if client.froze:
+            assert self.link is not None
+            with contextlib.suppress(EngineError):
+                self.link.call("FREEZE", {"state": 0})
         for id in left.values():
             assert self.link is not None
             with contextlib.suppress(EngineError):  # it has ended meanwhile, or the machine has
