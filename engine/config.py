@@ -110,6 +110,7 @@ class ContainerConfig(Frozen):
     extra_hosts: ExtraHosts = Field((), description="NAME:ADDRESS, NAME:host-gateway")
     # driver and logs
     kernel: Text = Field("", description="of its virtual machine: a name in kernels/; empty: the default one")
+    fast_start: bool = Field(True, description="its virtual machine may start from a snapshot (kernels/), not boot")
     runtime: Text = Field("", description="oci, vm or fake; empty: the engine's default")
     log_max_size: Size = Field(16 << 20, description="bytes of a log segment before it is rotated")
     log_max_total: Size = Field(1 << 30, description="bytes of all its log segments on disk; the oldest are dropped")

@@ -47,7 +47,7 @@ LISTS = frozenset(
     }
     | {"ports", "dns", "dns_search", "dns_options", "extra_hosts"}
 )
-FLAGS = frozenset({"tty", "stdin", "init", "read_only", "privileged"})
+FLAGS = frozenset({"tty", "stdin", "init", "read_only", "privileged", "fast_start"})
 LIMITS = frozenset(
     {"memory", "memory_reservation", "cpus", "pids", "shm_size", "oom_score_adj"}
     | {"stop_grace_period", "log_max_size", "log_max_total", "log_max_age"}

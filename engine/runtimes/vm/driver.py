@@ -11,8 +11,10 @@ plan, bundle/vm.json), pausing it by QMP, and which files of the host must be le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -32,7 +34,10 @@ from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
-from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu
+from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, templates
+from engine.runtimes.vm.templatemaker import Makers
+
+log = logging.getLogger(__name__)
 
 QMP_SECONDS = 10.0
 SHIM = """#!{python} -SE
@@ -53,6 +58,7 @@ class VmRuntime(OciRuntime):
         super().__init__(containers, state=state or host.runtime_dir() / "vm")
         self._kernels = Kernels(kernels or containers.parent / "kernels")
         self._accelerators = accel.Accelerators()
+        self._makers = Makers()
 
     # --- probing ------------------------------------------------------------------------------------------------
 
@@ -95,20 +101,22 @@ class VmRuntime(OciRuntime):
             taps = max(1, len(settings.networks))
         seccomp = config.get("linux", {}).pop("seccomp", None)
         cpuinfo = Path("/proc/cpuinfo")
+        initfs = kernel.initfs(agentbuild.build(arch, agents()))
+        machine = {
+            "arch": arch,
+            "accelerator": str(choice.accelerator),
+            "kernel": str(kernel.image),
+            "initfs": str(initfs),
+            "memory": qemu.memory_of(settings.memory),
+            "cpus": math.ceil(settings.cpus or 1),
+            "acpi": kernel.acpi,
+            "image": str(place / "image.vmdk"),
+            "upper": str(place / "upper.ext4"),
+            "qemu": str(binary),
+            "tsc_khz": qemu.tsc_khz(cpuinfo.read_text()) if cpuinfo.exists() else 0,
+        }
         plan = {
-            "machine": {
-                "arch": arch,
-                "accelerator": str(choice.accelerator),
-                "kernel": str(kernel.image),
-                "initfs": str(kernel.initfs(agentbuild.build(arch, agents()))),
-                "memory": qemu.memory_of(settings.memory),
-                "cpus": math.ceil(settings.cpus or 1),
-                "acpi": kernel.acpi,
-                "image": str(place / "image.vmdk"),
-                "upper": str(place / "upper.ext4"),
-                "qemu": str(binary),
-                "tsc_khz": qemu.tsc_khz(cpuinfo.read_text()) if cpuinfo.exists() else 0,
-            },
+            "machine": machine,
             "parts": [[part.start, part.length] for part in parts],
             "oom": str(files.oom),  # to be made when the guest's kernel kills for want of memory
             "accelerators": str(self._accelerators.directory),
@@ -117,6 +125,10 @@ class VmRuntime(OciRuntime):
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},
             "seccomp": "" if seccomp is None else bpf.compile_profile(seccomp, arch).hex(),
         }
+        if settings.fast_start and choice.accelerator is not accel.Accelerator.HVF:  # it saves no guests
+            made_of = {"kernel": [kernel.digest, kernel.image_digest], "initfs": initfs.name}
+            wish = templates.wanted(machine, taps, made_of | {"version": self.probe().version})
+            plan["template"] = wish | {"directory": str(kernel.directory / "templates")}
         host.write_atomic(files.bundle / "vm.json", json.dumps(plan).encode(), 0o600)
         # sessions look users up in the files the container started with; the guest has the disk from here on
         names = place / "names"
@@ -125,6 +137,24 @@ class VmRuntime(OciRuntime):
             (names / "etc" / name).write_bytes(read_in_root(spec_.rootfs, f"/etc/{name}"))
         config["root"]["path"] = str(names)
         spec_.release()
+
+    def create(self, spec_: RunSpec) -> int:
+        pid = super().create(spec_)
+        with contextlib.suppress(FileNotFoundError):
+            log.info("machine of container %s: %s", spec_.id[:12], (self._vm(spec_.id) / "how").read_text())
+        return pid
+
+    def start(self, id: str) -> None:
+        super().start(id)
+        plan = json.loads((self._files(id).bundle / "vm.json").read_bytes())
+        if wish := plan.get("template"):
+            program = [self._tools()[0], "--root", str(self._state)]
+            request = wish | {"machine": plan["machine"], "taps": plan["taps"]}
+            self._makers.want(program, Path(wish["directory"]), request)
+
+    def close(self) -> None:
+        super().close()
+        self._makers.close()
 
     def pause(self, id: str) -> None:
         self._expect(id, State.RUNNING)

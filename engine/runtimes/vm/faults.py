@@ -23,15 +23,15 @@ BROKEN = "internal-error"  # a status of QEMU: what the accelerator did cannot b
 MAX_LINE = 1 << 16  # bytes of one answer of QEMU
 
 
-def follow(connection: socket.socket, broken: Callable[[str], None]) -> None:
+def follow(connection: socket.socket, broken: Callable[[str], None], first: bytes = b"") -> None:
     """On a thread: `broken` is called, once, with QEMU's word for it when the machine has stopped for good.
 
-    `connection` is a monitor of QEMU's own; the thread ends with QEMU.
+    `connection` is a monitor of QEMU's own, which is told `first` to begin with; the thread ends with QEMU.
     """
 
     def work() -> None:
         with suppress(OSError), connection, connection.makefile("rb") as lines:
-            connection.sendall(b'{"execute": "qmp_capabilities"}\n')
+            connection.sendall(b'{"execute": "qmp_capabilities"}\n' + first)
             while line := lines.readline(MAX_LINE):
                 try:
                     said = json.loads(line)

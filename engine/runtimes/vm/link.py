@@ -99,8 +99,11 @@ class Stream:
 
 
 class Link:
-    def __init__(self, connection: socket.socket, foreign: Callable[[Frame], bool] = lambda frame: False) -> None:
-        """`foreign` is shown frames of streams that are not this link's; False: they are nobody's, which is refused."""
+    def __init__(
+        self, connection: socket.socket, foreign: Callable[[Frame], bool] = lambda frame: False, hello: bytes = b""
+    ) -> None:
+        """`foreign` is shown frames of streams that are not this link's; False: they are nobody's, which is refused.
+        `hello`: the HELLO of a guest that has said it before, to somebody else."""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
         self._socket = connection
         self._foreign = foreign
@@ -112,7 +115,7 @@ class Link:
         self._greeting: queue.SimpleQueue[Values | None] = queue.SimpleQueue()
         self.hello = b""  # as it came
         self.lost = ""  # why the connection is over
-        threading.Thread(target=self._read, name="agent", daemon=True).start()
+        threading.Thread(target=self._read, args=(hello,), name="agent", daemon=True).start()
 
     def greet(self, seconds: float) -> Values:
         """HELLO. DeadlineExceeded when none came; Unreachable or ProtocolError's words when the connection is over."""
@@ -198,9 +201,12 @@ class Link:
         for stream in streams:
             stream.end(None)
 
-    def _read(self) -> None:
+    def _read(self, hello: bytes) -> None:
         parser = Parser(Side.GUEST)
         try:
+            if hello:
+                for frame in parser.feed(protocol.frame(Type.HELLO, 0, hello)):
+                    self._took(frame)
             while data := self._socket.recv(1 << 18):
                 for frame in parser.feed(data):
                     self._took(frame)

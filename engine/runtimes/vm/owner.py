@@ -28,11 +28,12 @@ from typing import Any, NoReturn
 
 from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
-from engine.runtimes.vm import faults, network, pump, qemu, translate
+from engine.runtimes.vm import faults, network, pump, qemu, templates, translate
 from engine.runtimes.vm.accel import Accelerator, Accelerators
-from engine.runtimes.vm.link import Link, Stream
+from engine.runtimes.vm.link import Link, Refused, Stream
 from engine.runtimes.vm.protocol import OOM, Words, fields
 from engine.runtimes.vm.relay import Relay
+from engine.runtimes.vm.templates import Template
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Owner:
         self.place = bundle.parent / "run" / "vm"
         self.reason = bundle.parent / "run" / "reason"
         self._upper = -1
-        self._shared: Path | None = None
+        self._shared = self.place / "shares"
         self._broken = ""  # QEMU's word for a machine that stopped for good
         self._console: collections.deque[bytes] = collections.deque(maxlen=64)
         self.qemu: subprocess.Popen[bytes] | None = None
@@ -67,16 +68,10 @@ class Owner:
 
     def boot(self) -> None:
         """The machine runs, its agent answers, and the container's process waits. Raises with all that is known."""
-        machine = self.plan["machine"]
         try:
             self._own()
-            refused = "" if machine["accelerator"] == Accelerator.TCG else self._try_hardware()
-            if machine["accelerator"] == Accelerator.TCG:
-                self._launch().greet(HELLO_SECONDS)
-            if refused:  # not before it is certain that the guest itself is not to blame
-                self._refuse(refused)
-            assert self.link is not None
-            self._prepare(self.link)
+            if not self._from_template():
+                self._cold()
         except EngineError as error:
             self.end()
             said = " ".join(self._last_words().split())[-500:]
@@ -87,7 +82,57 @@ class Owner:
         self._upper = os.open(self.plan["machine"]["upper"], os.O_RDWR | os.O_CLOEXEC)
         hostfiles.share(self._upper, DISK_SECONDS)  # kept: while a guest has it, the host does not mount it
         self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._shared = self._shares()
+        self._shares()
+
+    def _cold(self) -> None:
+        machine = self.plan["machine"]
+        refused = "" if machine["accelerator"] == Accelerator.TCG else self._try_hardware()
+        if machine["accelerator"] == Accelerator.TCG:
+            self._launch().greet(HELLO_SECONDS)
+        if refused:  # not before it is certain that the guest itself is not to blame
+            self._refuse(refused)
+        assert self.link is not None
+        self._prepare(self.link)
+        self._run(self.link)
+
+    def _from_template(self) -> bool:
+        """Whether the container's process waits in a machine started from a template. Whatever is wrong with that, the
+        machine can be booted; only what the guest says of the container itself is raised."""
+        wish = self.plan.get("template")
+        if wish is None:
+            return self._tell("booted")
+        directory, refused, whole = Path(wish["directory"]), None, False
+        try:
+            with templates.found(directory, wish) as template:
+                if template is None:
+                    return self._tell("booted: there is no template yet")
+                whole = True
+                link = self._launch(template)
+                templates.confirm(link)
+                templates.used(template)
+            self._prepare(link)
+            try:
+                self._run(link)
+            except Refused as error:
+                refused = error
+        except (EngineError, OSError) as error:
+            words = f"{error}: {self._last_words()}"
+            self.end()
+            self._broken = ""
+            if whole:
+                templates.refuse(directory, wish["key"], words)
+            else:
+                templates.discard(directory, wish["key"])
+            return self._tell(f"booted: template {wish['key']} does not work: {words}")
+        self._tell(f"template {wish['key']}")
+        if refused is not None:
+            raise refused
+        return True
+
+    def _tell(self, how: str) -> bool:
+        """For the driver, which has the log."""
+        (self.place / "how").write_text(how[:1000])
+        return how.startswith("template")
 
     def _try_hardware(self) -> str:
         """Launch with the hardware's accelerator. When that fails: why; the plan is then to emulate. Raises what it is
@@ -126,20 +171,23 @@ class Owner:
         if self.qemu is not None:
             self.qemu.kill()
 
-    def _launch(self) -> Link:
-        plan = self.plan
+    def _launch(self, template: Template | None = None) -> Link:
+        plan, values, state = self.plan, dict(self.plan["machine"]), []
+        if template is not None:
+            values |= {"ram": str(template.ram), "tsc_khz": template.tsc_khz}
+            state = [template.state]
         agent, guest_agent = socket.socketpair()
         console, guest_console = socket.socketpair()
         watch, guest_watch = socket.socketpair()
         taps = network.make_taps(Path(plan["netns"]), plan["taps"]) if plan["taps"] else []
         try:
             machine = qemu.Machine(
-                **plan["machine"],
+                **values,
                 agent=guest_agent.fileno(),
                 console=guest_console.fileno(),
                 watch=guest_watch.fileno(),
                 taps=tuple(taps),
-                share=None if self._shared is None else str(self._shared),
+                share=str(self._shared),
             )
             (self.place / "qmp.sock").unlink(missing_ok=True)
             with open(self.place / "qemu.log", "wb") as words:
@@ -149,7 +197,7 @@ class Owner:
                     stdout=words,
                     stderr=words,
                     cwd=self.place,
-                    pass_fds=[guest_agent.fileno(), guest_console.fileno(), guest_watch.fileno(), *taps],
+                    pass_fds=[guest_agent.fileno(), guest_console.fileno(), guest_watch.fileno(), *taps, *state],
                     preexec_fn=self._child,
                 )
         except OSError as error:
@@ -161,9 +209,9 @@ class Owner:
                 end.close()
         (self.place / "qemu.pid").write_text(str(self.qemu.pid))
         threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
-        faults.follow(watch, self._breaks)
+        faults.follow(watch, self._breaks, b"" if template is None else templates.load(template))
         self.relay = Relay()
-        self.relay.link = self.link = Link(agent, self.relay.took)
+        self.relay.link = self.link = Link(agent, self.relay.took, b"" if template is None else template.hello)
         return self.link
 
     def _child(self) -> None:
@@ -174,14 +222,14 @@ class Owner:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.setsid()  # a terminal's ^C is for the guest's process
 
-    def _shares(self) -> Path | None:
-        """The directory QEMU exports, with what the container's mounts name bound into it, in a mount namespace that
+    def _shares(self) -> None:
+        """Fill the directory QEMU exports: what the container's mounts name bound into it, in a mount namespace that
         ends with this process: the host's own table of mounts stays as it is."""
         sources = translate.bind_sources(self.document)
-        if not sources:
-            return None
-        place = self.place / "shares"
+        place = self._shared
         place.mkdir(exist_ok=True, mode=0o700)
+        if not sources:
+            return
         if self._libc.unshare(CLONE_NEWNS) < 0:
             raise RuntimeFailure(f"a mount namespace for what is shared: {os.strerror(ctypes.get_errno())}")
         host.mount("none", Path("/"), "none", host.MS_REC | MS_SLAVE)
@@ -198,11 +246,10 @@ class Owner:
             within = point.startswith(f"{store}/") or kind.startswith("fuse")
             if within and not point.startswith(f"{place}/"):
                 host.unmount(Path(point))
-        return place
 
     def _prepare(self, link: Link) -> None:
-        """What runc does on a host before it waits for `start`."""
-        plan, document = self.plan, self.document
+        """The guest's clock, its generator of random numbers, its file systems."""
+        plan = self.plan
         link.call("CLOCK", {"ns": time.time_ns()})
         link.call("ENTROPY", {"seed": secrets.token_bytes(256)})
         parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
@@ -218,11 +265,15 @@ class Owner:
         link.call("MKDIR", {"path": "/run/disk/upper"})
         link.call("MKDIR", {"path": "/run/disk/work"})
         link.call("MOUNT", {"source": "overlay", "target": ROOTFS, "type": "overlay", "flags": 0, "data": overlay})
-        sources = translate.bind_sources(document)
-        if sources:
+        if translate.bind_sources(self.document):
             options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap"
             share: Words = {"source": "shares", "target": translate.SHARES, "type": "9p", "flags": 0, "data": options}
             link.call("MOUNT", share)
+
+    def _run(self, link: Link) -> None:
+        """What runc does on a host before it waits for `start`."""
+        plan, document = self.plan, self.document
+        sources = translate.bind_sources(document)
         shared = {source: f"{translate.SHARES}/{number}" for number, source in enumerate(sources)}
         words = translate.container_words(document, shared, plan["capabilities"])
         if plan.get("seccomp"):

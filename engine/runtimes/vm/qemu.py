@@ -25,6 +25,7 @@ PORT_NAME = "fd.agent"
 OVERHEAD = 64  # MiB of the guest's memory that its kernel and page tables take
 LEAST, DEFAULT = 128, 512  # MiB of a guest
 KERNEL_ARGUMENTS = "quiet panic=-1 oops=panic mitigations=off random.trust_cpu=on"
+PLACEHOLDER = 1 << 46  # bytes of a template's disks: more than any disk that takes their place
 SLOTS = {"microvm": 8, "microvm-acpi": 24, "virt": 28}  # virtio devices a machine has room for
 
 
@@ -138,6 +139,8 @@ class Guest:
     shares: Sequence[Share] = ()
     nets: Sequence[Tap | UserNet] = ()
     vsock: VsockDevice | None = None
+    ram: str = ""  # a file that is the guest's memory (templates.py); empty: QEMU's own
+    making: bool = False  # that file is written; else the guest has a private copy, and waits for its state
     name: str = ""  # shown by ps
     arguments: str = ""  # more of the kernel's
 
@@ -161,6 +164,8 @@ class Machine:
     qmp: str = "qmp.sock"
     taps: tuple[int, ...] = ()
     share: str | None = None  # a directory, by 9p, with the tag SHARES
+    ram: str = ""  # a template's (templates.py)
+    making: bool = False  # of a template: its disks are placeholders
     append: str = ""
     qemu: str = ""  # the program; empty: by its usual name
     tsc_khz: int = 0
@@ -173,6 +178,7 @@ SHARED = "shared"  # the memory that a vhost-user daemon sees
 def command(machine: Machine) -> list[str]:
     """The command line of a container's machine."""
     platform = Platform(machine.arch, Accelerator(machine.accelerator), machine.acpi, machine.tsc_khz)
+    kinds = ("null-co", "null-co") if machine.making else ("vmdk", "raw")
     guest = Guest(
         kernel=Path(machine.kernel),
         initfs=Path(machine.initfs),
@@ -182,7 +188,9 @@ def command(machine: Machine) -> list[str]:
         console_fd=machine.console,
         qmp=machine.qmp,
         watch_fd=machine.watch,
-        disks=[Disk(Path(machine.image), "image", True, "vmdk"), Disk(Path(machine.upper), "upper")],
+        disks=[Disk(Path(machine.image), "image", True, kinds[0]), Disk(Path(machine.upper), "upper", False, kinds[1])],
+        ram=machine.ram,
+        making=machine.making,
         shares=[Share(Path(machine.share), SHARES)] if machine.share is not None else [],
         nets=[Tap(fd) for fd in machine.taps],
         arguments=machine.append,
@@ -222,6 +230,11 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     kind = machine.machine + (f",memory-backend={SHARED}" if shared else "")
     out = [str(qemu), "-M", kind, "-accel", machine.accel, "-cpu", machine.cpu]
     out += ["-m", str(guest.memory), "-smp", str(guest.cpus)]
+    if guest.ram:
+        out[2] += ",memory-backend=ram"
+        memory = {"id": "ram", "size": f"{guest.memory}M", "mem-path": guest.ram}
+        out += ["-object", options("memory-backend-file", memory | {"share": "on" if guest.making else "off"})]
+        out += [] if guest.making else ["-incoming", "defer"]
     out += ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
     if guest.name:
         out += ["-name", options(f"guest={quoted(guest.name)}", {})]
@@ -257,7 +270,10 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
 def disk_options(number: int, disk: Disk, suffix: str) -> list[str]:
     node = f"disk{number}"
     file = {"driver": disk.format, "node-name": node, "read-only": "on" if disk.read_only else "off"}
-    file |= {"file.driver": "file", "file.filename": str(disk.path)}
+    if disk.format == "null-co":
+        file |= {"size": str(PLACEHOLDER), "read-zeroes": "on"}
+    else:
+        file |= {"file.driver": "file", "file.filename": str(disk.path)}
     if not disk.read_only:
         file |= {"discard": "unmap", "detect-zeroes": "unmap"}
     device = f"virtio-blk-{suffix},drive={node},serial={quoted(disk.serial)}"

@@ -261,6 +261,10 @@ def main(argv: list[str]) -> int:
                 shim.kill(more)
             case "delete":
                 shim.delete()
+            case "template":  # no container: `id` is its key, the request is on standard input
+                from engine.runtimes.vm import templatemaker  # few need it
+
+                return templatemaker.main(sys.stdin)
             case _:
                 print(f"unknown command {verb}", file=sys.stderr)
                 return 2

@@ -1,0 +1,266 @@
+"""Templates: which machine starts from which, what is not believed, and machines really started from one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guestkernel import guest_kernels
+from runtimebench import SLOW, Bench, bench_of
+
+from engine.errors import Busy, Damaged
+from engine.runtimes.vm import templatemaker, templates
+from engine.runtimes.vm.driver import VmRuntime
+from engine.runtimes.vm.templatemaker import Makers
+from engine.runtimes.vm.templates import Kept
+
+MACHINE = {
+    "arch": "x86_64", "accelerator": "tcg", "kernel": "/a/vmlinux", "initfs": "/a/i.cpio", "memory": 192, "cpus": 1,
+    "acpi": True, "image": "/c/image.vmdk", "upper": "/c/upper.ext4", "qemu": "/usr/bin/qemu", "tsc_khz": 2_000_000,
+}  # fmt: skip
+ABOUT = {"kernel": ["sha256:1", "sha256:2"], "initfs": "initfs-1.cpio", "version": "QEMU 7"}
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_changes_with_all_that_a_snapshot_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(taps: int = 0, about: dict[str, Any] | None = None, **machine: Any) -> str:
+        return str(templates.wanted(MACHINE | machine, taps, ABOUT | (about or {}))["key"])
+
+    first = key()
+    other = [key(1), key(2), key(memory=256), key(cpus=2), key(acpi=False), key(accelerator="kvm"), key(arch="aarch64")]
+    other += [key(qemu=sys.executable), key(append="quiet"), key(about={"initfs": "initfs-2.cpio"})]
+    other += [key(about={"kernel": ["sha256:3", "sha256:2"]}), key(about={"version": "QEMU 8"})]
+    monkeypatch.setattr(templates, "host_facts", lambda: ["another CPU"])
+    other.append(key())
+    assert len({first, *other}) == 1 + len(other)
+    monkeypatch.undo()
+    # what may differ between machines of one template
+    same = [key(image="/d/i", upper="/d/u"), key(kernel="/b/vmlinux", initfs="/b/i.cpio"), key(tsc_khz=1_999_999)]
+    assert {first} == set(same)
+
+
+def test_which_are_given_up(tmp_path: Path) -> None:
+    def kept(name: str, age: int, size: int = 1, **facts: Any) -> Kept:
+        known = {"host": templates.host_facts(), "qemu": templates.program(sys.executable)} | facts
+        return Kept(name, tmp_path / name, size, -age, known)
+
+    some = [kept(str(age), age) for age in range(5)]
+    assert [item.key for item in templatemaker.given_up(some, most=3)] == ["3", "4"]
+    assert [item.key for item in templatemaker.given_up(some, most_bytes=2)] == ["2", "3", "4"]
+    large = [kept("large", 0, 100), kept("small", 1)]
+    assert [item.key for item in templatemaker.given_up(large, most_bytes=50)] == ["small"]
+    stale = [kept("host", 0, host=["another"]), kept("qemu", 1, qemu=[sys.executable, 1, 2]), kept("good", 2)]
+    assert [item.key for item in templatemaker.given_up(stale)] == ["host", "qemu"]
+
+
+# --- what is not believed ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Forged:
+    """A template of the right form, that no QEMU ever wrote."""
+
+    directory: Path
+    wish: dict[str, Any]
+
+    @property
+    def place(self) -> Path:
+        return self.directory / str(self.wish["key"])
+
+    def make(self) -> Forged:
+        self.place.mkdir(parents=True, mode=0o700)
+        about: dict[str, Any] = {"facts": self.wish["facts"], "hello": "00", "tsc_khz": 1}
+        for name, data in (("ram", bytes(8192)), ("state", b"QEVM")):
+            path = self.place / name
+            path.write_bytes(data)
+            path.chmod(0o600)
+            about[name] = {"size": len(data), "mtime_ns": path.stat().st_mtime_ns}
+        about["state"]["sha256"] = hashlib.sha256(b"QEVM").hexdigest()
+        self.write(about)
+        return self
+
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.place / "template.json").read_bytes())
+        return found
+
+    def write(self, about: Any) -> None:
+        path = self.place / "template.json"
+        path.write_text(json.dumps(about))
+        path.chmod(0o600)
+
+    def found(self) -> bool:
+        with templates.found(self.directory, self.wish) as template:
+            return template is not None
+
+
+@pytest.fixture
+def forged(tmp_path: Path) -> Forged:
+    return Forged(tmp_path / "templates", templates.wanted(MACHINE, 0, ABOUT)).make()
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(0, 0))
+
+
+DAMAGE: dict[str, tuple[Callable[[Forged], Any], str]] = {
+    "memory cut short": (lambda it: os.truncate(it.place / "ram", 4096), "ram was changed"),
+    "memory written to": (lambda it: rewrite(it.place / "ram", b"x"), "ram was changed"),
+    "no memory": (lambda it: (it.place / "ram").unlink(), "ram is missing"),
+    "no state": (lambda it: (it.place / "state").unlink(), "state is missing"),
+    "no description": (lambda it: (it.place / "template.json").unlink(), "template.json is missing"),
+    "description cut short": (lambda it: os.truncate(it.place / "template.json", 40), "template.json is damaged"),
+    "description of nothing": (lambda it: it.write([]), "template.json is damaged"),
+    "made from something else": (lambda it: it.write(it.read() | {"facts": {}}), "something else"),
+    "others may read it": (lambda it: (it.place / "ram").chmod(0o644), "not this user's alone"),
+    "state of another": (
+        lambda it: it.write(it.read() | {"state": it.read()["state"] | {"sha256": "0"}}),
+        "state is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_or_foreign_template_is_not_used(forged: Forged, how: str) -> None:
+    assert forged.found()
+    damage, words = DAMAGE[how]
+    damage(forged)
+    with pytest.raises(Damaged, match=words):
+        forged.found()
+    templates.discard(forged.directory, str(forged.wish["key"]))
+    assert not forged.found() and list(forged.directory.iterdir()) == []
+
+
+def test_one_in_use_is_not_removed_and_one_that_does_not_work_is_not_made_again(forged: Forged) -> None:
+    (one,) = templates.kept(forged.directory)
+    with templates.found(forged.directory, forged.wish) as template:
+        assert template is not None and not templatemaker.remove(one)
+    templates.refuse(forged.directory, one.key, "it hung")
+    assert not forged.found() and "it hung" in templates.refused(forged.directory, one.key)
+    assert not Makers().want(["/nonexistent"], forged.directory, forged.wish)
+    os.utime(forged.directory / f"{one.key}.refused", (0, 0))
+    assert templates.refused(forged.directory, one.key) == ""
+    forged.make()
+    assert templatemaker.remove(one) and not forged.found()
+
+
+def test_a_link_in_its_place_is_not_followed(forged: Forged, tmp_path: Path) -> None:
+    forged.place.rename(tmp_path / "elsewhere")
+    forged.place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Damaged):
+        forged.found()
+
+
+# --- real machines ----------------------------------------------------------------------------------------------------
+
+
+class Templated:
+    def __init__(self, bench: Bench, kernels: Path) -> None:
+        self.bench, self.kernels = bench, kernels
+        self.plan: dict[str, Any] = {}
+        bench.runtime.close()
+        bench.runtime = VmRuntime(bench.place / "containers", state=bench.place / "state", kernels=kernels)
+
+    def how(self, id: str) -> str:
+        return (self.bench.place / "containers" / id / "run" / "vm" / "how").read_text()
+
+    def made(self) -> list[Path]:
+        return [path.parent for path in self.kernels.glob("*/templates/*/template.json")]
+
+    def run(self, script: str, **fields: Any) -> tuple[str, list[str]]:
+        """How it was started, and the lines it printed."""
+        id = self.bench.run(("sh", "-c", script), memory="64m", **fields)
+        how = self.how(id)
+        self.plan = json.loads((self.bench.place / "containers" / id / "bundle" / "vm.json").read_bytes())
+        assert self.bench.end(30).exit_code == 0
+        out = self.bench.output(id).decode().splitlines()
+        self.bench.runtime.delete(id)
+        return how, out
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templated]:
+    place = tmp_path_factory.mktemp("templates")
+    bench = bench_of("vm", place)
+    kernel = guest_kernels().get(None)
+    kernels = place / "kernels"
+    ignore = shutil.ignore_patterns("templates")
+    shutil.copytree(kernel.directory, kernels / kernel.name, copy_function=os.link, ignore=ignore)
+    yield Templated(bench, kernels)
+    bench.close()
+
+
+CHANCE = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | busybox xxd -p"
+
+
+def test_a_machine_is_booted_once_and_then_started_from_its_template(templated: Templated) -> None:
+    if SLOW:
+        how, _ = templated.run("true", fast_start=False)
+        assert how == "booted" and templated.made() == []
+    how, _ = templated.run("true")
+    assert how.startswith("booted: there is no template")
+    templated.bench.until(lambda: len(templated.made()) == 1, 60)
+    (place,) = templated.made()
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in place.iterdir()} == {0o600}
+    before = time.time()
+    machines = [
+        templated.run(f"{CHANCE}; busybox date +%s; hostname", hostname=f"clone{number}") for number in range(2)
+    ]
+    assert [how for how, _ in machines] == [f"template {place.name}"] * 2
+    one, two = (lines for _, lines in machines)
+    assert len(one) == 5 and not set(one[:3]) & set(two[:3])  # not a byte of chance in common
+    assert before - 2 <= int(one[3]) <= int(two[3]) <= time.time() + 2
+    assert (one[4], two[4]) == ("clone0", "clone1")
+
+
+def test_a_template_that_does_not_work_is_given_up_and_the_machine_booted(templated: Templated) -> None:
+    (place,) = templated.made()
+    # whole by all that is known of it, and not what QEMU wrote
+    state, about = place / "state", json.loads((place / "template.json").read_bytes())
+    data = state.read_bytes()
+    data = data[: len(data) // 2]
+    state.write_bytes(data)
+    about["state"] = {"size": len(data), "mtime_ns": state.stat().st_mtime_ns}
+    about["state"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (place / "template.json").write_text(json.dumps(about))
+    how, out = templated.run("echo here")
+    assert out == ["here"] and how.startswith(f"booted: template {place.name} does not work")
+    assert templated.made() == [] and templates.refused(place.parent, place.name)
+    assert not (place.parent / place.name).exists()
+
+
+def test_a_killed_maker_leaves_nothing_that_is_taken_for_a_template(templated: Templated) -> None:
+    directory = next(templated.kernels.glob("*/templates"))
+    for left in directory.glob("*.refused"):
+        left.unlink()
+    plan = templated.plan
+    request = json.dumps(plan["template"] | {"machine": plan["machine"], "taps": 0}).encode()
+    shim = next(templated.bench.place.glob("state/runtime/dutchman-vm-*"))
+    reading, writing = os.pipe()
+    os.write(writing, request + b"\n")
+    maker = subprocess.Popen([shim, "--root", "/nonexistent", "template", "x"], stdin=reading, stderr=subprocess.PIPE)
+    os.close(reading)
+    templated.bench.until(lambda: any(path.stat().st_size for path in directory.glob(".making-*/ram")), 60)
+    with pytest.raises(Busy):
+        templatemaker.make(directory, json.loads(request))
+    os.kill(maker.pid, signal.SIGKILL)
+    maker.communicate()
+    os.close(writing)
+    with templates.found(directory, plan["template"]) as template:
+        assert template is None
+    assert templates.kept(directory) == []
