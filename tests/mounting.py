@@ -110,10 +110,10 @@ class Daemon:
         self.unmount()
 
     def unmount(self) -> None:
-        for base in (str(self.mount), str(self.store)):
-            for point, _, _ in reversed(host.mounts()):
-                if point == base or point.startswith(base + "/"):
-                    host.unmount(Path(point))
+        for base in (self.mount, self.store):
+            # the highest first: what lies below a dead mount can be reached no more, and goes with it
+            while points := [point for point, _, _ in host.mounts() if f"{point}/".startswith(f"{base}/")]:
+                host.unmount(Path(min(points, key=len)))
 
     def __enter__(self) -> Daemon:
         return self.start()

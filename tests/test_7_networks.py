@@ -48,12 +48,12 @@ print(open("http://" + sys.argv[1], timeout=10).read().decode(), end="")
 class Harbour(Daemon):
     """A daemon in a network namespace of its own, on a store with busybox."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, runtime: str = "oci") -> None:
         self.netns = place / "net" / "host"
         netns.make(self.netns)
         super().__init__(
             place,
-            runtime="oci",
+            runtime=runtime,
             within=[shutil.which("nsenter") or "nsenter", f"--net={self.netns}"],
             env={"DUTCHMAN_DEFAULT_NETWORK": "dutchman"},
         )
