@@ -11,6 +11,7 @@ Threading: any thread; every volume is acquired under its own lock.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -429,7 +430,8 @@ def _make(rootfs: Path, root: int, target: str, directory: bool) -> None:
         os.close(
             os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755, dir_fd=below)
         )
-    except FileExistsError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EROFS):  # of one that is only shown: its guest makes it
+            raise
     finally:
         os.close(below)

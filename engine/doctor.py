@@ -110,6 +110,9 @@ def _rootless() -> list[Check]:
     )
     if rootless.tool("slirp4netns") is None:
         checks.append(Check("slirp4netns", False, "not installed: loopback only", "apt-get install slirp4netns", False))
+    if rootless.tool("fuse2fs") is None:
+        found = "not installed: what a stopped virtual machine has on its disk is not shown, and it does not start"
+        checks.append(Check("fuse2fs", False, found, "apt-get install fuse2fs", needed=False))
     tun = os.access("/dev/net/tun", os.R_OK | os.W_OK)
     advice = "for networks of containers, as root: modprobe tun; chmod 666 /dev/net/tun"
     checks.append(Check("/dev/net/tun", tun, "usable" if tun else "no permission, or not there", advice, needed=False))

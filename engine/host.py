@@ -286,8 +286,8 @@ def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: boo
             os.close(fd)
 
 
-def mount_overlay(lower: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
-    """Mount an overlay: `lower` topmost first, writable `upper`, its `work`"""
+def mount_overlay(lower: Sequence[Path], upper: Path | None, work: Path | None, target: Path) -> None:
+    """Mount an overlay: `lower` topmost first, writable `upper`, its `work`; without these two it is read-only."""
     if not LINUX:
         raise Unsupported("overlay mounts need a Linux host")
 
@@ -295,7 +295,9 @@ def mount_overlay(lower: Sequence[Path], upper: Path, work: Path, target: Path) 
         return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
     lowers = ":".join(escaped(path) for path in lower)
-    data = f"lowerdir={lowers},upperdir={escaped(upper)},workdir={escaped(work)}"
+    data = f"lowerdir={lowers}"
+    if upper is not None and work is not None:
+        data += f",upperdir={escaped(upper)},workdir={escaped(work)}"
     mount("overlay", target, "overlay", 0, data + ("" if userids.rootless() is None else ",userxattr"))
 
 

@@ -12,7 +12,8 @@ Mounts outlive the daemon on purpose (containers do too). After a restart, `kill
 is the truth and `chain` says what each overlay lies on, so they are used again, not mounted twice.
 
 Without root (in a user namespace) EROFS cannot be mounted: run/trees/<hex> is then the tree written out as plain files,
-kept as long as a container lies on it, mounted or not.
+kept as long as a container lies on it, mounted or not. Nor can a disk: its content is put in as it is made, and later
+only shown, by fuse2fs below an overlay without an upper directory.
 
 Threading: one lock per container and one per tree; mounting one never waits for another.
 """
@@ -130,7 +131,7 @@ class RootfsMounts:
         """Whether what the container changes is on a disk of its own, for virtual machines."""
         return self._disk(id).exists()
 
-    def use_disk(self, id: str) -> None:
+    def use_disk(self, id: str, chain_id: str = "") -> None:
         """From now on what the container changes is on a disk of its own; what it has changed moves there."""
         disk = self._disk(id)
         if disk.exists():
@@ -142,20 +143,40 @@ class RootfsMounts:
             aside, old, point = place / "filling.ext4", self._containers / id / "upper", place / "disk"
             host.unmount(point)  # of one that a killed daemon was filling
             aside.unlink(missing_ok=True)
-            make_upper(aside)
-            mount_upper(aside, point)
-            try:
-                for name in ("upper", "work"):
-                    host.remove_tree(point / name)
-                    (point / name).mkdir(mode=0o755)
-                if any(old.iterdir()):
-                    copy_tree(old, point / "upper")
-            finally:
-                host.unmount_unused(point)
+            if self._written:
+                self._fill_unmounted(aside, old, chain_id)
+            else:
+                make_upper(aside)
+                mount_upper(aside, point)
+                try:
+                    for name in ("upper", "work"):
+                        host.remove_tree(point / name)
+                        (point / name).mkdir(mode=0o755)
+                    if any(old.iterdir()):
+                        copy_tree(old, point / "upper")
+                finally:
+                    host.unmount_unused(point)
             os.rename(aside, disk)  # from here on the disk counts
             host.fsync_dir(place)
             for entry in old.iterdir():
                 host.remove_tree(entry)
+
+    def _fill_unmounted(self, aside: Path, old: Path, chain_id: str) -> None:
+        """A new disk with what `old` has, without a mount; the image's root directory gives it its mode and times, for
+        nobody can write to it here later."""
+        content = aside.with_suffix("")
+        host.remove_tree(content)
+        try:
+            for name in ("upper", "work"):
+                (content / name).mkdir(parents=True, mode=0o755)
+            if any(old.iterdir()):
+                copy_tree(old, content / "upper")
+            elif chain_id:
+                with self._lock(chain_id):
+                    _copy_root(self._ensure_tree(chain_id), content / "upper")
+            make_upper(aside, content=content)
+        finally:
+            host.remove_tree(content)
 
     def _mount_disk(self, id: str) -> Path:
         """Where the container's disk is mounted. Its lock is held."""
@@ -236,13 +257,17 @@ class RootfsMounts:
             for name in ("upper", "work", "merged"):
                 (directory / name).mkdir(mode=0o755, exist_ok=True)
             top = self._mount_disk(id) if self._disk(id).exists() else directory
+            shown = self._written and top != directory  # its disk can be read, not written (disks.py)
             with self._lock(chain_id):
                 tree = self._ensure_tree(chain_id)
-                if not any((top / "upper").iterdir()):
+                if not shown and not any((top / "upper").iterdir()):
                     _copy_root(tree, top / "upper")
                 host.write_atomic(directory / "chain", chain_id.encode() + b"\n")
                 try:
-                    host.mount_overlay([tree], top / "upper", top / "work", merged)
+                    if shown:
+                        host.mount_overlay([top / "upper", tree], None, None, merged)
+                    else:
+                        host.mount_overlay([tree], top / "upper", top / "work", merged)
                 except OSError as error:
                     if not self._users.get(chain_id):
                         self._drop_tree(chain_id)

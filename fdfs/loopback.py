@@ -128,7 +128,10 @@ class Loopback:
                         continue
                     mode = st.st_mode
                 else:
-                    mode = _kind(entry)
+                    kind = _kind(entry)
+                    if kind is None:
+                        continue
+                    mode = kind
                 out.append((name, self._mix + entry.inode(), mode))
         return out
 
@@ -416,15 +419,19 @@ def _inside(uid: int, gid: int) -> tuple[int, int]:
         return userids.given(uid, -1)[0], 0
 
 
-def _kind(entry: os.DirEntry[str]) -> int:
-    """The file type bits of a directory entry, without a stat where the file system says."""
+def _kind(entry: os.DirEntry[str]) -> int | None:
+    """The file type bits of a directory entry, without a stat where the file system says; None when it is not there:
+    gone meanwhile, or a whiteout of an overlay on a file system that does not say (fuse2fs)."""
     if entry.is_symlink():
         return stat.S_IFLNK
     if entry.is_dir(follow_symlinks=False):
         return stat.S_IFDIR
     if entry.is_file(follow_symlinks=False):
         return stat.S_IFREG
-    return stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
+    try:
+        return stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return None
 
 
 def _time(value: tuple[int, int], before: int) -> int:

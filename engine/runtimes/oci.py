@@ -145,7 +145,7 @@ class OciRuntime:
         with self._lock:
             self._directories[spec_.id] = spec_.directory
         files = self._files(spec_.id)
-        config = spec.build(spec_, self._cgroups)
+        config = spec.build(spec_, self._cgroups, guest=not self.host_limits)
         for directory in (files.bundle, files.run, files.kept_exit.parent, files.spare, files.log.parent):
             directory.mkdir(parents=True, exist_ok=True)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -38,7 +38,7 @@ from engine.runtimes.conmon import ended, open_process, start_time
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 MS_REC, MS_SLAVE = 16384, 1 << 19
 ENOUGH = 65536  # subordinate ids: images use ids up to 65534
-HELPERS = ("slirp4netns", "aardvark-dns")  # serve containers, and end when there are none
+HELPERS = ("slirp4netns", "aardvark-dns", "fuse2fs")  # serve containers, and end when there are none
 SECONDS = 10.0  # for one small program
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 LIMITS = ("memory", "memory_swap", "memory_reservation", "cpus", "cpu_shares", "cpuset", "pids", "device_cgroup_rules")

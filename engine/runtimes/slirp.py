@@ -93,7 +93,8 @@ class Uplink:
         resolv = self._directory / "resolv.conf"
         if not resolv.exists():
             host.write_atomic(resolv, f"nameserver {RESOLVER}\n".encode())
-        script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+        # copies of containers' mounts would keep their disks in use for as long as the resolver lives
+        script = 'umount -a -l -t overlay,fuse.ext4 2> /dev/null; mount --bind "$0" /etc/resolv.conf && exec "$@"'
         return [
             rootless.tool("nsenter") or "nsenter",
             f"--net={self.namespace()}",

@@ -237,8 +237,11 @@ def _sysctls(config: ContainerConfig, namespaces: Iterable[str]) -> dict[str, st
     return values
 
 
-def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
-    """config.json as a mapping. InvalidArgument names the field that cannot be; Unsupported what is not installed."""
+def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, Any]:
+    """config.json as a mapping, of a process on this host or in a guest, which has cgroups whoever runs the engine.
+
+    InvalidArgument names the field that cannot be; Unsupported what is not installed.
+    """
     config = spec.config
     who = identify(spec.rootfs, spec.user)
     caps = capabilities(config)
@@ -309,7 +312,7 @@ def build(spec: RunSpec, cgroups: Cgroups) -> dict[str, Any]:
         "mounts": _mounts(spec),
         "linux": linux,
     }
-    if userids.rootless() is not None:
+    if userids.rootless() is not None and not guest:
         rootless.adapt(config, document)
     return document
 

@@ -17,18 +17,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import host, loops
-from engine.errors import Busy, Damaged, InvalidArgument, RuntimeFailure
+from engine import host, loops, userids
+from engine.errors import Busy, Damaged, InvalidArgument, RuntimeFailure, Unsupported
 from engine.programs import run_helper
 from engine.volumedrivers import make_ext4
 
 SECTOR = 512
 BLOCK = 4096  # bytes: what the store's files are made of
 MAX_PATH = 511  # bytes of a path in a descriptor (block/vmdk.c)
+MOUNT_SECONDS = 60.0
+PATHS = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 UPPER_SIZE = 16 << 30  # bytes of a sparse upper file system, unless a quota says otherwise
 
 
@@ -64,11 +68,13 @@ def describe(files: Sequence[Path], descriptor: Path) -> list[Part]:
     return parts
 
 
-def make_upper(path: Path, size: int = UPPER_SIZE) -> None:
-    """A new sparse file of `size` bytes with an empty ext4 file system (volumedrivers.make_ext4)."""
+def make_upper(path: Path, size: int = UPPER_SIZE, content: Path | None = None) -> None:
+    """A new sparse file of `size` bytes with an ext4 file system (volumedrivers.make_ext4), empty or with what the
+    directory `content` has."""
     # inode tables are left for the guest's kernel to zero as they come to be needed; a small journal, for a small file
     extended = ",lazy_itable_init=1,packed_meta_blocks=1,nodiscard"
-    make_ext4(path, size, options=("-J", "size=8"), extended=extended)
+    options = ("-J", "size=8", *(("-d", str(content)) if content is not None else ()))
+    make_ext4(path, size, options=options, extended=extended)
 
 
 def check_upper(path: Path) -> None:
@@ -82,7 +88,8 @@ def check_upper(path: Path) -> None:
 def mount_upper(path: Path, point: Path) -> None:
     """Mount the file system, mended, at `point`, which is made. Busy while a guest has it.
 
-    What a guest made of it is looked at, not run: its device nodes and setuid bits mean nothing here.
+    What a guest made of it is looked at, not run: its device nodes and setuid bits mean nothing here. Without root it
+    is fuse2fs that shows it, read-only.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -96,6 +103,8 @@ def mount_upper(path: Path, point: Path) -> None:
                     "its virtual machine has the disk", hint="stop the container first, or look inside with exec"
                 ) from None
             check_upper(path)
+            if userids.rootless() is not None:
+                return _show_upper(path, point, fd)
             found = loops.attach(path, 0, 512, file=fd)
         device, name = found
         try:
@@ -105,3 +114,27 @@ def mount_upper(path: Path, point: Path) -> None:
             os.close(device)
     finally:
         os.close(fd)
+
+
+def _show_upper(path: Path, point: Path, lock: int) -> None:
+    """The file system at `point` by fuse2fs, a process that ends with the mount and holds `lock` until then.
+
+    Read-only: an overlay takes no upper directory that is a FUSE file system, so nothing could be written in its terms.
+    """
+    program = shutil.which("fuse2fs", path=PATHS)
+    if program is None:
+        raise Unsupported(
+            "without root the disk of a virtual machine is shown by fuse2fs, which is not installed",
+            hint="apt-get install fuse2fs",
+        )
+    point.mkdir(exist_ok=True, mode=0o700)
+    argv = [program, "-o", "ro,fakeroot", str(path), str(point)]  # fakeroot: the owner of the file may see it all
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=MOUNT_SECONDS, pass_fds=[lock]
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeFailure(f"fuse2fs has not mounted the disk within {MOUNT_SECONDS:g} s") from error
+    if os.stat(point).st_dev == os.stat(point.parent).st_dev:  # its exit status is 0 in any case
+        words = " ".join((done.stdout + done.stderr).decode(errors="replace").split())[:500]
+        raise RuntimeFailure(f"fuse2fs: {words}")

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import host, userids
 from engine.config import Namespace
 from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
@@ -120,6 +120,8 @@ class VmRuntime(OciRuntime):
             "parts": [[part.start, part.length] for part in parts],
             "oom": str(files.oom),  # to be made when the guest's kernel kills for want of memory
             "accelerators": str(self._accelerators.directory),
+            # the host must be able to read what the overlay writes down about its layers
+            "overlay": "" if userids.rootless() is None else ",userxattr",
             "netns": str(spec_.network.path or ""),
             "taps": taps,
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},

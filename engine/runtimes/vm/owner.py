@@ -45,6 +45,7 @@ ROOTFS = "/run/rootfs"  # in the guest
 MAIN = "main"  # the agent's name of the container's first process
 GONE = 137  # exit code when the machine ended under the container: as if it had been killed
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)  # same as MS_*
 CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
 
 
@@ -239,13 +240,15 @@ class Owner:
             target.mkdir() if os.path.isdir(source) else target.touch()
             host.mount(source, target, "none", host.MS_BIND | host.MS_REC)
             if not writable:  # whatever the guest says
-                host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY)
+                kept = os.statvfs(target).f_flag & LOCKED  # without root the kernel refuses to drop them
+                host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY | kept)
         # copies of the store's and people's mounts would keep disks and file systems alive that others take down
         store = str(self.place.parents[3])
         for point, kind, _ in reversed(list(host.mounts())):
             within = point.startswith(f"{store}/") or kind.startswith("fuse")
             if within and not point.startswith(f"{place}/"):
-                host.unmount(Path(point))
+                with contextlib.suppress(PermissionError):  # somebody else's, of before this user's namespace
+                    host.unmount(Path(point))
 
     def _prepare(self, link: Link) -> None:
         """The guest's clock, its generator of random numbers, its file systems."""
@@ -261,7 +264,7 @@ class Owner:
         ]
         for source, target, kind, flags, data in mounts:
             link.call("MOUNT", {"source": source, "target": target, "type": kind, "flags": flags, "data": data}, 30.0)
-        overlay = "lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work"
+        overlay = f"lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work{plan.get('overlay', '')}"
         link.call("MKDIR", {"path": "/run/disk/upper"})
         link.call("MKDIR", {"path": "/run/disk/work"})
         link.call("MOUNT", {"source": "overlay", "target": ROOTFS, "type": "overlay", "flags": 0, "data": overlay})
