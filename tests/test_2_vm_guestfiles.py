@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,9 +230,23 @@ def test_a_mute_guest_times_out_once_and_then_at_once(agent: Parts, monkeypatch:
         with pytest.raises(DeadlineExceeded):
             graft.getattr(b"f")
     assert len(played.asked) == asked  # it is not asked again for a moment
+    monkeypatch.setattr(files, "_mute_until", 1.0)  # that is over: one asks, and the others do not wait with it
+
+    def attempt() -> None:
+        with pytest.raises(DeadlineExceeded):
+            files.call("STAT", {"path": b"f"}, 2.0)
+
+    trying = threading.Thread(target=attempt)
+    trying.start()
+    while len(played.asked) == asked:
+        assert trying.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(DeadlineExceeded, match="a moment ago"):
+        graft.getattr(b"f")
+    trying.join()
     played.mute.clear()
-    monkeypatch.setattr(files, "_mute_until", 0.0)
-    assert graft.getattr(b"f").size == 7
+    monkeypatch.setattr(files, "_mute_until", 1.0)
+    assert graft.getattr(b"f").size == 7 and files._mute_until == 0.0
 
 
 @pytest.mark.parametrize("name", [b"..", b"a/b", b"nul\0", b"."])

@@ -135,6 +135,8 @@ if SLOW:
         try:
             daemon.until("cat containers/web/stats 2>&1", "timed out", seconds=60)
             daemon.refused("cat containers/web/top", "timed out")
+            daemon.refused("echo 40m > containers/web/config/memory", "timed out")
+            assert "it may hang" in daemon.sh("cat containers/web/error")
             daemon.until("cat containers/web/error", "its virtual machine has not answered", seconds=60)
             assert "echo kill > ctl" in daemon.sh("cat containers/web/error")
             assert daemon.sh("cat containers/web/state containers/web/health").split() == ["running", "unhealthy"]

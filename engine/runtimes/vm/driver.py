@@ -23,7 +23,7 @@ from typing import Any
 
 from engine import host, userids
 from engine.config import Namespace
-from engine.errors import Busy, InvalidArgument, NotFound, RuntimeFailure, Unsupported
+from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
 from engine.netconfig import HOST
 from engine.runtimes import conmon
@@ -34,12 +34,13 @@ from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
-from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, templates
+from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, templates, vsock
 from engine.runtimes.vm.templatemaker import Makers
 
 log = logging.getLogger(__name__)
 
 QMP_SECONDS = 10.0
+PING_SECONDS = 5.0
 SHIM = """#!{python} -SE
 import sys
 sys.path.insert(0, {root!r})
@@ -183,9 +184,12 @@ class VmRuntime(OciRuntime):
             )
         if resources.cpus is not None and math.ceil(resources.cpus) > (has := int(machine["cpus"])):
             raise InvalidArgument(f"cpus: its virtual machine has {has}", at="cpus", hint=again)
-        known = self._files(id).resources
-        if self.status(id).state is State.PAUSED and known.read_text() != json.dumps(self._limits(resources)):
-            raise Busy("its virtual machine is paused, and sets no limits", hint="resume it first")
+        known, state = self._files(id).resources, self.status(id).state
+        if not known.exists() or known.read_text() != json.dumps(self._limits(resources)):
+            if state is State.PAUSED:
+                raise Busy("its virtual machine is paused, and sets no limits", hint="resume it first")
+            if state is State.RUNNING:
+                self.ping(id)  # else who asked would wait for several deadlines
         super().update(id, resources)
 
     def _limits(self, resources: Resources) -> dict[str, Any]:
@@ -196,6 +200,13 @@ class VmRuntime(OciRuntime):
         if found.state is State.RUNNING and (self._vm(id) / "paused").exists():
             return Status(State.PAUSED, found.pid)
         return found
+
+    def ping(self, id: str) -> float:
+        """Seconds its agent takes to answer. DeadlineExceeded when it is mute; Unreachable."""
+        try:
+            return vsock.health(vsock.Serial(self._vm(id) / "agent.sock"), deadline=PING_SECONDS)
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded("its virtual machine does not answer", hint="it may hang: kill, start") from error
 
     def _vm(self, id: str) -> Path:
         return self._files(id).run / "vm"

@@ -1,10 +1,10 @@
 """Files in a running guest, as its agent serves them: what the mount shows of a virtual machine's container.
 
 Floor 2. Only here: one connection per container, made when first needed and again after it broke; the deadline of every
-call; and that a mute guest is asked by few at a time and then not at all for a moment, so it cannot take the threads of
-who asks. Attributes that came with a listing or as the answer to a change, and the names of a file's xattrs, are
-believed for a moment: `ls -l` costs one call, not one per file, and `cp -a` half of what it would. What is changed
-through here is never answered from what was before. Thread-safe.
+call; and that a mute guest is asked by few at a time, then not at all for a moment, then by one until it answers, so it
+cannot take the threads of who asks. Attributes that came with a listing or as the answer to a change, and the names of
+a file's xattrs, are believed for a moment: `ls -l` costs one call, not one per file, and `cp -a` half of what it would.
+What is changed through here is never answered from what was before. Thread-safe.
 
 Errors: OSError with the guest's errno; DeadlineExceeded; Unreachable when nobody answers at the socket; ProtocolError.
 """
@@ -57,7 +57,8 @@ class GuestFiles:
         self._lock = threading.Lock()  # connecting; held for as long as that takes
         self._client: AgentClient | None = None
         self._slots = threading.BoundedSemaphore(AT_ONCE)
-        self._mute_until = 0.0
+        self._mute_until = 0.0  # 0: it answered last
+        self._tried = False  # one caller finds out whether a mute guest answers again; guarded by _guard
         self._guard = threading.Lock()  # of all below; never held over I/O
         self._listed: dict[tuple[str, bytes], tuple[float, int, Attr]] = {}  # until, uses left
         self._names: dict[tuple[str, bytes], Names] = {}
@@ -108,17 +109,31 @@ class GuestFiles:
 
     @contextmanager
     def _slot(self, deadline: float) -> Iterator[None]:
-        if time.monotonic() < self._mute_until:
-            raise DeadlineExceeded("its virtual machine did not answer a moment ago", hint="it may hang: kill, start")
-        if not self._slots.acquire(timeout=deadline):
-            raise DeadlineExceeded("its virtual machine answers too slowly", hint="it may hang: kill, start")
+        with self._guard:
+            mute = self._mute_until > 0
+            if mute and (self._tried or time.monotonic() < self._mute_until):
+                raise DeadlineExceeded(
+                    "its virtual machine did not answer a moment ago", hint="it may hang: kill, start"
+                )
+            self._tried = mute
         try:
-            yield
-        except DeadlineExceeded:
-            self._mute_until = time.monotonic() + MUTE_SECONDS
-            raise
+            if not self._slots.acquire(timeout=deadline):
+                raise DeadlineExceeded("its virtual machine answers too slowly", hint="it may hang: kill, start")
+            try:
+                yield
+                self._mute_until = 0.0
+            except OSError:  # that is an answer
+                self._mute_until = 0.0
+                raise
+            except DeadlineExceeded:
+                self._mute_until = time.monotonic() + MUTE_SECONDS
+                raise
+            finally:
+                self._slots.release()
         finally:
-            self._slots.release()
+            if mute:
+                with self._guard:
+                    self._tried = False
 
     def call(self, verb: str, words: Words, deadline: float = DEADLINE) -> Values:
         with self._slot(deadline):

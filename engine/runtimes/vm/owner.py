@@ -23,6 +23,7 @@ import socket
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -166,11 +167,11 @@ class Owner:
         known = Accelerators(Path(self.plan["accelerators"]))
         known.refuse(Path(machine["qemu"]), machine["arch"], f"with a real guest: {why}")
 
-    def _breaks(self, status: str) -> None:
+    def _breaks(self, process: subprocess.Popen[bytes], status: str) -> None:
         """QEMU's word on a machine that has stopped for good. On a thread of its own."""
-        self._broken = status
-        if self.qemu is not None:
-            self.qemu.kill()
+        if self.qemu is process:
+            self._broken = status
+            process.kill()
 
     def _launch(self, template: Template | None = None) -> Link:
         plan, values, state = self.plan, dict(self.plan["machine"]), []
@@ -210,7 +211,7 @@ class Owner:
                 end.close()
         (self.place / "qemu.pid").write_text(str(self.qemu.pid))
         threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
-        faults.follow(watch, self._breaks, b"" if template is None else templates.load(template))
+        faults.follow(watch, partial(self._breaks, self.qemu), b"" if template is None else templates.load(template))
         self.relay = Relay()
         self.relay.link = self.link = Link(agent, self.relay.took, b"" if template is None else template.hello)
         return self.link
