@@ -30,6 +30,7 @@ from engine.images.gc import Collector
 from engine.images.pull import resumed
 from engine.images.remote import Remotes
 from engine.jobs import Job, Jobs
+from engine.kernelbook import KernelBook
 from engine.kernels import Kernels
 from engine.lifecycle import ALIVE, State
 from engine.mounts import RootfsMounts
@@ -160,7 +161,10 @@ class Engine:
             self.connections,
             self._clock,
         )
-        self.kernels = Kernels(self.store / "kernels", self._kernel_users)
+        book = KernelBook(
+            self.meta, self.journal, self.store / "containers", self.containers.all, lambda: self.drivers.default
+        )
+        self.kernels = Kernels(self.store / "kernels", book.users, book.record)
         undo.callback(self.drivers.close)
         undo.callback(self.connections.close)
         undo.callback(self.containers.close)
@@ -168,6 +172,7 @@ class Engine:
         self._check_files()
         self.volumes.reconcile()
         self.kernels.clean()
+        book.reconcile(self.kernels)
         name, probe = self.drivers.probe()
         self._runtime = f"{name}: {probe.reason}" if probe.ok else f"{name}, not usable here: {probe.reason}"
         self.journal.append(
@@ -188,15 +193,6 @@ class Engine:
         if again := self.jobs.resume(lambda line: resumed(self.images, line)):
             log.info("jobs %s of the last daemon go on", ", ".join(map(str, again)))
         log.info("store %s open; runtime %s", self.store, self._runtime)
-
-    def _kernel_users(self, name: str | None) -> list[str]:
-        """Containers that name this kernel; for None those that run in a virtual machine and name none."""
-        out = []
-        for container in self.containers.all():
-            config = container.config
-            if config.kernel == (name or "") and (name or (config.runtime or self.drivers.default) == "vm"):
-                out.append(container.name)
-        return out
 
     def _job_failed(self, job: Job, error: EngineError) -> None:
         """Whoever wrote the verb has long returned: the reason stands where it was written, and at the job."""

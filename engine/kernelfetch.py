@@ -101,7 +101,14 @@ def fetch(kernels: Kernels, wanted: Wanted, task: Task, *, policy: Policy | None
     data, config = _kernel(part, chosen.name, wanted.member, task)
     source = f"https://github.com/{wanted.repository}/releases/download/{wanted.tag}/{chosen.name}"
     made = kernels.add(
-        data, source, wanted.name or None, wanted.arch, digest=wanted.digest, config=config, initfs=initial
+        data,
+        source,
+        wanted.name or None,
+        wanted.arch,
+        digest=wanted.digest,
+        config=config,
+        initfs=initial,
+        event="kernelFetched",
     )
     part.unlink()
     return made

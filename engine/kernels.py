@@ -21,9 +21,11 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine import host, kernelimage, kernelmodules, kernelpackage
 from engine.errors import AlreadyExists, Busy, Damaged, InvalidArgument, NotFound, TooLarge
@@ -36,6 +38,7 @@ DEFAULT = "default"
 HINT = "echo 'import PATH' > kernels/ctl: a vmlinux, a vmlinuz with everything built in, or Debian's linux-image-….deb"
 KEPT_INITFS = 4  # made for agents of the past, per kernel
 ASIDE = ".import-"
+Record = Callable[[str, str, Mapping[str, Any]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,24 @@ class Kernel:
         return [path for _, path in sorted(found, reverse=True)]
 
 
-class Kernels:
-    """`users` names the containers that want a kernel (None: whatever is the default)."""
+def told(kernel: Kernel) -> dict[str, str]:
+    """What an event tells of it."""
+    return {key: getattr(kernel, key) for key in ("version", "arch", "digest", "source", "verified")}
 
-    def __init__(self, directory: Path, users: Callable[[str | None], Sequence[str]] = lambda name: ()) -> None:
+
+class Kernels:
+    """`users` names the containers that want a kernel or run with it (None: whatever is the default). What changes is
+    done within `record(type of event, name, data)`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        users: Callable[[str | None], Sequence[str]] = lambda name: (),
+        record: Record = lambda type_, name, data: nullcontext(),
+    ) -> None:
         self.directory = directory
         self.users_of = users
+        self._record = record
         self._lock = threading.RLock()  # held for renames and unlinks, never while a kernel is read
 
     # --- reading ------------------------------------------------------------------------------------------------
@@ -106,8 +121,12 @@ class Kernels:
         return [name for name in found if name != DEFAULT and (self.directory / name / "kernel.json").exists()]
 
     def all(self) -> list[Kernel]:
-        """Every kernel, by name."""
-        return [self._load(name) for name in self.names()]
+        """Every kernel that is whole, by name."""
+        out = []
+        for name in self.names():
+            with suppress(NotFound, Damaged):  # removed meanwhile; told where it is asked for by its name
+                out.append(self._load(name))
+        return out
 
     def _load(self, name: str) -> Kernel:
         try:
@@ -157,13 +176,15 @@ class Kernels:
             aside = self.directory / f"{ASIDE}default"
             aside.unlink(missing_ok=True)
             aside.symlink_to(name)
-            aside.rename(self.directory / DEFAULT)
-            host.fsync_dir(self.directory)
+            with self._record("kernelChosen", name, {}):
+                aside.rename(self.directory / DEFAULT)
+                host.fsync_dir(self.directory)
 
     def remove(self, name: str) -> None:
         """Busy while a container wants it."""
         with self._lock:
-            self.get(name)
+            if name not in self.names():  # one that is damaged can be removed
+                self.get(name)
             if users := self.users(name):
                 raise Busy(
                     f"kernel {name} is used by {', '.join(users[:8])}",
@@ -171,21 +192,18 @@ class Kernels:
                     hint="give them another kernel (config/kernel), or remove them first",
                 )
             aside = Path(tempfile.mkdtemp(dir=self.directory, prefix=ASIDE))
-            (self.directory / name).rename(aside / name)
-            link = self.directory / DEFAULT
-            if link.is_symlink() and os.path.basename(os.readlink(link)) == name:
-                link.unlink()
-            host.fsync_dir(self.directory)
+            with self._record("kernelRemoved", name, {}):
+                (self.directory / name).rename(aside / name)
+                link = self.directory / DEFAULT
+                if link.is_symlink() and os.path.basename(os.readlink(link)) == name:
+                    link.unlink()
+                host.fsync_dir(self.directory)
         shutil.rmtree(aside)
 
-    def prune(self) -> list[str]:
-        """Remove what no container wants and is not the default; their names."""
-        out = []
-        for name in self.names():
-            if name != self.default() and not self.users(name):
-                self.remove(name)
-                out.append(name)
-        return out
+    def unused(self) -> list[Kernel]:
+        """What no container wants or runs with and is not the default, by name."""
+        default = self.default()
+        return [kernel for kernel in self.all() if kernel.name != default and not self.users(kernel.name)]
 
     def clean(self) -> None:
         """Remove what a daemon left that ended in the middle of an import."""
@@ -229,13 +247,14 @@ class Kernels:
         digest: str = "",
         config: str = "",
         initfs: bytes = b"",
+        event: str = "kernelImported",
     ) -> Kernel:
         """A kernel file with everything built in. `digest`: of what it came in, checked already."""
         kernel = kernelimage.read(data, arch or platform_arch())
         config = kernel.config or config
         chosen = kernelmodules.choose((), lambda name: b"", (), config, kernel.arch)
         found = digest or "sha256:" + hashlib.sha256(data).hexdigest()
-        return self._keep(kernel, chosen, name, config, found, source, digest, initfs)
+        return self._keep(kernel, chosen, name, config, found, source, digest, initfs, event)
 
     def _keep(
         self,
@@ -247,6 +266,7 @@ class Kernels:
         source: str,
         pinned: str,
         fetched: bytes = b"",
+        event: str = "kernelImported",
     ) -> Kernel:
         name = name or kernel.version
         check_kernel_name(name)
@@ -256,7 +276,7 @@ class Kernels:
         aside = Path(tempfile.mkdtemp(dir=self.directory, prefix=ASIDE))
         try:
             cmdline = kernelmodules.settings(config).get("VIRTIO_MMIO_CMDLINE_DEVICES") == "y"
-            facts = {
+            facts: dict[str, Any] = {
                 "version": kernel.version,
                 "arch": kernel.arch,
                 # without a configuration: the parameter of that name is in the image when the option is
@@ -279,7 +299,8 @@ class Kernels:
                 host.write_atomic(aside / "modules" / "order", order.encode())
             host.write_atomic(aside / "kernel.json", json.dumps(facts, indent=1).encode() + b"\n")
             aside.chmod(0o755)
-            with self._lock:
+            made = Kernel(name, self.directory / name, **facts)
+            with self._lock, self._record(event, name, told(made)):
                 try:
                     aside.rename(self.directory / name)
                 except OSError as error:

@@ -7,10 +7,8 @@ Thread-safe.
 
 from __future__ import annotations
 
-import hashlib
-import re
-
-from engine.errors import Busy, EngineError, InvalidArgument, NotFound
+from engine import plans
+from engine.errors import EngineError, NotFound
 from engine.events import rfc3339
 from engine.jobs import Task
 from engine.volumes import Volume, Volumes
@@ -19,8 +17,7 @@ WHERE = "volumes/plan"
 
 
 def _hash(found: list[Volume]) -> str:
-    body = "".join(f"{volume.name} {volume.created_ns}\n" for volume in found)
-    return hashlib.sha256(body.encode()).hexdigest()
+    return plans.hash_of("".join(f"{volume.name} {volume.created_ns}\n" for volume in found))
 
 
 def text(volumes: Volumes) -> str:
@@ -38,13 +35,7 @@ def text(volumes: Volumes) -> str:
 
 def check(volumes: Volumes, digest: str) -> None:
     """Whether `run` with this hash would be accepted now: InvalidArgument, Busy."""
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise InvalidArgument(
-            f"prune takes the hash of the plan: read {WHERE}", at=digest[:80] or "prune",
-            hint=f"cat {WHERE}; its last line is what to write",
-        )  # fmt: skip
-    if _hash(volumes.unused()) != digest:
-        raise Busy("the plan is not what it was: nothing was deleted", at=digest[:12], hint=f"read {WHERE} again")
+    plans.check(digest, _hash(volumes.unused()), WHERE)
 
 
 def run(volumes: Volumes, digest: str, task: Task) -> str:

@@ -14,6 +14,7 @@ import click
 from fdfs.cli_images import follow
 from fdfs.cli_mount import Mount, absolute
 from fdfs.cli_options import columns, human, mount_option
+from fdfs.cli_store import execute_plan
 
 
 @click.group("kernels")
@@ -64,6 +65,8 @@ def import_(mount: str | None, digest: str | None, arch: str | None, path: Any, 
 @click.option("--asset", metavar="NAME", help="An asset, instead of the one that is named as ours or Kata's are.")
 @click.option("--member", metavar="PATH", help="The kernel in an archive of several.")
 @click.option("--name", metavar="NAME", help="What it is called here, instead of its version.")
+@click.option("--arch", metavar="NAME", help="x86_64 or aarch64, instead of this machine's.")
+@click.option("--initfs", metavar="sha256:HEX", help="Of an initfs-<arch>.cpio to fetch with it.")
 @click.argument("tag")
 def fetch(mount: str | None, tag: str, **options: str | None) -> None:
     """Download the kernel of a GitHub release; $DUTCHMAN_GITHUB_TOKEN of the daemon is used where it is set."""
@@ -100,7 +103,7 @@ def rm(mount: str | None, names: tuple[str, ...]) -> int:
 
 @kernels_command.command("prune")
 @mount_option
-def prune(mount: str | None) -> None:
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+def prune(mount: str | None, yes: bool) -> None:
     """Remove every kernel no container uses, but for the default."""
-    for name in Mount.find(mount).command(("kernels",), "prune", what="kernels prune"):
-        click.echo(name)
+    execute_plan(mount, "prune", "kernels", yes)

@@ -28,10 +28,10 @@ def execute_plan(mount: str | None, verb: str, directory: str, yes: bool) -> Non
         return
     rows = [line.split(" ", 3) for line in items]
     shown = [(a, b[7:19] if b.startswith("sha256:") else b, human(c), d) for a, b, c, d in rows[:SHOWN]]
-    columns(("CLASS", "NAME" if directory == "volumes" else "DIGEST", "SIZE", "REASON"), shown)
+    columns(("CLASS", "DIGEST" if directory in ("images", "store") else "NAME", "SIZE", "REASON"), shown)
     if len(rows) > SHOWN:
         click.echo(f"and {len(rows) - SHOWN} more: cat {where.path(directory, 'plan')}")
-    found = re.fullmatch(r"total (\d+) (?:objects|volumes) (\d+) bytes", total)
+    found = re.fullmatch(r"total (\d+) (?:objects|volumes|kernels) (\d+) bytes", total)
     freed = human(found[2]) if found else ""
     if not yes:
         if not sys.stdin.isatty():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine import kernelplan
 from engine.errors import AlreadyExists, Damaged, NotFound
 from engine.kernelfetch import KATA, Wanted
 from engine.kernelfetch import fetch as fetch_kernel
@@ -143,8 +144,16 @@ def choose_this(engine: Any, name: str, call: Call) -> None:
     engine.kernels.choose(name)
 
 
+def plan(engine: Any) -> str:
+    return kernelplan.text(engine.kernels)
+
+
 def prune(engine: Any, call: Call) -> str:
-    return "\n".join(engine.kernels.prune())
+    """The hash is checked now, so that the writer hears of a changed plan, and again when the job runs."""
+    digest = call.arg(0) or ""
+    kernelplan.check(engine.kernels, digest)
+    verb = f"kernels prune {digest}"
+    return job_reply(engine.jobs.start(verb, lambda task: kernelplan.run(engine.kernels, digest, task)))
 
 
 def remove(engine: Any, name: str, call: Call | None = None) -> None:
@@ -206,7 +215,7 @@ KERNEL = Dir(
         File(name="verified", doc="the digest its file had to have, if any", show=_value("verified")),
         File(name="features", doc="what its guests can do, one per line; empty: not known", show=features),
         File(name="modules", doc="modules in its initfs, in the order they are loaded", show=modules),
-        File(name="used_by", doc="containers that run with it", show=used_by),
+        File(name="used_by", doc="containers that name it or run with it", show=used_by),
         File(
             name="ctl",
             doc="what to do with it",
@@ -246,9 +255,14 @@ KERNELS = Dir(
                     run=import_,
                 ),
                 Verb(name="default", args="VERSION", doc="the kernel of guests whose config names none", run=choose),
-                Verb(name="prune", doc="remove kernels that no container uses, but for the default", run=prune),
+                Verb(name="prune", args="[HASH]", doc="remove what the plan with this hash lists (a job)", run=prune),
             ),
         ),
         error_file(kernels_object),
+        File(
+            name="plan",
+            doc="what prune would remove: kernels no container uses, but for the default; ends with what runs it",
+            show=plan,
+        ),
     ),
 )
