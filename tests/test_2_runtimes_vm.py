@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def test_limits_and_what_survives_a_daemon(bench: Bench) -> None:
     bench.runtime.update(id, Resources(memory=48 << 20, pids=50))
     assert said(bench, id, limits).split() == [str(48 << 20), "50"]
     pid = bench.runtime.status(id).pid
+    bench.runtime.pause(id)  # as when the host sleeps: the guest's clock stands still
+    time.sleep(4)
+    bench.runtime.resume(id)
+    bench.until(lambda: abs(float(said(bench, id, "busybox date +%s")) - time.time()) < 2)
     bench.runtime.close()
     bench.runtime = bench.connect()
     bench.watch(id)

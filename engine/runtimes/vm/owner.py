@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
-from engine.runtimes.vm import faults, network, pump, qemu, templates, translate
+from engine.runtimes.vm import clock, faults, network, pump, qemu, templates, translate
 from engine.runtimes.vm.accel import Accelerator, Accelerators
 from engine.runtimes.vm.link import Link, Refused, Stream
 from engine.runtimes.vm.protocol import OOM, Words, fields
@@ -299,6 +299,7 @@ class Owner:
 
         self.relay.before["START"] = before_start
         self.relay.listen(self.place / "agent.sock")
+        clock.keep(self.link, self.place)
 
     def wait(self, out: int, err: int) -> NoReturn:
         """Hand on what the container prints until it ends; end as it did."""

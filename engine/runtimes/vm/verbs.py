@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 # Numbers are decimal text. Paths of set-up verbs are the guest's own (before any container); file verbs: see FILES.
 SETUP: Mapping[str, Mapping[str, str]] = {
     "HELLO": {"->": "the words of HELLO again (after a restore)"},
-    "CLOCK": {"ns": "the wall clock, ns since 1970"},
+    "CLOCK": {"ns": "the wall clock, ns since 1970", "slack?": "ns; a clock less wrong than that is left as it is"},
     "ENTROPY": {"seed": "up to 512 bytes credited to the kernel's generator, which is then reseeded"},
     "HOSTNAME": {"name": "of the guest and of containers run later"},
     "MOUNT": {

@@ -232,7 +232,13 @@ int verb_setup(uint32_t stream, struct words *words) {
     if (!strcmp(verb, "ENTROPY")) return entropy(words);
     if (!strcmp(verb, "CLOCK")) {
         if (!value_of(words, "ns", NULL) || number_of(words, "ns", 10, 0, &value)) return fail(EINVAL, "CLOCK ns");
-        struct timespec now = {value / 1000000000, value % 1000000000};
+        long long slack, off;
+        if (number_of(words, "slack", 10, 0, &slack)) return fail(EINVAL, "CLOCK slack");
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        off = now.tv_sec * 1000000000ll + now.tv_nsec - value;
+        if (off < slack && -off < slack) return 0;
+        now = (struct timespec){value / 1000000000, value % 1000000000};
         return clock_settime(CLOCK_REALTIME, &now) ? fail(errno, "setting the clock") : 0;
     }
     if (!strcmp(verb, "HOSTNAME")) {
