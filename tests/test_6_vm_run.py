@@ -137,6 +137,8 @@ if SLOW:
             daemon.refused("cat containers/web/top", "timed out")
             daemon.refused("echo 40m > containers/web/config/memory", "timed out")
             assert "it may hang" in daemon.sh("cat containers/web/error")
+            daemon.refused("echo 'run ls' > containers/web/exec/ctl", "timed out")
+            assert "does not answer" in daemon.sh("cat containers/web/exec/error")
             daemon.until("cat containers/web/error", "its virtual machine has not answered", seconds=60)
             assert "echo kill > ctl" in daemon.sh("cat containers/web/error")
             assert daemon.sh("cat containers/web/state containers/web/health").split() == ["running", "unhealthy"]

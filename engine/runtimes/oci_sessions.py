@@ -60,6 +60,7 @@ class OciSessions:
         self._directory = directory
         self._tools = tools
         self._cgroups = cgroups_
+        self.before: Callable[[str], object] = lambda id: None  # called with the container's id; may refuse a session
         self._lock = threading.Lock()  # guards what follows and the files of ended sessions; never held over a wait
         self._waiting: dict[Key, tuple[int, int]] = {}  # created: pipe to start it, pipe that tells its pid
         self._ending = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -67,6 +68,7 @@ class OciSessions:
     # --- the protocol -------------------------------------------------------------------------------------------
 
     def create(self, spec: SessionSpec) -> None:
+        self.before(spec.id)
         files = self._files(spec.id, spec.number)
         for directory in (files.bundle, files.run, files.kept_exit.parent, files.spare, files.log.parent):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)

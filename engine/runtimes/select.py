@@ -48,9 +48,7 @@ def preferred(containers: Path) -> str:
     if not report.possible(containers):
         return "oci"
     try:
-        arch = accel.architecture()
-        choice = accel.Accelerators().choose(accel.find_qemu(arch), arch)
-        works = choice.accelerator.hardware and open_runtime("vm", containers).probe().ok
+        works = accel.Accelerators().here().choice.accelerator.hardware and open_runtime("vm", containers).probe().ok
     except EngineError:
         return "oci"
     return "vm" if works else "oci"

@@ -54,6 +54,15 @@ class Choice:
     reason: str  # why this one, and what speaks against the better one
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What virtual machines of this host are made with."""
+
+    arch: str
+    qemu: Path
+    choice: Choice
+
+
 def architecture() -> str:
     """x86_64 or aarch64. Unsupported for any other machine."""
     found = MACHINES.get(platform.machine().lower())
@@ -170,6 +179,12 @@ class Accelerators:
         self._probe = probe
         self._candidate = candidate(system or sys.platform)
         self._lock = threading.Lock()  # held while probing: who comes second waits for the answer
+
+    def here(self) -> Here:
+        """All three, found out as by `choose`. Unsupported says what this host lacks."""
+        arch = architecture()
+        qemu = find_qemu(arch)
+        return Here(arch, qemu, self.choose(qemu, arch))
 
     def choose(self, qemu: Path, arch: str) -> Choice:
         """The accelerator to use, found out at the first call of a boot, within LIMIT seconds."""

@@ -60,22 +60,21 @@ class VmRuntime(OciRuntime):
         self._kernels = Kernels(kernels or containers.parent / "kernels")
         self._accelerators = accel.Accelerators()
         self._makers = Makers()
+        self.sessions.before = self.ping  # of a mute machine it is said at once
 
     # --- probing ------------------------------------------------------------------------------------------------
 
     def _find(self) -> tuple[Probe, str, str]:
         monitor, self._flags = find_conmon()
-        arch = accel.architecture()
-        binary = accel.find_qemu(arch)
         kernel = self._kernels.get(None)
-        choice = self._accelerators.choose(binary, arch)
+        here = self._accelerators.here()
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = SHIM.format(python=sys.executable, root=str(Path(__file__).parents[3])).encode()
         shim = self._state / f"dutchman-vm-{hashlib.sha256(text).hexdigest()[:8]}"  # other engines have theirs here
         if not shim.exists():
             host.write_atomic(shim, text, 0o700)
-        reason = f"{choice.reason}; kernel {kernel.name}"
-        version = f"{first_line([str(binary), '--version'])}, {first_line([monitor, '--version'])}"
+        reason = f"{here.choice.reason}; kernel {kernel.name}"
+        version = f"{first_line([str(here.qemu), '--version'])}, {first_line([monitor, '--version'])}"
         return Probe(True, reason, version), str(shim), monitor
 
     # --- the protocol -------------------------------------------------------------------------------------------
@@ -90,9 +89,8 @@ class VmRuntime(OciRuntime):
                 raise InvalidArgument(f"{kind}: a virtual machine cannot have the host's", at=kind)
         if not spec_.layers:
             raise Unsupported("the vm runtime needs the image's layers")
-        arch = accel.architecture()
-        binary = accel.find_qemu(arch)
-        choice = self._accelerators.choose(binary, arch)
+        here = self._accelerators.here()
+        arch, choice = here.arch, here.choice
         kernel = self._kernels.get(getattr(settings, "kernel", "") or None)
         place = spec_.directory / "vm"
         place.mkdir(exist_ok=True, mode=0o700)
@@ -113,7 +111,7 @@ class VmRuntime(OciRuntime):
             "acpi": kernel.acpi,
             "image": str(place / "image.vmdk"),
             "upper": str(place / "upper.ext4"),
-            "qemu": str(binary),
+            "qemu": str(here.qemu),
             "tsc_khz": qemu.tsc_khz(cpuinfo.read_text()) if cpuinfo.exists() else 0,
         }
         plan = {

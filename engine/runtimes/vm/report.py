@@ -37,12 +37,11 @@ def summary() -> str:
 def rows(containers: Path | None = None) -> list[Row]:
     """What virtual machines need: none of it is needed for the oci runtime. Tries the accelerator, once a boot."""
     try:
-        arch = accel.architecture()
-        qemu = accel.find_qemu(arch)
+        here = accel.Accelerators().here()
     except Unsupported as error:
         return [("qemu", False, error.reason.removeprefix("runtime vm: "), error.hint or "")]
-    out: list[Row] = [("qemu", True, f"{qemu}: {first_line([str(qemu), '--version'])}", "")]
-    choice = accel.Accelerators().choose(qemu, arch)
+    choice = here.choice
+    out: list[Row] = [("qemu", True, f"{here.qemu}: {first_line([str(here.qemu), '--version'])}", "")]
     advice = "" if choice.accelerator.hardware else slow_advice()
     out.append(("accelerator", choice.accelerator.hardware, choice.reason, advice))
     if host.LINUX:
