@@ -27,7 +27,15 @@ LIBFUSE = (
     "/usr/local/lib/libfuse.so.2",
 )
 FUSE_ADVICE = "modprobe fuse; in a container, run it with --device /dev/fuse; as root: chmod 666 /dev/fuse"
-MACFUSE = ("/usr/local/lib/libfuse.2.dylib", "/usr/local/lib/libfuse.dylib", "/Library/Filesystems/macfuse.fs")
+MACFUSE = (
+    "/usr/local/lib/libfuse.2.dylib",
+    "/usr/local/lib/libfuse.dylib",
+    "/usr/local/lib/libfuse-t.dylib",
+    "/Library/Filesystems/macfuse.fs",
+)
+MAC_ADVICE = (
+    "brew install --cask macfuse, or without a kernel extension: brew install macos-fuse-t/homebrew-cask/fuse-t"
+)
 OPTIONAL = (
     "containers",
     "crun",
@@ -36,6 +44,7 @@ OPTIONAL = (
     "seccomp profile",
     "qemu",
     "accelerator",
+    "mkfs.ext4",
     "ip",
     "runtime vm",
 )  # of the runtimes' facts: one runtime is enough
@@ -181,7 +190,7 @@ def _lines(path: str) -> list[str]:
 def _fuse() -> list[Check]:
     if host.MACOS:
         found = [path for path in MACFUSE if os.path.exists(path)]
-        return [Check("macFUSE", bool(found), found[0] if found else "not installed", "install macFUSE")]
+        return [Check("macFUSE", bool(found), found[0] if found else "not installed", MAC_ADVICE)]
     libraries = sorted(path for pattern in LIBFUSE for path in glob.glob(pattern))
     advice = "apt-get install libfuse2 (Debian 13, Ubuntu 24.04 and newer: libfuse2t64)"
     checks = [Check("libfuse 2", bool(libraries), libraries[0] if libraries else "not installed", advice)]

@@ -1,16 +1,23 @@
-"""Files of this host: small ones that a config names, read whole and with care; fallocate; shared locks. Floor 0."""
+"""Files of this host: small ones that a config names, read whole and with care; fallocate; shared locks; the addresses
+of sockets. Floor 0."""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import stat
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from engine import host
 from engine.errors import Busy, InvalidArgument, NotFound, TooLarge, Unsupported
+
+MAX_ADDRESS = 104  # bytes of sockaddr_un.sun_path on macOS, its NUL included
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,3 +70,26 @@ def share(fd: int, seconds: float) -> None:
             if time.monotonic() > until:
                 raise Busy("the host has the file system mounted") from None
         time.sleep(0.005)
+
+
+@contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """What bind(2) and connect(2) take for the socket `path`, good within the block: an address holds 108 bytes (104 on
+    macOS), a path may be longer. FileNotFoundError without its directory.
+
+    Linux reaches the directory by a descriptor; elsewhere a short link in the runtime directory leads there
+    and stays.
+    """
+    if host.LINUX:
+        with host.directory_fd(path.parent) as place:
+            yield f"/proc/self/fd/{place}/{path.name}"
+        return
+    if len(os.fsencode(path)) < MAX_ADDRESS:
+        yield str(path)
+        return
+    links = host.runtime_dir() / "s"
+    links.mkdir(mode=0o700, parents=True, exist_ok=True)
+    link = links / hashlib.sha256(os.fsencode(path.parent)).hexdigest()[:12]
+    with suppress(FileExistsError):  # made for the same directory
+        link.symlink_to(path.parent)
+    yield str(link / path.name)

@@ -1,6 +1,7 @@
 """Running a small program of the host for its answer. Floor 0, no state.
 
-Only here: a program's run with bounds: its input, its time and the bytes it may answer. Thread-safe.
+Only here: a program's run with bounds: its input, its time and the bytes it may answer; where programs for
+administrators are, which an ordinary user's PATH leaves out, and Homebrew's links, too. Thread-safe.
 """
 
 from __future__ import annotations
@@ -8,10 +9,27 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
+
+PLACES = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+# Homebrew on Apple silicon and on Intel; MacPorts
+MAC_PLACES = ":".join(f"{root}/{place}" for root in ("/opt/homebrew", "/usr/local", "/opt/local")
+                      for place in ("bin", "sbin", "opt/e2fsprogs/sbin"))  # fmt: skip
+
+
+def find(name: str) -> str | None:
+    """The path of a program, in PATH or where systems keep those for administrators; None when it is not there."""
+    return shutil.which(name) or shutil.which(name, path=f"{PLACES}:{MAC_PLACES}")
+
+
+def advice(package: str) -> str:
+    """How to install a package that has one name everywhere."""
+    return f"brew install {package}" if sys.platform == "darwin" else f"apt-get install {package}"
 
 
 def run_helper(

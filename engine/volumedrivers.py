@@ -28,7 +28,8 @@ from typing import Protocol
 from engine import discreet, host, loops
 from engine.errors import EngineError, InvalidArgument, NotFound, RuntimeFailure, Unreachable, Unsupported
 from engine.model import parse_size
-from engine.programs import run_helper
+from engine.programs import advice, run_helper
+from engine.programs import find as find_program
 from engine.volumeplugins import DIRECTORY, Plugin
 from engine.walk import usage
 
@@ -223,11 +224,12 @@ def make_ext4(image: Path, size: int, *, options: Sequence[str] = (), extended: 
         os.ftruncate(fd, size)
     finally:
         os.close(fd)
-    argv = ["mkfs.ext4", "-q", "-F", "-m", "0", *options, "-E", f"root_owner=0:0{extended}", str(image)]
+    program = find_program("mkfs.ext4") or "mkfs.ext4"
+    argv = [program, "-q", "-F", "-m", "0", *options, "-E", f"root_owner=0:0{extended}", str(image)]
     try:
         code, _, said = run_helper(argv, b"", MKFS_SECONDS, 1 << 16)
     except FileNotFoundError as error:
-        raise Unsupported("mkfs.ext4 is not installed", hint="apt-get install e2fsprogs") from error
+        raise Unsupported("mkfs.ext4 is not installed", hint=advice("e2fsprogs")) from error
     except (TimeoutError, OverflowError) as error:
         raise RuntimeFailure(f"mkfs.ext4: {error}") from error
     if code:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal as _signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -266,24 +265,30 @@ def failure_exit_code(reason: str) -> int:
     return 128
 
 
+# Linux's numbers, for what runs in a container has them wherever the engine is: signal(7), x86 and ARM
+RTMIN, RTMAX = 34, 64
+_NAMES = """HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU
+    URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"""
+SIGNALS = {name: number for number, name in enumerate(_NAMES.split(), 1)} | {"IOT": 6, "CLD": 17, "POLL": 29}
+
+
 def parse_signal(text: str) -> int:
-    """A signal number from SIGTERM, TERM, term, 15, RTMIN+3 or RTMAX-2, as Docker takes them. EINVAL otherwise."""
+    """Linux's signal number of SIGTERM, TERM, term, 15, RTMIN+3 or RTMAX-2, as Docker takes them. EINVAL otherwise."""
     word = text.strip().upper()
     if word.isascii() and word.isdigit() and len(word) < 4:
         number = int(word)
-        if 1 <= number <= _signal.SIGRTMAX:
+        if 1 <= number <= RTMAX:
             return number
-        raise InvalidArgument(f"signal: {text} is not between 1 and {int(_signal.SIGRTMAX)}", at=text[:40])
+        raise InvalidArgument(f"signal: {text} is not between 1 and {RTMAX}", at=text[:40])
     word = word.removeprefix("SIG")
-    for base, origin, sign in (("RTMIN", int(_signal.SIGRTMIN), 1), ("RTMAX", int(_signal.SIGRTMAX), -1)):
+    for base, origin, sign in (("RTMIN", RTMIN, 1), ("RTMAX", RTMAX, -1)):
         if word == base:
             return origin
         rest = word.removeprefix(base + ("+" if sign > 0 else "-"))
         if rest != word and rest.isascii() and rest.isdigit() and len(rest) < 3:
             number = origin + sign * int(rest)
-            if _signal.SIGRTMIN <= number <= _signal.SIGRTMAX:
+            if RTMIN <= number <= RTMAX:
                 return number
-    known = {member.name.removeprefix("SIG"): int(member) for member in _signal.Signals}
-    if word in known and not word.startswith("RT"):
-        return known[word]
+    if word in SIGNALS:
+        return SIGNALS[word]
     raise InvalidArgument(f"signal: unknown signal {text!r}", at=text[:40], hint="a name such as TERM, or a number")

@@ -12,6 +12,7 @@ from engine.runtimes.base import Runtime
 from engine.runtimes.fake import FakeRuntime
 from engine.runtimes.seccomp import PACKAGE, profile_path
 
+NO_MONITOR = "runtime vm: on macOS nothing keeps logs and exit codes of containers yet: conmon is for Linux"
 NAMES = ("auto", "oci", "vm", "fake")
 
 
@@ -27,7 +28,8 @@ def open_runtime(kind: str, containers: Path) -> Runtime:
         kind = preferred(containers)
     if kind in ("oci", "vm"):
         if not host.LINUX:
-            raise Unsupported(f"runtime {kind} needs a Linux host", hint="use runtime: fake")
+            reason = NO_MONITOR if kind == "vm" and host.MACOS else f"runtime {kind} needs a Linux host"
+            raise Unsupported(reason, hint="use runtime: fake")
         if kind == "vm":
             from engine.runtimes.vm.driver import VmRuntime
 
@@ -57,7 +59,8 @@ def preferred(containers: Path) -> str:
 def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, str]]:
     """(name, ok, detail, what to install or do) for everything containers need of this host."""
     if not host.LINUX:
-        return [("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")]
+        none = ("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")
+        return [none, *(vm_report(containers or host.runtime_dir() / "none") if host.MACOS else [])]
     from engine.runtimes import rootless
     from engine.runtimes.calls import first_line
     from engine.runtimes.oci import OciRuntime

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import struct
 import subprocess
 import sys
@@ -28,10 +27,10 @@ from pathlib import Path
 
 from engine import host
 from engine.errors import Unsupported
+from engine.programs import find
 
 log = logging.getLogger(__name__)
 
-PATHS = "/usr/local/bin:/usr/bin:/opt/homebrew/bin:/opt/local/bin"
 LIMIT = 3.0  # seconds for the probing guest; natively it takes about 10 ms
 LOOPS = 0x0131 << 16  # turns of its loop
 STATUS = 0x15  # what it writes to the exit device; QEMU ends with twice this and one more
@@ -81,7 +80,7 @@ def package(arch: str) -> str:
 def find_qemu(arch: str) -> Path:
     """QEMU's program for `arch`. Unsupported, with what to install, when it is not there."""
     name = f"qemu-system-{arch}"
-    found = shutil.which(name) or shutil.which(name, path=PATHS)
+    found = find(name)
     if found is None:
         raise Unsupported(f"runtime vm: {name} is not installed", hint=package(arch))
     return Path(found)

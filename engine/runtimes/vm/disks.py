@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,14 +24,13 @@ from pathlib import Path
 
 from engine import host, loops, userids
 from engine.errors import Busy, Damaged, InvalidArgument, RuntimeFailure, Unsupported
-from engine.programs import run_helper
+from engine.programs import advice, find, run_helper
 from engine.volumedrivers import make_ext4
 
 SECTOR = 512
 BLOCK = 4096  # bytes: what the store's files are made of
 MAX_PATH = 511  # bytes of a path in a descriptor (block/vmdk.c)
 MOUNT_SECONDS = 60.0
-PATHS = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 UPPER_SIZE = 16 << 30  # bytes of a sparse upper file system, unless a quota says otherwise
 
 
@@ -79,7 +77,10 @@ def make_upper(path: Path, size: int = UPPER_SIZE, content: Path | None = None) 
 
 def check_upper(path: Path) -> None:
     """Mend a file system that a guest left in whatever state. RuntimeFailure when that cannot be done by itself."""
-    code, out, said = run_helper(["e2fsck", "-p", str(path)], b"", 600.0, 1 << 20)
+    program = find("e2fsck")
+    if program is None:
+        raise Unsupported("e2fsck is not installed", hint=advice("e2fsprogs"))
+    code, out, said = run_helper([program, "-p", str(path)], b"", 600.0, 1 << 20)
     if code & ~3:
         words = " ".join((out + said).decode(errors="replace").split())[:500]
         raise RuntimeFailure(f"the container's disk is damaged: {words}", hint=f"e2fsck -f {path}")
@@ -121,7 +122,7 @@ def _show_upper(path: Path, point: Path, lock: int) -> None:
 
     Read-only: an overlay takes no upper directory that is a FUSE file system, so nothing could be written in its terms.
     """
-    program = shutil.which("fuse2fs", path=PATHS)
+    program = find("fuse2fs")
     if program is None:
         raise Unsupported(
             "without root the disk of a virtual machine is shown by fuse2fs, which is not installed",

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine import host, userids
+from engine import host, hostfiles, userids
 from engine.config import Namespace
 from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
@@ -222,8 +222,7 @@ class VmRuntime(OciRuntime):
                 await client.disconnect()
 
         try:
-            with host.directory_fd(self._vm(id)) as place:
-                path = f"/proc/self/fd/{place}/qmp.sock" if host.LINUX else str(self._vm(id) / "qmp.sock")
+            with hostfiles.socket_address(self._vm(id) / "qmp.sock") as path:
                 asyncio.run(asyncio.wait_for(ask(path), QMP_SECONDS))
         except (QMPError, OSError, TimeoutError) as error:
             raise RuntimeFailure(f"QEMU: {command}: {error or type(error).__name__}") from error

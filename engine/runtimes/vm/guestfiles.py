@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from engine import host
 from engine.errors import DeadlineExceeded, EngineError, Unreachable
+from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
 from engine.runtimes.vm.client import AgentClient
 from engine.runtimes.vm.protocol import Attr, Values, Words
@@ -73,8 +73,8 @@ class GuestFiles:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.settimeout(DEADLINE)
-            with host.directory_fd(self._path.parent) as place:  # a path may be longer than an address
-                sock.connect(f"/proc/self/fd/{place}/{self._path.name}" if host.LINUX else str(self._path))
+            with socket_address(self._path) as address:
+                sock.connect(address)
             return sock
         except OSError as error:
             sock.close()

@@ -24,12 +24,9 @@ from engine.runtimes.vm.protocol import STDERR
 
 log = logging.getLogger(__name__)
 
-HANDED_ON = {  # SIGKILL and SIGSTOP cannot be; SIGCHLD and SIGWINCH mean this process
-    signal.Signals(number)
-    for number in range(1, 32)
-    if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGWINCH, signal.SIGPIPE)
-    and number not in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-} | {number for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1)}
+# SIGKILL and SIGSTOP cannot be; SIGCHLD and SIGWINCH mean this process
+_KEPT = "KILL STOP CHLD WINCH PIPE SEGV BUS FPE ILL"
+HANDED_ON = signal.valid_signals() - {signal.Signals[f"SIG{name}"] for name in _KEPT.split()}
 
 
 def give_terminal(console_socket: str, size: tuple[int, int] | None) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import EngineError
+from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
 from engine.runtimes.vm.link import Link
 from engine.runtimes.vm.protocol import Frame, Parser, Side, Type
@@ -62,15 +63,12 @@ class Relay:
     def listen(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         server = socket.socket(socket.AF_UNIX)
-        fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with socket_address(path) as address:
             old = os.umask(0o177)
             try:
-                server.bind(f"/proc/self/fd/{fd}/{path.name}")  # the path may be longer than an address
+                server.bind(address)
             finally:
                 os.umask(old)
-        finally:
-            os.close(fd)
         server.listen(64)
         threading.Thread(target=self._accept, args=(server,), name="relay", daemon=True).start()
 

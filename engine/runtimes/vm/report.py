@@ -8,6 +8,8 @@ from pathlib import Path
 
 from engine import host
 from engine.errors import EngineError, Unsupported
+from engine.programs import advice as how_to_get
+from engine.programs import find
 from engine.runtimes.calls import first_line
 from engine.runtimes.vm import accel
 from engine.runtimes.vm.network import PATHS
@@ -44,6 +46,8 @@ def rows(containers: Path | None = None) -> list[Row]:
     out: list[Row] = [("qemu", True, f"{here.qemu}: {first_line([str(here.qemu), '--version'])}", "")]
     advice = "" if choice.accelerator.hardware else slow_advice()
     out.append(("accelerator", choice.accelerator.hardware, choice.reason, advice))
+    mkfs = find("mkfs.ext4")
+    out.append(("mkfs.ext4", mkfs is not None, mkfs or "not installed", "" if mkfs else how_to_get("e2fsprogs")))
     if host.LINUX:
         ip = shutil.which("ip", path=PATHS)
         out.append(("ip", ip is not None, ip or "not installed", "" if ip else "apt-get install iproute2"))

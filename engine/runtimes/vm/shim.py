@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import host, hostfiles
 from engine.errors import EngineError, NotFound, RuntimeFailure, Unreachable
 from engine.runtimes.vm import pump, translate
 from engine.runtimes.vm.link import Link, Refused
@@ -53,14 +53,12 @@ def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 def connect(place: Path) -> Link:
     """To the agent through the owner of the machine whose files are at `place`. NotFound when it does not run."""
     client = socket.socket(socket.AF_UNIX)
-    fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        client.connect(f"/proc/self/fd/{fd}/agent.sock")
+        with hostfiles.socket_address(place / "agent.sock") as address:
+            client.connect(address)
     except OSError as error:
         client.close()
         raise NotFound("the virtual machine does not run") from error
-    finally:
-        os.close(fd)
     link = Link(client)
     link.greet(GREETING)
     return link

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from engine import host
 from engine.errors import DeadlineExceeded, EngineError, Unreachable, Unsupported
+from engine.hostfiles import socket_address
 from engine.runtimes.vm.client import AgentClient, Data, GuestError, Stream
 from engine.runtimes.vm.protocol import Words
 
@@ -132,8 +132,8 @@ def _unix(path: Path, deadline: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(deadline)
-        with host.directory_fd(path.parent) as place:  # a path may be longer than an address
-            sock.connect(f"/proc/self/fd/{place}/{path.name}" if host.LINUX else str(path))
+        with socket_address(path) as address:
+            sock.connect(address)
     except OSError as error:
         sock.close()
         raise _failed(error, f"connecting to {path.name}") from error
