@@ -21,13 +21,14 @@ import posixpath
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from engine import kernelimage, kernelpackage
-from engine.errors import Damaged, InvalidArgument, NotFound, TooLarge, Unreachable
+from engine.errors import AccessDenied, Damaged, InvalidArgument, NotFound, TooLarge, Unreachable
 from engine.images.registry import is_loopback
 from engine.images.transport import Backoff, Policy, Retry, Transport
 from engine.jobs import Task
@@ -41,6 +42,7 @@ KATA = "kata-containers/kata-containers"
 REPOSITORY = re.compile(r"[A-Za-z0-9_.-]{1,100}/[A-Za-z0-9_.-]{1,100}\Z")
 MAX_RELEASE = 8 << 20  # bytes of a release's JSON
 MAX_ASSET = 2 << 30
+MAX_PAGES = 20  # of a release's assets, a hundred each
 MAX_CANDIDATES = 8  # kernels in one archive
 DEBIAN = {kernelimage.X86_64: "amd64", kernelimage.AARCH64: "arm64"}
 PROGRESS = 1 << 20  # bytes after which a broken download counts as new
@@ -119,34 +121,56 @@ class _Release:
 
     def __init__(self, transport: Transport, base: str, wanted: Wanted) -> None:
         self._transport, self._base, self._wanted = transport, base, wanted
-        self._assets = self._load()
+        self._what = f"release {wanted.tag} of {wanted.repository}"
+        url = f"{base}/repos/{wanted.repository}/releases/tags/{quote(wanted.tag, safe='')}"
+        found, _ = self._document(url)
+        with self._understood():
+            self._assets = _assets(found["assets"])
+        self._list = str(found.get("assets_url") or "")  # the whole list, in pages
 
     def _headers(self, accept: str) -> dict[str, str]:
         token = os.environ.get("DUTCHMAN_GITHUB_TOKEN") or os.environ.get("GITHUB_TOKEN")
         more = {"Authorization": f"Bearer {token}"} if token else {}
         return {"Accept": accept, "X-GitHub-Api-Version": "2022-11-28", **more}
 
-    def _load(self) -> list[_Asset]:
-        wanted = self._wanted
-        what = f"release {wanted.tag} of {wanted.repository}"
-        url = f"{self._base}/repos/{wanted.repository}/releases/tags/{quote(wanted.tag, safe='')}"
+    def _document(self, url: str) -> tuple[Any, str]:
+        """JSON at `url`, and the address of the next page or nothing."""
+        if _origin(url) != _origin(self._base):
+            raise Unreachable(f"{self._what} is elsewhere than the API", at=url[:200])
         backoff = Backoff(self._transport.policy, self._transport.task)
         while True:
             try:
                 with self._transport.open(url, self._headers("application/vnd.github+json")) as response:
-                    self._expect(response, what, {200})
-                    raw = self._transport.body(response, what, MAX_RELEASE)
-                break
+                    self._expect(response, self._what, {200})
+                    raw = self._transport.body(response, self._what, MAX_RELEASE)
+                    following = str(response.links.get("next", {}).get("url", ""))
+                with self._understood():
+                    return json.loads(raw), following
             except Retry as retry:
                 backoff.pause(retry)
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
         try:
-            found = [
-                _Asset(str(item["name"]), str(item["url"]), int(item["size"]), str(item.get("digest") or ""))
-                for item in json.loads(raw)["assets"]
-            ]
+            yield
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Damaged(f"{what} is no release as the API has them: {error!r}"[:300], at=wanted.tag) from error
-        return found
+            reason = f"{self._what} is no release as the API has them: {error!r}"
+            raise Damaged(reason[:300], at=self._wanted.tag) from error
+
+    def _have(self, names: list[str]) -> _Asset | None:
+        """The first of `names` that the release has. What is not in its document may be in the list of its assets."""
+        pages = 0
+        while True:
+            for name in names:
+                for item in self._assets:
+                    if item.name == name:
+                        return item
+            if not self._list or pages >= MAX_PAGES:
+                return None
+            more, self._list = self._document(self._list + ("" if "?" in self._list else "?per_page=100"))
+            with self._understood():
+                self._assets += _assets(more)
+            pages += 1
 
     def _expect(self, response: Any, what: str, statuses: set[int]) -> None:
         """A rate limit is waited for when it ends soon; it is a 403 or 429 with one of these headers."""
@@ -158,12 +182,17 @@ class _Release:
             hint = "set DUTCHMAN_GITHUB_TOKEN for the daemon: with a token more is allowed"
             said = f"{response.url.host} allows no more requests for {after:.0f} s (rate limit)"
             raise Retry(Unreachable(said, at=response.url.host, hint=hint), after)
+        if response.status_code in (401, 403):
+            raise AccessDenied(
+                f"{response.url.host} refuses access to {what} ({response.status_code})",
+                at=what,
+                hint="DUTCHMAN_GITHUB_TOKEN of the daemon is wrong or may not see it, or there is none",
+            )
         self._transport.expect(response, what, statuses)
 
     def asset(self, name: str) -> _Asset:
-        for item in self._assets:
-            if item.name == name:
-                return item
+        if (found := self._have([name])) is not None:
+            return found
         have = ", ".join(item.name for item in self._assets[:20]) or "none"
         raise NotFound(f"release {self._wanted.tag} has no asset {name}; it has {have}"[:900], at=name)
 
@@ -174,8 +203,7 @@ class _Release:
         names = [f"vmlinux-{wanted.arch}{suffix}" for suffix in (".zst", ".xz", ".gz", "")]
         version = wanted.tag.removeprefix("v")
         names += [f"kata-static-{version}-{DEBIAN[wanted.arch]}.tar.{suffix}" for suffix in ("zst", "xz")]
-        have = {item.name for item in self._assets}
-        return self.asset(next((name for name in names if name in have), names[0]))
+        return self._have(names) or self.asset(names[0])
 
     def download(self, asset: _Asset, digest: str, directory: Path) -> Path:
         """The asset as a file whose bytes have `digest`; it goes on from what an earlier attempt left."""
@@ -235,6 +263,15 @@ class _Release:
             except Retry as retry:
                 backoff.pause(retry)
                 gained = 0
+
+
+def _assets(listed: Any) -> list[_Asset]:
+    """Those whose upload has ended."""
+    return [
+        _Asset(str(item["name"]), str(item["url"]), int(item["size"]), str(item.get("digest") or ""))
+        for item in listed
+        if item.get("state", "uploaded") == "uploaded"
+    ]
 
 
 def _goes_on(response: Any, offset: int) -> bool:

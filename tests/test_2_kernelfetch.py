@@ -18,7 +18,7 @@ import zstandard
 from guestkernel import guest_kernel
 from test_2_kernels import CONFIG, arm64, vmlinux
 
-from engine.errors import Damaged, EngineError, InvalidArgument, NotFound, Unreachable
+from engine.errors import AccessDenied, Damaged, EngineError, InvalidArgument, NotFound, Unreachable
 from engine.images.transport import Policy
 from engine.jobs import Cancelled, Task
 from engine.kernelfetch import Wanted, fetch
@@ -244,6 +244,13 @@ def test_a_rate_limit_is_waited_for_when_it_ends_soon(server: Server, kernels: K
     server.limits = [{"x_ratelimit_remaining": "0", "x_ratelimit_reset": str(int(time.time()) + 3000)}]
     with pytest.raises(Unreachable, match="rate limit") as caught:
         fetch(kernels, wanted(data, name="again"), Task(), policy=QUICK)
+    assert "DUTCHMAN_GITHUB_TOKEN" in str(caught.value.hint) and TOKEN not in str(caught.value)
+
+
+def test_a_token_that_is_refused_is_said_to_be(server: Server, kernels: Kernels) -> None:
+    server.assets, server.limits = {"vmlinux-x86_64": vmlinux()}, [{}]
+    with pytest.raises(AccessDenied, match="refuses access to release v1 of o/k") as caught:
+        fetch(kernels, wanted(vmlinux()), Task(), policy=QUICK)
     assert "DUTCHMAN_GITHUB_TOKEN" in str(caught.value.hint) and TOKEN not in str(caught.value)
 
 
