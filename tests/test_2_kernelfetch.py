@@ -6,10 +6,11 @@ import hashlib
 import http.server
 import io
 import json
+import lzma
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def sha(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def kata(config: str = CONFIG) -> bytes:
-    """A tar.zst as Kata's static releases: several kernels, a link that names the one for containers."""
+def kata(config: str = CONFIG, pack: Callable[[bytes], bytes] = zstandard.compress) -> bytes:
+    """An archive as Kata's static releases: several kernels, a link that names the one for containers."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         base = "./opt/kata/share/kata-containers/"
@@ -49,7 +50,7 @@ def kata(config: str = CONFIG) -> bytes:
         link = tarfile.TarInfo(base + "vmlinux.container")
         link.type, link.linkname = tarfile.SYMTYPE, "vmlinux-6.12.4-176"
         tar.addfile(link)
-    return zstandard.ZstdCompressor().compress(out.getvalue())
+    return pack(out.getvalue())
 
 
 class Server:
@@ -177,6 +178,9 @@ def test_katas_archive_gives_the_kernel_its_link_names(server: Server, kernels: 
     assert made.version == "6.12.4" and "erofs" in made.features and made.acpi
     path = "opt/kata/share/kata-containers/vmlinux-6.1.9-99-other"
     other = fetch(kernels, wanted(data, member=path), Task(), policy=QUICK)
+    older = kata(pack=lzma.compress)
+    server.assets = {"kata-static-1-amd64.tar.xz": older}
+    assert fetch(kernels, wanted(older, name="older"), Task(), policy=QUICK).version == "6.12.4"
     assert other.version == "6.1.9" and other.source.endswith("/o/k/releases/download/v1/kata-static-1-amd64.tar.zst")
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from guestkernel import guest_kernels
 from runtimebench import skip_or_fail
 
+from engine.config import ContainerConfig
 from engine.errors import InvalidArgument, Unsupported
-from engine.runtimes.vm import accel, qemu, report
+from engine.runtimes.base import make_spec
+from engine.runtimes.vm import accel, agentbuild, driver, qemu, report
 from engine.runtimes.vm.accel import Accelerator, Accelerators
 from engine.runtimes.vm.qemu import Disk, Guest, Machine, Platform, Share, Tap, UserNet, VsockDevice
 
@@ -176,3 +182,27 @@ def test_report_tells_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert not report.possible(tmp_path / "containers")  # no kernel
     (tmp_path / "kernels" / "one").mkdir(parents=True)
     assert report.possible(tmp_path / "containers")
+
+
+def test_without_a_compiler_the_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    if not Path("/usr/bin/qemu-system-x86_64").exists():
+        skip_or_fail("needs qemu-system-x86_64")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("importlib.metadata.version", none)
+    runtime = driver.VmRuntime(tmp_path / "containers", state=tmp_path / "s", kernels=guest_kernels().directory)
+    found = runtime.probe()
+    assert not found.ok and "Python's ziglang, is not installed" in found.reason
+    config = ContainerConfig(command=("true",))  # type: ignore[call-arg]
+    spec = make_spec(id="a" * 64, name="n", directory=tmp_path, rootfs=tmp_path, config=config)
+    with pytest.raises(Unsupported, match="runtime vm: the guest's agent is not built") as caught:
+        runtime.create(spec)
+    assert f"{sys.executable} -m pip install ziglang" in str(caught.value.hint)
+    runtime.close()
+    agent = driver.agents() / f"agent-{os.uname().machine}-{agentbuild.build_id()}-0"
+    agent.parent.mkdir(parents=True)
+    agent.touch()  # one that was built while there was a compiler
+    agentbuild.check(os.uname().machine, driver.agents())
+    assert agentbuild.build(os.uname().machine, driver.agents()) == agent

@@ -60,6 +60,7 @@ class OciRuntime:
         self._cgroups = spec.Cgroups.detect()
         self._lock = threading.Lock()  # guards the fields below; never held over a wait
         self._probed: tuple[Probe, str, str] | None = None  # result, runtime path, conmon path
+        self._advice = "see `dutchman doctor`"
         self._flags: tuple[str, ...] = ()  # those of conmon.FLAGS that it knows
         self._probe_lock = threading.Lock()
         self._directories: dict[str, Path] = {}
@@ -81,7 +82,7 @@ class OciRuntime:
                 try:
                     self._probed = self._find()
                 except Unsupported as error:
-                    self._probed = Probe(False, error.reason), "", ""
+                    self._probed, self._advice = (Probe(False, error.reason), "", ""), error.hint or self._advice
                 except (OSError, EngineError, subprocess.SubprocessError) as error:
                     self._probed = Probe(False, f"probing failed: {error}"), "", ""
             return self._probed[0]
@@ -129,7 +130,8 @@ class OciRuntime:
     def _tools(self) -> tuple[str, str]:
         result = self.probe()
         if not result.ok or self._probed is None:
-            raise Unsupported(f"runtime oci: {result.reason}", hint="see `dutchman doctor`")
+            reason = result.reason.removeprefix(f"runtime {self.name}: ")
+            raise Unsupported(f"runtime {self.name}: {reason}", hint=self._advice)
         return self._probed[1], self._probed[2]
 
     # --- the protocol -------------------------------------------------------------------------------------------

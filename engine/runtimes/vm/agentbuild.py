@@ -28,7 +28,10 @@ def compiler() -> str:
     try:
         return importlib.metadata.version("ziglang")
     except importlib.metadata.PackageNotFoundError:
-        raise Unsupported("the guest's agent needs a C compiler", hint="pip install ziglang") from None
+        raise Unsupported(
+            "runtime vm: the guest's agent is not built, and its compiler, Python's ziglang, is not installed",
+            hint=f"{sys.executable} -m pip install ziglang (the extra `vm` of this project has it)",
+        ) from None
 
 
 @functools.cache
@@ -40,13 +43,25 @@ def build_id() -> str:
     return digest.hexdigest()[:16]
 
 
-def build(architecture: str, cache: Path) -> Path:
-    """The agent for `architecture` (uname's name) below `cache`, made when absent. RuntimeFailure: no build."""
+def built(architecture: str, cache: Path) -> Path | None:
+    """The agent of these sources, by whichever compiler, when it is there."""
+    return next(iter(sorted(cache.glob(f"agent-{architecture}-{build_id()}-*"))), None)
+
+
+def check(architecture: str, cache: Path) -> None:
+    """Unsupported, with what to do, when `build` could not give an agent. Builds nothing."""
     if architecture not in ARCHITECTURES:
         raise Unsupported(f"no agent for the architecture {architecture}")
+    if built(architecture, cache) is None:
+        compiler()
+
+
+def build(architecture: str, cache: Path) -> Path:
+    """The agent for `architecture` (uname's name) below `cache`, made when absent. RuntimeFailure: no build."""
+    check(architecture, cache)
+    if (found := built(architecture, cache)) is not None:
+        return found
     target = cache / f"agent-{architecture}-{build_id()}-{compiler()}"
-    if target.is_file():
-        return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".agent-", dir=cache) as aside:
         made = Path(aside) / "agent"

@@ -67,6 +67,7 @@ class VmRuntime(OciRuntime):
     def _find(self) -> tuple[Probe, str, str]:
         monitor, self._flags = find_conmon()
         kernel = self._kernels.get(None)
+        agentbuild.check(accel.architecture(), agents())
         here = self._accelerators.here()
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = SHIM.format(python=sys.executable, root=str(Path(__file__).parents[3])).encode()

@@ -51,6 +51,7 @@ def rows(containers: Path | None = None) -> list[Row]:
     if host.LINUX:
         ip = shutil.which("ip", path=PATHS)
         out.append(("ip", ip is not None, ip or "not installed", "" if ip else "apt-get install iproute2"))
+    out.append(_agent(accel.architecture()))
     if containers is not None:
         out.append(_runtime(containers))
     return out
@@ -60,6 +61,16 @@ def slow_advice() -> str:
     if host.MACOS:
         return "guests run all the same, many times slower: sysctl kern.hv_support says whether this Mac can do better"
     return "guests run all the same, many times slower: enable VT-x or AMD-V, or nested virtualisation of this machine"
+
+
+def _agent(arch: str) -> Row:
+    from engine.runtimes.vm import agentbuild, driver
+
+    try:
+        found = agentbuild.built(arch, driver.agents())
+        return ("guest agent", True, str(found) if found else f"to be built by Zig {agentbuild.compiler()}", "")
+    except Unsupported as error:
+        return ("guest agent", False, error.reason.removeprefix("runtime vm: "), error.hint or "")
 
 
 def _runtime(containers: Path) -> Row:
