@@ -93,6 +93,9 @@ def _rootless() -> list[Check]:
         return []
     missing = rootless.lacks()
     checks = [Check(lack.name, False, lack.reason, lack.advice, needed=False) for lack in missing]
+    if rootless.alone(missing):
+        found = "without subordinate ids: containers of runtime vm only, and volumes' files are all yours"
+        checks.append(Check("without root", False, found, "what is listed above gives processes, too", needed=False))
     if not missing:
         ids = rootless.count()
         checks.append(Check("without root", True, f"containers in a user namespace with {ids} subordinate ids"))

@@ -3,6 +3,7 @@
 Only here: writing out a merged tree (whiteouts are applied already, so an overlay sees plain files). File bodies are
 cloned from the layers' data where the file system can (btrfs, xfs), else copied. What an ordinary user cannot make is
 left out: device nodes (containers get those of /dev bound by the runtime) and xattrs the kernel keeps for root.
+Where the user has no other ids, all of it is theirs: a guest has the image itself, this is what is shown of it.
 Appears whole or not at all.
 """
 
@@ -15,7 +16,7 @@ import os
 import stat
 from pathlib import Path
 
-from engine import host
+from engine import host, userids
 from engine.errors import Unsupported
 from engine.store.blobs import no_space
 from engine.store.tree import Tree
@@ -104,7 +105,8 @@ def _dress(tree: Tree, nid: int, place: bytes, path: bytes) -> None:
     """Owner, mode, xattrs and times, in the order in which one does not undo another."""
     info = tree.stat(nid)
     try:
-        os.chown(place, info.uid, info.gid, follow_symlinks=False)
+        if not userids.alone():
+            os.chown(place, info.uid, info.gid, follow_symlinks=False)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

@@ -1,8 +1,9 @@
 """Who runs the engine, and what its ids mean to the rest of the host. Floor 0, no state.
 
 Only here: an engine without root lives in a user namespace of its user (engine/runtimes/rootless.py makes it), where
-the user is uid 0 and ids from 1 on are the subordinate ids of /etc/subuid and /etc/subgid. What it shows through the
-mount is seen by processes outside, so ids are shown as they are there. Everywhere else nothing is translated.
+the user is uid 0 and ids from 1 on are the subordinate ids of /etc/subuid and /etc/subgid, if there are any. What it
+shows through the mount is seen by processes outside, so ids are shown as they are there. Everywhere else nothing is
+translated.
 
 Source: user_namespaces(7), "User and group ID mappings".
 """
@@ -26,6 +27,11 @@ def rootless() -> tuple[int, int] | None:
     if not (uid.isdigit() and gid.isdigit()) or os.geteuid() != 0:
         return None
     return None if _ranges("uid")[:1] == ((0, 0, (1 << 32) - 1),) else (int(uid), int(gid))
+
+
+def alone() -> bool:
+    """Whether the user's namespace has their own id and no other: they have no subordinate ids."""
+    return rootless() is not None and sum(count for _, _, count in _ranges("uid")) == 1
 
 
 def owner() -> tuple[int, int]:

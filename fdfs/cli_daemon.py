@@ -166,10 +166,12 @@ def _program(runtime: str) -> str:
     from engine.runtimes import rootless
 
     missing = rootless.lacks()
+    alone = rootless.alone(missing)
+    what = "only containers of runtime vm" if alone else "no containers"
     for lack in missing:
-        click.echo(f"dutchman: no containers: {lack.reason}", err=True)
+        click.echo(f"dutchman: {what}: {lack.reason}", err=True)
         click.echo(f"hint: {lack.advice}", err=True)
-    return "fdfs.daemon" if missing else "fdfs.rootless"
+    return "fdfs.daemon" if missing and not alone else "fdfs.rootless"
 
 
 def _others_allowed() -> None:

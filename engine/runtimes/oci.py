@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import host, userids
 from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
@@ -88,6 +88,8 @@ class OciRuntime:
             return self._probed[0]
 
     def _find(self) -> tuple[Probe, str, str]:
+        if userids.alone():
+            return Probe(False, "you have no subordinate ids (see `dutchman doctor`); runtime vm needs none"), "", ""
         monitor, self._flags = find_conmon()
         refused = []
         for name in self._runtimes:

@@ -37,6 +37,7 @@ from engine.runtimes.conmon import ended, open_process, start_time
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 MS_REC, MS_SLAVE = 16384, 1 << 19
+USER_NAMESPACES = "user namespaces"
 ENOUGH = 65536  # subordinate ids: images use ids up to 65534
 HELPERS = ("slirp4netns", "aardvark-dns", "fuse2fs")  # serve containers, and end when there are none
 SECONDS = 10.0  # for one small program
@@ -108,6 +109,12 @@ def lacks() -> list[Lack]:
     return out
 
 
+def alone(missing: Sequence[Lack]) -> bool:
+    """Whether, of what `lacks` said, nothing but subordinate ids is in the way: a namespace with the user's own id can
+    be made, in which virtual machines run, whose ids are no business of the host."""
+    return bool(missing) and all(lack.name != USER_NAMESPACES for lack in missing)
+
+
 def count() -> int:
     """How many subordinate user ids this user has."""
     return sum(number for _, number in subordinate(Path("/etc/subuid"), os.getuid(), _login()))
@@ -133,12 +140,12 @@ def forbidden() -> Lack | None:
     ):
         if _read(knob) == off:
             return Lack(
-                "user namespaces",
+                USER_NAMESPACES,
                 f"ordinary users may not make user namespaces ({knob} is {off})",
                 f"as root: sysctl {wanted}",
             )
     return Lack(
-        "user namespaces", "they cannot be made here", "a container or a security module forbids it: ask who runs it"
+        USER_NAMESPACES, "they cannot be made here", "a container or a security module forbids it: ask who runs it"
     )
 
 
@@ -214,11 +221,19 @@ def _make(directory: Path) -> int:
         answer = os.read(said, 4096)
         if answer != b"unshared":
             raise Unsupported(f"no user namespace: {answer.decode(errors='replace')}", hint="see `dutchman doctor`")
-        for program, table, own in (
-            ("newuidmap", "/etc/subuid", os.getuid()),
-            ("newgidmap", "/etc/subgid", os.getgid()),
-        ):
-            _map(program, child, own, subordinate(Path(table), os.getuid(), _login()))
+        if alone(lacks()):
+            for name, text in (
+                ("setgroups", "deny"),
+                ("uid_map", f"0 {os.getuid()} 1"),
+                ("gid_map", f"0 {os.getgid()} 1"),
+            ):
+                Path(f"/proc/{child}/{name}").write_text(text)
+        else:
+            for program, table, own in (
+                ("newuidmap", "/etc/subuid", os.getuid()),
+                ("newgidmap", "/etc/subgid", os.getgid()),
+            ):
+                _map(program, child, own, subordinate(Path(table), os.getuid(), _login()))
         os.write(tell, b"mapped")
         answer = os.read(said, 4096)
         if answer:  # the pipe closes with exec

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from engine import host
+from engine import host, userids
 from engine.errors import EngineError, InvalidArgument, Unsupported
 from engine.runtimes.base import Runtime
 from engine.runtimes.fake import FakeRuntime
@@ -49,6 +49,8 @@ def preferred(containers: Path) -> str:
 
     if not report.possible(containers):
         return "oci"
+    if userids.alone():
+        return "vm"  # the other needs ids that this user does not have
     try:
         works = accel.Accelerators().here().choice.accelerator.hardware and open_runtime("vm", containers).probe().ok
     except EngineError:

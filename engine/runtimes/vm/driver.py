@@ -112,6 +112,7 @@ class VmRuntime(OciRuntime):
             "acpi": kernel.acpi,
             "image": str(place / "image.vmdk"),
             "upper": str(place / "upper.ext4"),
+            "owners": host.is_root() and not userids.alone(),
             "qemu": str(here.qemu),
             "tsc_khz": qemu.tsc_khz(cpuinfo.read_text()) if cpuinfo.exists() else 0,
         }

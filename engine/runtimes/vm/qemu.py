@@ -46,6 +46,7 @@ class Share:
     path: Path
     tag: str  # at most 31 characters
     read_only: bool = False
+    owners: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ class Machine:
     qmp: str = "qmp.sock"
     taps: tuple[int, ...] = ()
     share: str | None = None  # a directory, by 9p, with the tag SHARES
+    owners: bool = True  # of shared files, may be changed by the guest: QEMU has the ids for it
     ram: str = ""  # a template's (templates.py)
     making: bool = False  # of a template: its disks are placeholders
     append: str = ""
@@ -191,7 +193,7 @@ def command(machine: Machine) -> list[str]:
         disks=[Disk(Path(machine.image), "image", True, kinds[0]), Disk(Path(machine.upper), "upper", False, kinds[1])],
         ram=machine.ram,
         making=machine.making,
-        shares=[Share(Path(machine.share), SHARES)] if machine.share is not None else [],
+        shares=[Share(Path(machine.share), SHARES, owners=machine.owners)] if machine.share is not None else [],
         nets=[Tap(fd) for fd in machine.taps],
         arguments=machine.append,
     )
@@ -255,7 +257,8 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     for number, disk in enumerate(guest.disks):
         out += disk_options(number, disk, suffix)
     for number, share in enumerate(guest.shares):
-        values = {"id": f"share{number}", "path": share.path, "security_model": "passthrough", "multidevs": "remap"}
+        model = "passthrough" if share.owners else "none"  # which says that it did what it could not
+        values = {"id": f"share{number}", "path": share.path, "security_model": model, "multidevs": "remap"}
         out += ["-fsdev", options("local", values | ({"readonly": "on"} if share.read_only else {}))]
         out += ["-device", f"virtio-9p-{suffix},fsdev=share{number},mount_tag={quoted(share.tag)}"]
     for number, net in enumerate(guest.nets):
