@@ -191,7 +191,9 @@ class RootfsMounts:
         that the guest has it, or will not. Busy while somebody has files of it open."""
         with self._lock(id):
             self._release(id)
-            busy = Busy("files of its root file system are open", hint="fuser says by whom; close them")
+            busy = Busy(
+                "files of its root file system are open", hint="fuser, or grep in /proc/*/mountinfo, says by whom"
+            )
             until = time.monotonic() + GIVE_SECONDS
             while mounted_at(self._disk(id).parent / "disk"):  # who just looks in is soon done
                 if time.monotonic() > until:

@@ -9,7 +9,7 @@ something leaked. Phases, each bounded by its count:
     cycles     N starts and stops by S shells: file descriptors, threads, memory, mounts, namespaces, cgroups, processes
 
 A follower of `events` reads along all the time and must have what a reader of the whole file gets afterwards.
-Needs root on Linux, runc or crun, conmon and busybox-static.
+Needs root on Linux, runc or crun, conmon and busybox-static; --runtime vm also what tools/setup test installs for it.
 Usage: python tools/soak/soak.py [--many 200] [--stopped 1000] [--followers 100] [--cycles 1000] … ; 0 leaves one out
 """
 
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from engines import add_busybox
+from guestkernel import guest_kernels
 from mounting import Daemon
 
 from engine import host
@@ -88,8 +89,11 @@ CYCLES = r"""
 set -euo pipefail
 name=$1 rounds=$2
 for _ in $(seq "$rounds"); do
-    echo start > "containers/$name/ctl"
+    echo start > "containers/$name/ctl" || { cat "containers/$name/error"; exit 1; }
+    while [ "$(cat "containers/$name/state")" = starting ]; do sleep 0.05; done
+    [ "$(cat "containers/$name/state")" = running ]
     echo 'stop 5' > "containers/$name/ctl"
+    while [ "$(cat "containers/$name/state")" = stopping ]; do sleep 0.05; done
     [ "$(cat "containers/$name/state")" = stopped ]
 done
 """
@@ -98,12 +102,14 @@ done
 class Soak:
     """One daemon on a store of its own, and what went wrong so far."""
 
-    def __init__(self, place: Path, shells: int) -> None:
+    def __init__(self, place: Path, shells: int, runtime: str = "oci") -> None:
         self.place, self.shells = place, shells
         self.failures: list[str] = []
         with Engine(place / "store", runtime="oci") as engine:
             add_busybox(engine)
-        self.daemon = Daemon(place, runtime="oci")
+        if runtime == "vm":
+            shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True, dirs_exist_ok=True)
+        self.daemon = Daemon(place, runtime=runtime)
         self.begin = time.monotonic()
 
     def say(self, phase: str, **facts: Any) -> None:
@@ -402,9 +408,10 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=2.0, help="how long it prints")
     options.add_argument("--cycles", type=int, default=1000)
     options.add_argument("--shells", type=int, default=8)
+    options.add_argument("--runtime", choices=("oci", "vm"), default="oci")
     given = options.parse_args()
     place = Path(tempfile.mkdtemp(prefix="dutchman-soak-"))
-    soak = Soak(place, given.shells)
+    soak = Soak(place, given.shells, given.runtime)
     try:
         soak.daemon.start()
         follower = Follower(soak.file("events"))
