@@ -14,7 +14,6 @@ import re
 import stat
 import struct
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +89,8 @@ def runtime_dir() -> Path:
     """Where sockets and mount points of this boot live. An engine without root has its user's, inside and outside."""
     if is_root() and LINUX and userids.rootless() is None:
         return Path("/run/dutchman")
+    import tempfile  # brings random, shutil and more, and processes that own a container want to start fast
+
     return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"dutchman-{userids.owner()[0]}"
 
 
@@ -107,6 +108,8 @@ def fsync_dir(path: Path) -> None:
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` with `data`: aside, fsync, rename, fsync the directory. Nothing changes when it fails."""
+    import tempfile
+
     fd, aside = tempfile.mkstemp(dir=path.parent, prefix=".aside-")
     try:
         try:

@@ -143,7 +143,7 @@ class RootfsMounts:
             aside, old, point = place / "filling.ext4", self._containers / id / "upper", place / "disk"
             host.unmount(point)  # of one that a killed daemon was filling
             aside.unlink(missing_ok=True)
-            if self._written:
+            if self._written or not any(old.iterdir()):  # without a mount it is made faster, too
                 self._fill_unmounted(aside, old, chain_id)
             else:
                 make_upper(aside)
@@ -152,8 +152,7 @@ class RootfsMounts:
                     for name in ("upper", "work"):
                         host.remove_tree(point / name)
                         (point / name).mkdir(mode=0o755)
-                    if any(old.iterdir()):
-                        copy_tree(old, point / "upper")
+                    copy_tree(old, point / "upper")
                 finally:
                     host.unmount_unused(point)
             os.rename(aside, disk)  # from here on the disk counts

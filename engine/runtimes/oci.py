@@ -285,9 +285,10 @@ class OciRuntime:
             if facts is not None and facts.boot == conmon.boot_id():
                 self._end(facts, id)
             binary = runtime or (facts.runtime if facts is not None else self._tools()[0])
-            done = call([binary, "--root", str(self._state), "delete", "--force", id], DEADLINE)
-            if done.returncode and (self._state / id).exists():
-                raise RuntimeFailure(f"delete: {words(done)}")
+            if (self._state / id).exists():
+                done = call([binary, "--root", str(self._state), "delete", "--force", id], DEADLINE)
+                if done.returncode and (self._state / id).exists():
+                    raise RuntimeFailure(f"delete: {words(done)}")
         if facts is not None and facts.boot == conmon.boot_id():
             pidfd = conmon.open_process(facts.conmon, facts.conmon_start)
             if pidfd is not None:

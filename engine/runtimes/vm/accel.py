@@ -10,19 +10,17 @@ the first VM of a boot pays for it. `refuse` takes back what looked good and fai
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
-import platform
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 
 from engine import host
@@ -64,6 +62,8 @@ class Here:
 
 def architecture() -> str:
     """x86_64 or aarch64. Unsupported for any other machine."""
+    import platform  # takes a while, as do others below: the process that owns a machine needs none of them
+
     found = MACHINES.get(platform.machine().lower())
     if found is None:
         raise Unsupported(f"runtime vm: no virtual machines for {platform.machine()}")
@@ -130,6 +130,8 @@ def runs_guests(qemu: Path, arch: str, accelerator: Accelerator, limit: float = 
             return "there is no /dev/kvm"
         if not os.access("/dev/kvm", os.R_OK | os.W_OK):
             return "/dev/kvm may not be opened (join the group kvm)"
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="dutchman-accel-") as place:
         image = Path(place) / "guest"
         image.write_bytes(guest_image(arch))
@@ -152,7 +154,7 @@ def runs_guests(qemu: Path, arch: str, accelerator: Accelerator, limit: float = 
     return f"QEMU ended with status {done.returncode}{': ' + said if said else ''}"
 
 
-@functools.cache
+@cache
 def boot_id() -> str:
     """Of this boot of the host; empty where it cannot be told."""
     try:

@@ -29,18 +29,22 @@ from engine.netconfig import HOST
 from engine.runtimes import conmon
 from engine.runtimes.base import Probe, RunSpec, State, Status
 from engine.runtimes.calls import find_conmon, first_line
+from engine.runtimes.conmon import Facts
 from engine.runtimes.netfiles import NetworkMode
 from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
-from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, templates, vsock
+from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, templates, vsock
+from engine.runtimes.vm.link import Refused
+from engine.runtimes.vm.owner import MAIN
 from engine.runtimes.vm.templatemaker import Makers
 
 log = logging.getLogger(__name__)
 
 QMP_SECONDS = 10.0
 PING_SECONDS = 5.0
+START_SECONDS = 60.0  # with the networks to be set up
 SHIM = """#!{python} -SE
 import sys
 sys.path.insert(0, {root!r})
@@ -148,12 +152,26 @@ class VmRuntime(OciRuntime):
         return pid
 
     def start(self, id: str) -> None:
-        super().start(id)
+        """Asked of its owner directly: a process of the runtime would take longer to come up than the container."""
+        self._expect(id, State.CREATED)
+        try:
+            link = shim.connect(self._vm(id))
+            try:
+                link.call("START", {"id": MAIN}, START_SECONDS)
+            finally:
+                link.close()
+        except Refused as error:
+            raise RuntimeFailure(shim.as_runc(error)) from error
         plan = json.loads((self._files(id).bundle / "vm.json").read_bytes())
         if wish := plan.get("template"):
             program = [self._tools()[0], "--root", str(self._state)]
             request = wish | {"machine": plan["machine"], "taps": plan["taps"]}
             self._makers.want(program, Path(wish["directory"]), request)
+
+    def _end(self, facts: Facts, id: str) -> bool:
+        ended = super()._end(facts, id)
+        host.remove_tree(self._state / id)  # as the runtime's own delete would, without a process for it
+        return ended
 
     def close(self) -> None:
         super().close()

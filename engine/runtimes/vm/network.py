@@ -16,8 +16,6 @@ import ctypes
 import fcntl
 import json
 import os
-import secrets
-import shutil
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,11 +120,13 @@ def _route(item: dict[str, Any]) -> list[Route]:
 
 
 def _random_mac() -> str:
-    first, *rest = secrets.token_bytes(6)
+    first, *rest = os.urandom(6)
     return ":".join(f"{byte:02x}" for byte in ((first & 0xFC) | 0x02, *rest))  # locally administered, one station
 
 
 def _ip(namespace: Path, arguments: Sequence[str], stdin: str = "") -> str:
+    import shutil  # takes a while, and machines without networks need none of it
+
     enter, ip = shutil.which("nsenter", path=PATHS), shutil.which("ip", path=PATHS)
     if enter is None or ip is None:
         raise Unsupported("networks of the vm runtime need ip and nsenter", hint="apt-get install iproute2 util-linux")

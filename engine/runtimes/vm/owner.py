@@ -17,7 +17,6 @@ import ctypes
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -255,7 +254,7 @@ class Owner:
         """The guest's clock, its generator of random numbers, its file systems."""
         plan = self.plan
         link.call("CLOCK", {"ns": time.time_ns()})
-        link.call("ENTROPY", {"seed": secrets.token_bytes(256)})
+        link.call("ENTROPY", {"seed": os.urandom(256)})
         parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
         link.call("PARTS", {"disk": "/dev/vda", "part": parts})
         devices = ",".join(f"device=/dev/vda{number}" for number in range(2, len(parts) + 1))

@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -125,7 +124,7 @@ class Shim:
         with os.fdopen(reading, "rb") as pipe:
             said = pipe.read(64 << 10)
         if said != b"ready":
-            shutil.rmtree(self.state, ignore_errors=True)
+            host.remove_tree(self.state)
             raise RuntimeFailure(said.decode(errors="replace") or "the process that owns the machine was killed")
         self._note_pid(pid)
 
@@ -235,7 +234,7 @@ class Shim:
             command = Path(f"/proc/{saved['pid']}/cmdline")
             if command.exists() and self.id.encode() in command.read_bytes().split(b"\0"):
                 os.kill(saved["pid"], signal.SIGKILL)
-        shutil.rmtree(self.state, ignore_errors=True)
+        host.remove_tree(self.state)
 
 
 def main(argv: list[str]) -> int:
@@ -267,7 +266,7 @@ def main(argv: list[str]) -> int:
                 print(f"unknown command {verb}", file=sys.stderr)
                 return 2
     except Refused as error:
-        print(_as_runc(error), file=sys.stderr)
+        print(as_runc(error), file=sys.stderr)
         return 1
     except (EngineError, Unreachable, OSError) as error:
         print(error, file=sys.stderr)
@@ -277,11 +276,11 @@ def main(argv: list[str]) -> int:
 
 def _told(error: BaseException) -> bytes:
     """What a child tells the process that waits for it."""
-    text = _as_runc(error) if isinstance(error, Refused) else str(error)
+    text = as_runc(error) if isinstance(error, Refused) else str(error)
     return text.encode()[:4096] or type(error).__name__.encode()
 
 
-def _as_runc(error: Refused) -> str:
+def as_runc(error: Refused) -> str:
     """An executable that cannot be run is told of in runc's words: exit codes 126 and 127 follow from them."""
     name, searched, _ = error.step.removeprefix("exec ").partition(" (looked for in $PATH)")
     if not error.step.startswith("exec "):
