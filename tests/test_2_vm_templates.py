@@ -179,7 +179,7 @@ class Templated:
         return (self.bench.place / "containers" / id / "run" / "vm" / "how").read_text()
 
     def made(self) -> list[Path]:
-        return [path.parent for path in self.kernels.glob("*/templates/*/template.json")]
+        return [path.parent for path in self.kernels.glob("*/templates/[0-9a-f]*/template.json")]
 
     def run(self, script: str, **fields: Any) -> tuple[str, list[str]]:
         """How it was started, and the lines it printed."""

@@ -43,6 +43,7 @@ OPERATORS = {
 }
 EPERM, EEXIST = 1, 17  # Linux's
 UNKNOWN = -1  # __NR_SCMP_ERROR
+OPTIMIZE, TREE = 8, 2  # SCMP_FLTATR_CTL_OPTIMIZE (libseccomp 2.5), and its value for a binary tree
 
 
 class _Compare(ctypes.Structure):
@@ -58,6 +59,7 @@ def _library() -> ctypes.CDLL:
             continue
         library.seccomp_init.restype = ctypes.c_void_p
         library.seccomp_init.argtypes = [ctypes.c_uint32]
+        library.seccomp_attr_set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32]
         library.seccomp_release.argtypes = [ctypes.c_void_p]
         library.seccomp_arch_native.restype = ctypes.c_uint32
         library.seccomp_arch_add.argtypes = library.seccomp_arch_remove.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
@@ -92,6 +94,9 @@ def compile_profile(profile: Mapping[str, Any], arch: str) -> bytes:
     if not context:
         raise RuntimeFailure("libseccomp: no filter")
     try:
+        # the guest's kernel asks the filter about every system call there is when it is set, which a list makes slow;
+        # an older libseccomp does not know the attribute, and makes a list
+        library.seccomp_attr_set(context, OPTIMIZE, TREE)
         wanted = {ARCHITECTURES[name] for name in profile.get("architectures", ()) if name in ARCHITECTURES}
         wanted.add(ARCHITECTURES[NATIVE[arch]])
         native = library.seccomp_arch_native()

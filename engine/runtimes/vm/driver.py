@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -130,13 +131,13 @@ class VmRuntime(OciRuntime):
             "netns": str(spec_.network.path or ""),
             "taps": taps,
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},
-            "seccomp": "" if seccomp is None else bpf.compile_profile(seccomp, arch).hex(),
+            "seccomp": "" if seccomp is None else _filter(json.dumps(seccomp), arch),
         }
         if settings.fast_start and choice.accelerator is not accel.Accelerator.HVF:  # it saves no guests
             made_of = {"kernel": [kernel.digest, kernel.image_digest], "initfs": initfs.name}
             wish = templates.wanted(machine, taps, made_of | {"version": self.probe().version})
             plan["template"] = wish | {"directory": str(kernel.directory / "templates")}
-        host.write_atomic(files.bundle / "vm.json", json.dumps(plan).encode(), 0o600)
+        (files.bundle / "vm.json").write_text(json.dumps(plan))  # as config.json: written anew for each run
         # sessions look users up in the files the container started with; the guest has the disk from here on
         names = place / "names"
         for name in ("passwd", "group"):
@@ -246,6 +247,12 @@ class VmRuntime(OciRuntime):
                 asyncio.run(asyncio.wait_for(ask(path), QMP_SECONDS))
         except (QMPError, OSError, TimeoutError) as error:
             raise RuntimeFailure(f"QEMU: {command}: {error or type(error).__name__}") from error
+
+
+@functools.lru_cache(16)
+def _filter(profile: str, arch: str) -> str:
+    """Compiling takes 20 ms, and most containers have the same profile."""
+    return bpf.compile_profile(json.loads(profile), arch).hex()
 
 
 def agents() -> Path:

@@ -12,7 +12,7 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from engine.errors import DeadlineExceeded, EngineError, Unreachable
@@ -20,6 +20,8 @@ from engine.runtimes.vm import protocol
 from engine.runtimes.vm.protocol import Credit, Frame, Parser, ProtocolError, Side, Type, Values, Words
 
 log = logging.getLogger(__name__)
+
+_Answer = queue.SimpleQueue[bytes | None]
 
 SEND_SECONDS = 15  # for one frame to be taken by the guest's port
 
@@ -149,14 +151,39 @@ class Link:
                 self._streams.pop(stream.number, None)
             raise
 
+    def calls(self, requests: Sequence[tuple[str, Words]], seconds: float) -> None:
+        """One after another, without waiting for the answers in between. Raises as `call` for the first that failed."""
+        sent = []
+        try:
+            for verb, words in requests:
+                number = self.number()
+                sent.append((number, verb, self._send(number, verb, words)))
+            for number, verb, answer in sent:
+                self._answer(number, verb, answer, seconds)
+        finally:
+            with self._lock:
+                for number, _, _ in sent:
+                    self._waiting.pop(number, None)
+
     def _ask(self, number: int, verb: str, words: Words | None, seconds: float) -> Values:
-        answer: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        return self._answer(number, verb, self._send(number, verb, words), seconds)
+
+    def _send(self, number: int, verb: str, words: Words | None) -> _Answer:
+        answer: _Answer = queue.SimpleQueue()
         with self._lock:
             if self.lost:
                 raise Unreachable(self.lost)
             self._waiting[number] = answer
         try:
             self.send(protocol.frame(Type.REQ, number, protocol.request(verb, words)))
+        except BaseException:
+            with self._lock:
+                self._waiting.pop(number, None)
+            raise
+        return answer
+
+    def _answer(self, number: int, verb: str, answer: _Answer, seconds: float) -> Values:
+        try:
             payload = answer.get(timeout=seconds)
         except queue.Empty:
             raise DeadlineExceeded(f"{verb}: the guest did not answer within {seconds:g} s") from None

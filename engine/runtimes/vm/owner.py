@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 75.0  # for a cold boot on a busy host under TCG
 POWEROFF_SECONDS = 5.0
+MOUNT_SECONDS = 30.0  # for the guest to answer one request while it sets itself up
 DISK_SECONDS = 5.0  # for the host to let go of the disk
 CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
 ROOTFS = "/run/rootfs"  # in the guest
@@ -253,25 +254,29 @@ class Owner:
     def _prepare(self, link: Link) -> None:
         """The guest's clock, its generator of random numbers, its file systems."""
         plan = self.plan
-        link.call("CLOCK", {"ns": time.time_ns()})
-        link.call("ENTROPY", {"seed": os.urandom(256)})
         parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
-        link.call("PARTS", {"disk": "/dev/vda", "part": parts})
         devices = ",".join(f"device=/dev/vda{number}" for number in range(2, len(parts) + 1))
+        overlay = f"lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work{plan.get('overlay', '')}"
         mounts = [
             ("/dev/vda1", "/run/image", "erofs", 1, devices),
-            ("/dev/vdb", "/run/disk", "ext4", 0, ""),
+            # what is never written need not be zeroed: that takes a thread of the guest's kernel, and room on the host
+            ("/dev/vdb", "/run/disk", "ext4", 0, "noinit_itable"),
+            ("overlay", ROOTFS, "overlay", 0, overlay),
         ]
-        for source, target, kind, flags, data in mounts:
-            link.call("MOUNT", {"source": source, "target": target, "type": kind, "flags": flags, "data": data}, 30.0)
-        overlay = f"lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work{plan.get('overlay', '')}"
-        link.call("MKDIR", {"path": "/run/disk/upper"})
-        link.call("MKDIR", {"path": "/run/disk/work"})
-        link.call("MOUNT", {"source": "overlay", "target": ROOTFS, "type": "overlay", "flags": 0, "data": overlay})
         if translate.bind_sources(self.document):
             options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap"
-            share: Words = {"source": "shares", "target": translate.SHARES, "type": "9p", "flags": 0, "data": options}
-            link.call("MOUNT", share)
+            mounts.append(("shares", translate.SHARES, "9p", 0, options))
+        requests: list[tuple[str, Words]] = [
+            ("CLOCK", {"ns": time.time_ns()}),
+            ("ENTROPY", {"seed": os.urandom(256)}),
+            ("PARTS", {"disk": "/dev/vda", "part": parts}),
+        ]
+        for source, target, kind, flags, data in mounts:
+            if kind == "overlay":
+                requests += [("MKDIR", {"path": f"/run/disk/{name}"}) for name in ("upper", "work")]
+            words: Words = {"source": source, "target": target, "type": kind, "flags": flags, "data": data}
+            requests.append(("MOUNT", words))
+        link.calls(requests, MOUNT_SECONDS)
 
     def _run(self, link: Link) -> None:
         """What runc does on a host before it waits for `start`."""
