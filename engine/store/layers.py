@@ -211,7 +211,7 @@ class Layers:
 
     def _run(self, feed: _Feed, made: _Made, data: DataWriter, index: IndexWriter) -> None:
         """The four stages, to the end of the stream."""
-        packed, blocks, tar = Pipe(4), Pipe(8), Pipe(8)
+        packed, blocks, tar = Pipe(2), Pipe(3), Pipe(3)
 
         def inflating() -> None:
             for block in inflate(iter(packed)):
