@@ -40,7 +40,12 @@ def hex_of(digest: str) -> str:
     return check_digest(digest)[7:]
 
 
+TAKEN = frozenset({"ctl", "error", "plan", "list.jsonl"})  # files beside containers, volumes and networks in the mount
+
+
 def check_name(text: str, kind: str) -> str:
+    if text in TAKEN:
+        raise InvalidArgument(f"{text} is a file beside every {kind} and cannot be the name of one", at=text)
     if not NAME.match(text):
         raise InvalidArgument(
             f"{kind} names are letters, digits, '_', '.' and '-', start with a letter or digit, at most 128",

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from engines import SMALL, add_image
 
 from engine.engine import Engine
+from engine.errors import InvalidArgument
 from engine.netconfig import PortSpec
 from fdfs.entry import File, render, walk
 from fdfs.tree.containerlist import published
+from fdfs.tree.containers import CONTAINERS
+from fdfs.tree.networks import NETWORKS
 from fdfs.tree.root import ROOT
+from fdfs.tree.volumes import VOLUMES
 
 
 def text(engine: Engine, path: str) -> str:
@@ -35,6 +40,18 @@ def test_the_list_of_containers_says_what_their_files_say(tmp_path: Path) -> Non
             for key, file in {**files, "image": "config/image", "digest": "image"}.items():
                 value = "" if row[key] is None else str(int(row[key]) if isinstance(row[key], bool) else row[key])
                 assert value == text(engine, f"{name}/{file}").strip(), (name, key)
+
+
+def test_nothing_is_named_as_a_file_beside_it(tmp_path: Path) -> None:
+    with Engine(tmp_path / "store", runtime="fake") as engine:
+        for directory, create in (
+            (CONTAINERS, lambda name: engine.containers.create(name, None)),
+            (VOLUMES, engine.volumes.create),
+            (NETWORKS, engine.networks.create),
+        ):
+            for row in directory.rows:
+                with pytest.raises(InvalidArgument, match=f"{row.name} is a file beside every"):
+                    create(row.name)
 
 
 def test_a_published_range_is_one_entry_of_the_list() -> None:
