@@ -22,10 +22,11 @@ from engine.config import parse_config
 from engine.engine import Engine
 from engine.lifecycle import State
 from engine.runtimes.oci import OciRuntime
+from engine.session import OVER
 
 IMAGE = "docker.io/library/busybox:latest"
 CHILD = """
-import os, signal, sys, threading, time
+import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from engine.engine import Engine
 from engine.config import parse_config
@@ -40,7 +41,8 @@ containers, driver = engine.containers, engine.drivers.get()
 when, _, method = point.partition(" ")
 if method:
     place = {"driver": driver, "mounts": engine.mounts, "records": containers.records,
-             "restarts": containers.restarts}
+             "restarts": containers.restarts, "sessions": getattr(driver, "sessions", None), "os": os,
+             "process": subprocess}
     holder, _, call = method.partition(".")
     real = getattr(place[holder], call)
     def hooked(*args, **kwargs):
@@ -60,6 +62,10 @@ for step in steps.split(";"):
         containers.monitor._clear = lambda container: None
     elif verb == "sleep":
         time.sleep(float(rest))
+    elif verb == "exec":
+        engine.containers.sessions.run("c", ["sleep", "1000"])
+    elif verb == "late":  # killed so many seconds from now, wherever it is then
+        threading.Timer(float(rest), die).start()
     elif verb == "running":
         containers.wait_for("c", lambda now: now.state == "running", 20)
     else:
@@ -305,3 +311,48 @@ def test_a_creation_cut_short_leaves_no_directory(tmp_path: Path) -> None:
     with Engine(store, runtime="fake") as engine:
         assert os.listdir(store / "containers") == [] and engine.containers.names() == []
         assert os.listdir(store / "tmp") == ["partial-0"]
+
+
+def processes_of(engine: Engine) -> list[str]:
+    """What runs with the store in its command line, and is not this test."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if entry.name.isdigit() and int(entry.name) != os.getpid() and str(engine.store) in words:
+            found.append(f"{entry.name} {words}")
+    return found
+
+
+WINDOWS = ["before sessions.create", "after process.Popen", "after sessions.create", "before sessions.start",
+           "after os.write", "after sessions.start"]  # fmt: skip
+SLOW = bool(os.environ.get("DUTCHMAN_SLOW_TESTS"))
+
+
+@pytest.mark.parametrize("point", WINDOWS if SLOW else WINDOWS[1::2])
+def test_a_session_cut_short_leaves_nothing_that_waits(point: str, crash: Crash, tmp_path: Path) -> None:
+    supported("oci", tmp_path)
+    no_session_leaks(crash("oci", SLEEP["oci"], point, "start;running;arm;exec"))
+
+
+if SLOW:
+
+    @pytest.mark.parametrize("late", [number * 0.01 for number in range(1, 31)])
+    def test_a_session_cut_short_at_any_time_leaves_nothing_that_waits(
+        late: float, crash: Crash, tmp_path: Path
+    ) -> None:
+        supported("oci", tmp_path)
+        no_session_leaks(crash("oci", SLEEP["oci"], "", f"start;running;late {late};exec;sleep 60"))
+
+
+def no_session_leaks(engine: Engine) -> None:
+    """Every conmon is of something that is shown, and all end with their container."""
+    assert engine.containers.get("c").state is State.RUNNING
+    shown = [session for session in engine.containers.sessions.of("c") if session.state not in OVER]
+    directory = engine.store / "containers" / engine.containers.get("c").id
+    eventually(lambda: len(processes_of(engine)) <= 1 + len(shown))
+    engine.containers.remove("c", force=True)
+    eventually(lambda: not processes_of(engine) or None)
+    assert not directory.exists() and not list((host.runtime_dir() / "oci" / "exits").glob(f"{directory.name}*"))

@@ -342,18 +342,41 @@ def clean(message: str) -> str:
 
 
 def kill_conmon(files: Files) -> None:
-    """Kill the conmon that conmon.pid names, if it really is this container's, and with it a `create` it waits for."""
+    """Kill the conmon that conmon.pid names, if it really is this container's, and with it a `create` it waits for.
+
+    Before it has written that file, as when the daemon was killed right after its start, it is looked for.
+    """
+    for _ in range(3):  # it may fork meanwhile
+        pids = _conmons(files)
+        for pid in pids:
+            for kill in (os.killpg, os.kill):  # it leads its own group (not yet, right after its fork)
+                try:
+                    kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        if not pids or files.conmon_pid.exists():
+            return
+
+
+def _conmons(files: Files) -> list[int]:
+    if files.conmon_pid.exists():
+        try:
+            pids = [int(files.conmon_pid.read_text())]
+        except (OSError, ValueError):
+            return []
+    elif files.bundle.exists():
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    else:
+        return []  # it never came to that
+    return [pid for pid in pids if _is_conmon_of(pid, files)]
+
+
+def _is_conmon_of(pid: int, files: Files) -> bool:
     try:
-        pid = int(files.conmon_pid.read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError):
-        return
-    if files.id.encode() in command and os.fsencode(files.bundle) in command:
-        for kill in (os.killpg, os.kill):  # it leads its own group (not yet, right after its fork)
-            try:
-                kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return files.id.encode() in words and os.fsencode(files.bundle) in words
 
 
 def reopen_log(files: Files) -> None:

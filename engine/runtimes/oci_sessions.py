@@ -32,9 +32,9 @@ from engine import host
 from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
 from engine.runtimes import cgroups, conmon, stdio
 from engine.runtimes.base import Exit, State, Status
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.conmon import Facts, Files
 from engine.runtimes.sessions import LOG_LIMIT, SessionSpec
-from engine.runtimes.spec import Cgroups
 from engine.runtimes.users import identify, with_extra_groups
 
 log = logging.getLogger(__name__)
@@ -168,8 +168,9 @@ class OciSessions:
                     pass
                 finally:
                     os.close(process)
-            if monitor is not None and not conmon.ended(monitor, 0):
+            if monitor is None or not conmon.ended(monitor, 0):
                 conmon.kill_conmon(files)  # before its pipe is closed, which would have it execute the process
+            if monitor is not None:
                 conmon.ended(monitor, LAST_WORDS)
         finally:
             for fd in (*pipes, *(() if monitor is None else (monitor,))):
