@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from engine import host
 from engine.errors import EngineError
-from engine.runtimes import rootless
+from engine.runtimes import delegation, rootless, unprivileged
 from engine.runtimes.netavark import find
 from engine.runtimes.select import host_report
-from engine.runtimes.spec import Cgroups
 
 LIBFUSE = (
     "/lib/*/libfuse.so.2",
@@ -99,9 +98,7 @@ def _rootless() -> list[Check]:
     if not missing:
         ids = rootless.count()
         checks.append(Check("without root", True, f"containers in a user namespace with {ids} subordinate ids"))
-    version = Cgroups.detect().version
-    no = "no cgroups of your own: memory, cpus, pids and other limits are refused, so is pause; stats are empty"
-    checks.append(Check("limits", False, f"cgroup v{version}: {no}", "run the engine as root", needed=False))
+    checks.append(_delegated())
     checks.append(
         Check(
             "image trees",
@@ -157,6 +154,20 @@ def _rootless() -> list[Check]:
         advice = getattr(error, "hint", None) or "set XDG_RUNTIME_DIR to a directory of your own"
         checks.append(Check("runtime directory", False, str(error), advice))
     return checks
+
+
+def _delegated() -> Check:
+    """Limits, update and pause of containers are made of cgroups."""
+    has, advice = delegation.lack()
+    missing = {field: controller for field, controller in sorted(unprivileged.LIMITS.items()) if controller not in has}
+    version = 2 if delegation.unified() else 1
+    if not missing:
+        return Check("limits", True, f"cgroup v{version}: all of them; yours: {', '.join(sorted(has))}")
+    if has:
+        found = f"yours: {', '.join(sorted(has))}; refused: {', '.join(missing)}"
+    else:
+        found = "none of your own: memory, cpus, pids and other limits are refused, so is pause; stats are of processes"
+    return Check("limits", False, f"cgroup v{version}: {found}", advice + "; or run the engine as root", needed=False)
 
 
 def _ping() -> Check:

@@ -93,7 +93,7 @@ class Meters:
     def quick(self, container: Container) -> tuple[float, int, int] | None:
         """For pictures: when (monotonic), CPU time used in µs, bytes of memory. None where that is not known."""
         if container.runtime == "oci":
-            found = quick(container.id)
+            found = quick(container.id, container.pid)
             return None if found is None else (time.monotonic(), *found)
         with self._condition:
             known = self._known.get(container.id)

@@ -1,18 +1,20 @@
 """The processes of a container, from its cgroup and /proc, or as the agent of its virtual machine tells them. Floor 3,
 stateless, thread-safe.
 
-Only here: which facts of a process are shown and how. Nothing is executed. Sources: proc_pid_stat(5),
-proc_pid_status(5), proc_pid_cmdline(5); kernel documentation admin-guide/cgroup-v2.rst (cgroup.procs).
+Only here: which facts of a process are shown and how, and which processes are a container's that has no cgroup. Nothing
+is executed. Sources: proc_pid_stat(5), proc_pid_status(5), proc_pid_cmdline(5), pid_namespaces(7); kernel documentation
+admin-guide/cgroup-v2.rst (cgroup.procs).
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.runtimes import cgroups
-from engine.runtimes.spec import Cgroups
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.vm.protocol import ProtocolError, Values
 
 MAX_PROCESSES = 4096  # that are shown
@@ -40,6 +42,8 @@ def processes(id: str, pid: int | None) -> list[Process]:
     """
     here = Cgroups.detect()
     pids = {pid} if pid is not None else set()
+    if here.parent is None and pid is not None:
+        pids |= members(pid)
     group = cgroups.path(here, "pids" if here.version == 1 else "", id)
     for base, _, _ in os.walk(group):
         try:
@@ -48,6 +52,41 @@ def processes(id: str, pid: int | None) -> list[Process]:
             continue  # it went away meanwhile
     found = (process(number) for number in sorted(pids)[:MAX_PROCESSES])
     return sorted((item for item in found if item is not None), key=lambda item: item.inside)
+
+
+def members(pid: int) -> set[int]:
+    """The processes of the container whose first process this is: those in its pid namespace, and all below them.
+
+    Where it shares the host's namespace, a process that made itself a daemon is not found. Of processes that this user
+    may not ask only their parents are known.
+    """
+    shared = _namespace("self")
+    own = _namespace(str(pid))
+    children: dict[int, list[int]] = defaultdict(list)
+    todo = [pid]
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        try:
+            text = Path(f"/proc/{name}/stat").read_bytes()
+        except OSError:
+            continue  # ended meanwhile
+        children[int(text[text.rindex(b")") + 2 :].split()[1])].append(int(name))
+        if own is not None and own != shared and _namespace(name) == own:
+            todo.append(int(name))
+    found: set[int] = set()
+    while todo:
+        if (next_ := todo.pop()) not in found:
+            found.add(next_)
+            todo += children.get(next_, ())
+    return found
+
+
+def _namespace(pid: str) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        return None
 
 
 def process(pid: int) -> Process | None:

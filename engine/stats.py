@@ -1,9 +1,10 @@
 """What a container uses now, from its cgroup and its network namespace: of this host, or of its virtual machine as the
 agent there tells it. Floor 3, stateless, thread-safe.
 
-Only here: the names under which both cgroup versions' counters are shown. Sources: kernel documentation
-admin-guide/cgroup-v2.rst, cgroup-v1/{memory,cpuacct,pids,blkio-controller}.rst, scheduler/sched-bwc.rst;
-proc_pid_net(5) for `dev`.
+Only here: the names under which both cgroup versions' counters are shown, and what is made of its processes' own
+counters where it has no cgroup. Sources: kernel documentation admin-guide/cgroup-v2.rst,
+cgroup-v1/{memory,cpuacct,pids,blkio-controller}.rst, scheduler/sched-bwc.rst; proc_pid_net(5) for `dev`,
+proc_pid_stat(5), proc_pid_io(5), proc_pid_smaps(5) for `smaps_rollup`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
+from engine.processes import TICKS, members
 from engine.runtimes import cgroups
-from engine.runtimes.spec import Cgroups
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.vm.protocol import Values
 
 NO_LIMIT = 1 << 60  # version 1 writes a number of this size for none
+IO = {"read_bytes": "io_read_bytes", "write_bytes": "io_written_bytes"}  # of /proc/<pid>/io
 Found = dict[str, int | None]
 
 
@@ -146,14 +149,50 @@ def _network_of(pid: int) -> dict[str, int]:
         return {}
 
 
+def _of_processes(pid: int) -> Found:
+    """Sums over a container's processes, for want of a cgroup.
+
+    Time and io of a process that has ended are in its parent's counters; those of a session's first process are gone
+    with it. Memory is shared out among who has it (PSS), so the page cache is in it only as far as it is mapped.
+    """
+    ticks, tasks = 0, 0
+    memory, io = dict.fromkeys(("Pss", "Pss_Anon", "Pss_File", "SwapPss"), 0), dict.fromkeys(IO, 0)
+    for one in members(pid):
+        stat = _text(Path(f"/proc/{one}/stat")).rpartition(") ")[2].split()  # from field 3 on
+        if len(stat) < 18 or stat[0] in "ZX":
+            continue
+        ticks += sum(int(word) for word in stat[11:15])  # utime stime cutime cstime
+        tasks += int(stat[17])
+        for line in _text(Path(f"/proc/{one}/smaps_rollup")).splitlines():
+            key, _, rest = line.partition(":")
+            if key in memory:
+                memory[key] += int(rest.split()[0]) * 1024
+        for line in _text(Path(f"/proc/{one}/io")).splitlines():
+            key, _, rest = line.partition(":")
+            if key in io:
+                io[key] += int(rest)
+    if not tasks:
+        return {}
+    return {
+        "cpu_usec": ticks * 1_000_000 // TICKS,
+        "memory_bytes": memory["Pss"],
+        "memory_anon_bytes": memory["Pss_Anon"],
+        "memory_file_bytes": memory["Pss_File"],
+        "swap_bytes": memory["SwapPss"],
+        "pids": tasks,
+        **{name: io[key] for key, name in IO.items()},
+    }
+
+
 def resources(id: str, pid: int | None = None) -> dict[str, int]:
     """cpu_*, memory_*, swap_*, io_*, pids, network_* and oom_kills: those this host counts, limits that are set.
 
-    `pid`: its first process, for the network. Empty when the container has no cgroup (it does not run, or runs on a
-    driver without).
+    `pid`: its first process, for the network. Empty when it does not run, or runs on a driver that does not count.
     """
     here = _host()
-    if here.version == 2:
+    if here.parent is None:
+        out = _of_processes(pid) if pid is not None else {}
+    elif here.version == 2:
         group = cgroups.path(here, "", id)
         out = _version2(lambda name: _text(group / name)) if group.is_dir() else {}
     else:
@@ -162,7 +201,8 @@ def resources(id: str, pid: int | None = None) -> dict[str, int]:
     if found:
         if pid is not None:
             found.update(_network_of(pid))
-        found["oom_kills"] = cgroups.oom_kills(here, id)
+        if here.parent is not None:
+            found["oom_kills"] = cgroups.oom_kills(here, id)
     return found
 
 
@@ -178,10 +218,13 @@ def guest_resources(told: Values) -> dict[str, int]:
     return found
 
 
-def quick(id: str) -> tuple[int, int] | None:
-    """(CPU time used in µs, memory in bytes) for pictures: two small files. None without a cgroup."""
+def quick(id: str, pid: int | None = None) -> tuple[int, int] | None:
+    """(CPU time used in µs, memory in bytes) for pictures: two small files where it has a cgroup. None: not known."""
     here = _host()
-    if here.version == 2:
+    if here.parent is None:
+        out = _of_processes(pid) if pid is not None else {}
+        cpu, memory = out.get("cpu_usec"), out.get("memory_bytes")
+    elif here.version == 2:
         group = cgroups.path(here, "", id)
         cpu, memory = _keyed(_text(group / "cpu.stat")).get("usage_usec"), _number(group / "memory.current")
     else:

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine import host, userids
 from engine.errors import EngineError
-from engine.runtimes import rootless
+from engine.runtimes import delegation, rootless
 from fdfs import outside
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
     if ready is not None:
         keep.append(int(arguments[ready]))
     command = [sys.executable, "-m", "fdfs.daemon", *arguments]
+    delegation.enter(rootless.holder(directory))
     try:
         daemon = rootless.spawn(directory, command, environment(**{outside.VARIABLE: str(theirs.fileno())}), keep)
     except (EngineError, OSError) as error:

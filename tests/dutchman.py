@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from mounting import PATIENCE
 
 from engine import host
 from fdfs.cli_daemon import holder
@@ -56,7 +57,7 @@ def demo_archive() -> Path:
 
 def wait_for(condition: Callable[[], Any], seconds: float = 15.0, what: str = "") -> Any:
     """The first true answer; fails when there is none in time."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + max(seconds, PATIENCE)
     while True:
         answer = condition()
         if answer:
@@ -108,7 +109,7 @@ class Dutchman:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=max(timeout, 2 * PATIENCE),
             stdin=subprocess.DEVNULL,
             **more,
         )
@@ -123,7 +124,7 @@ class Dutchman:
             env=self.env,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=max(timeout, 2 * PATIENCE),
             stdin=subprocess.DEVNULL,
         )
         assert code is None or done.returncode == code, f"{script}: {done.returncode}\n{done.stdout}{done.stderr}"

@@ -34,6 +34,9 @@ def can_mount() -> str | None:
     return None
 
 
+PATIENCE = float(os.environ.get("DUTCHMAN_TEST_PATIENCE", "0"))  # seconds: no wait gives up earlier; for slow machines
+
+
 class Daemon:
     """`python -m fdfs.daemon` on `place`/store and `place`/mnt. `env` is added to the environment.
 
@@ -59,7 +62,7 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
         self.expect_errors = False  # tests that provoke a bug's traceback set this
 
-    def start(self, seconds: float = 20) -> Daemon:
+    def start(self, seconds: float = max(20, PATIENCE)) -> Daemon:
         self.mount.parent.mkdir(parents=True, exist_ok=True)
         self.store.mkdir(parents=True, exist_ok=True)
         reading, writing = os.pipe()
@@ -129,7 +132,7 @@ class Daemon:
             [*self._within, shell, "-c", command],
             cwd=self.mount,
             capture_output=True,
-            timeout=timeout,
+            timeout=max(timeout, PATIENCE),
             env={**self._env, "LC_ALL": "C"},
         )
         return subprocess.CompletedProcess(
@@ -151,7 +154,7 @@ class Daemon:
 
     def until(self, command: str, wanted: str, *, seconds: float = 10) -> str:
         """Repeat a command until its output holds `wanted`."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + max(seconds, PATIENCE)
         while True:
             out = self.run(command).stdout
             if wanted in out:

@@ -21,8 +21,8 @@ from engine.errors import DeadlineExceeded, InvalidArgument, RuntimeFailure
 from engine.logs import ContainerLogs
 from engine.runtimes import cgroups, conmon
 from engine.runtimes.base import Mount, State
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.oci import OciRuntime
-from engine.runtimes.spec import Cgroups
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from engine.errors import InvalidArgument, Unsupported
 from engine.model import ImageConfig
 from engine.runtimes import seccomp, spec
 from engine.runtimes.base import Mount, command_line, environment, failure_exit_code, make_spec, parse_signal
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.users import identify, make_directory, read_in_root
 
 SCHEMAS = Path(__file__).parents[2] / "shared" / "fixtures" / "schema" / "runtime-spec"
-V1, V2 = spec.Cgroups(1, True), spec.Cgroups(2, False)
+V1, V2 = Cgroups(1, True), Cgroups(2, False)
 PASSWD = (
     "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34:web:/srv/web:/bin/sh\n#c\nbroken\nbad:x:a:b::\n1000:x:7:8::/digits:\n"
 )
@@ -94,7 +95,7 @@ def test_the_schema_refuses_what_it_should(schema: Any, rootfs: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("cgroups", [V1, V2])
-def test_valid_by_the_schema(schema: Any, rootfs: Path, fields: dict[str, Any], cgroups: spec.Cgroups) -> None:
+def test_valid_by_the_schema(schema: Any, rootfs: Path, fields: dict[str, Any], cgroups: Cgroups) -> None:
     mounts = (
         Mount(MountKind.TMPFS, None, "/t", options=("size=1m",)),
         Mount(MountKind.BIND, Path("/srv"), "/s", read_only=True),
@@ -131,7 +132,7 @@ paths = st.lists(st.sampled_from(["a", "b", "etc", "x y", "é"]), min_size=1, ma
     cgroups=st.sampled_from([V1, V2]),
 )
 def test_any_config_is_valid_by_the_schema(
-    schema: Any, rootfs: Path, fields: dict[str, Any], targets: list[str], cgroups: spec.Cgroups
+    schema: Any, rootfs: Path, fields: dict[str, Any], targets: list[str], cgroups: Cgroups
 ) -> None:
     mounts = tuple(Mount(MountKind.BIND, Path("/src"), target) for target in targets)
     config = spec.build(make(rootfs, mounts, **fields), cgroups)

@@ -19,6 +19,7 @@ from engine.model import ImageConfig
 from engine.options import Security, security
 from engine.runtimes import confine, seccomp, spec
 from engine.runtimes.base import environment
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.resources import Resources
 
 EVERYTHING: dict[str, Any] = {
@@ -51,7 +52,7 @@ def an_init_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
-def build(root: Path, cgroups: spec.Cgroups = V1, **fields: Any) -> dict[str, Any]:
+def build(root: Path, cgroups: Cgroups = V1, **fields: Any) -> dict[str, Any]:
     return spec.build(make(root, **fields), cgroups)
 
 
@@ -65,7 +66,7 @@ def at(config: dict[str, Any], target: str) -> dict[str, Any]:
 def test_everything_at_once_is_valid_by_the_schema(
     schema: Any,
     rootfs: Path,
-    cgroups: spec.Cgroups,
+    cgroups: Cgroups,
     more: dict[str, Any],
 ) -> None:
     fields = {**EVERYTHING, **more}

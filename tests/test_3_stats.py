@@ -15,8 +15,8 @@ from engine import processes, stats
 from engine.config import ContainerConfig
 from engine.fields import RESOURCES
 from engine.runtimes import cgroups
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.resources import Resources
-from engine.runtimes.spec import Cgroups
 from engine.samples import EVERY, SPAN, Samples
 from fdfs import chart
 

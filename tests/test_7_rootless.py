@@ -8,171 +8,27 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
-import sysconfig
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dutchman import ROOT, demo_archive, needs_oci, wait_for
+from dutchman import wait_for
+from people import Person, two_people
 
 from engine import host, userids
 from engine.errors import AccessDenied
 from engine.runtimes import rootless
-from engine.runtimes.conmon import start_time
-
-Done = subprocess.CompletedProcess[str]
-DEVICES = (Path("/dev/fuse"), Path("/dev/net/tun"))  # readable for all where udev makes them
-
-
-class Person:
-    """An ordinary user with a home and a shell in which `dutchman` is a command."""
-
-    def __init__(self, base: Path, name: str) -> None:
-        self.name, self.base, self.home = name, base, base / name
-        subprocess.run(
-            ["useradd", "--no-create-home", "--home-dir", self.home, "--shell", "/bin/sh", name], check=True, timeout=30
-        )
-        self.uid, self.gid = (int(self._id(flag)) for flag in ("-u", "-g"))
-        for table, option in (("/etc/subuid", "--add-subuids"), ("/etc/subgid", "--add-subgids")):
-            if not rootless.subordinate(Path(table), self.uid, name):  # most systems' useradd gives them
-                first = 400_000 + 65_536 * (self.uid % 1000)
-                subprocess.run(["usermod", option, f"{first}-{first + 65535}", name], check=True, timeout=30)
-        self.first = rootless.subordinate(Path("/etc/subuid"), self.uid, name)[0][0]
-        self.home.mkdir(mode=0o700)
-        os.chown(self.home, self.uid, self.gid)
-        self.mount = self.home / "FlyingDutchman"
-        self.store = self.home / ".local/share/dutchman"
-        self.runtime = Path(tempfile.gettempdir()) / f"dutchman-{self.uid}"
-
-    def _id(self, flag: str) -> str:
-        return subprocess.run(["id", flag, self.name], check=True, capture_output=True, text=True, timeout=10).stdout
-
-    def sh(self, script: str, *, code: int | None = 0, timeout: float = 60) -> Done:
-        """A shell script of this user's, in their home."""
-        environ = {
-            "HOME": str(self.home),
-            "USER": self.name,
-            "LC_ALL": "C.UTF-8",
-            "PATH": f"{self.base / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONPATH": f"{self.base / 'project'}:{self.base / 'packages'}",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        done = subprocess.run(
-            ["setpriv", "--reuid", str(self.uid), "--regid", str(self.gid), "--init-groups", "bash", "-c", script],
-            env=environ,
-            cwd=self.home.parent,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            stdin=subprocess.DEVNULL,
-        )
-        assert code is None or done.returncode == code, f"{script}: {done.returncode}\n{done.stdout}{done.stderr}"
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
-
-    def out(self, script: str) -> str:
-        return self.sh(f"cd {self.mount} && {script}").stdout.rstrip("\n")
-
-    def make(self, name: str, config: str) -> None:
-        self.out(f"mkdir containers/{name} && printf '%s' {shlex.quote(config)} > containers/{name}/config.yaml")
-
-    def await_state(self, name: str, state: str) -> None:
-        wait_for(lambda: self.out(f"cat containers/{name}/state") == state, 30, f"{name} {state}")
-
-    def processes(self) -> list[int]:
-        """What runs as this user or as one of their subordinate ids."""
-        out = []
-        for entry in Path("/proc").iterdir():
-            try:
-                owner = entry.stat().st_uid
-                ours = owner == self.uid or self.first <= owner < self.first + 65536
-                if entry.name.isdigit() and ours and start_time(int(entry.name)) is not None:  # and no zombie
-                    out.append(int(entry.name))
-            except FileNotFoundError:
-                continue
-        return out
-
-    def leave(self) -> None:
-        for pid in self.processes():
-            with_pidfd(pid)
-        wait_for(lambda: not self.processes(), what=f"{self.name}'s processes end")
-        for point, _, _ in reversed(host.mounts()):
-            if f"{point}/".startswith(f"{self.base}/"):
-                host.unmount(Path(point))
-        host.remove_tree(self.runtime)
-        subprocess.run(["userdel", self.name], check=True, timeout=30, capture_output=True)
-
-
-def with_pidfd(pid: int) -> None:
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def python_for(person: Person) -> Path | None:
-    """An interpreter this user may run that has what the engine needs; None when there is none."""
-    for binary in (person.base / "python" / "bin" / Path(sys.executable).resolve().name, "/usr/bin/python3"):
-        if person.sh(f"{binary} -c 'import fdfs.cli_daemon, fdfs.mount, pydantic'", code=None).returncode == 0:
-            return Path(binary)
-    return None
 
 
 @pytest.fixture(scope="module")
 def people() -> Iterator[tuple[Person, Person]]:
-    needs_oci()
-    for program in ("useradd", "newuidmap", "setpriv", "slirp4netns"):
-        if rootless.tool(program) is None:
-            pytest.skip(f"needs {program}")
-    if reason := rootless.forbidden():
-        pytest.skip(reason.reason)
-    base = Path(tempfile.mkdtemp(prefix="dutchman-people-"))
-    base.chmod(0o755)
-    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in DEVICES if path.exists()}
-    for path in modes:
-        path.chmod(0o666)
-    made: list[Person] = []
-    # wherever this runs from, an ordinary user may not get there
-    shown = {"project": ROOT, "packages": Path(sysconfig.get_paths()["purelib"]), "python": Path(sys.base_prefix)}
-    try:
-        for name, source in shown.items():
-            (base / name).mkdir()
-            host.bind(source, base / name, read_only=True)
-        for letter in "ab":
-            made.append(Person(base, f"dutchman{letter}{os.getpid()}"))
-        binary = python_for(made[0])
-        if binary is None:
-            pytest.skip("no Python that an ordinary user may run has the packages of this one")
-        script = base / "bin" / "dutchman"
-        script.parent.mkdir()
-        script.write_text(f'#!/bin/sh\nexec "{binary}" -m fdfs "$@"\n')
-        script.chmod(0o755)
-        shutil.copy(demo_archive(), base / "demo.tar")
-        (base / "demo.tar").chmod(0o644)
-        yield made[0], made[1]
-    finally:
-        for person in made:
-            person.leave()
-        for path, mode in modes.items():
-            path.chmod(mode)
-        for name in shown:
-            host.unmount(base / name)
-        host.remove_tree(base)
+    with two_people() as made:
+        yield made
 
 
 def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Person]) -> None:
@@ -222,6 +78,14 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     wait_for(lambda: "volume v: its owners cannot be mapped" in me.out("cat containers/mapped/error"), 20, "idmap is")
     me.sh(f"echo pause > {me.mount}/containers/web/ctl", code=1)
     assert "pause: an engine without root" in me.out("cat containers/web/error")
+
+    # without cgroups its figures are those of its processes, a session's too
+    me.sh("dutchman exec -d web sleep 1000")
+    rows = [row.split(None, 7) for row in me.out("cat containers/web/top").splitlines()[1:]]
+    assert {"sleep 1000"} < {row[7] for row in rows} and rows[0][1] == "1", rows
+    found = dict(line.split() for line in me.out("cat containers/web/stats").splitlines())
+    assert int(found["pids"]) == len(rows) and 0 < int(found["memory_anon_bytes"]) < int(found["memory_bytes"])
+    assert {"cpu_usec", "io_written_bytes", "network_sent_bytes"} < set(found) and "oom_kills" not in found
 
     # closed to others: the mount, the store, the sockets; root may not look into the mount either
     for path in (me.mount, me.store, me.runtime):

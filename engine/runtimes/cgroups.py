@@ -1,4 +1,4 @@
-"""The few cgroup files the oci driver reads and writes itself: freezer state, OOM counters, leftovers.
+"""This host's cgroups, and the few files the oci driver reads and writes itself: freezer, OOM counters, leftovers.
 
 Floor 2. Both hierarchies: version 1 (one tree per controller) and version 2 (one tree); kernel documentation
 admin-guide/cgroup-v1/{memory,freezer-subsystem}.rst and cgroup-v2.rst. Stateless, thread-safe.
@@ -7,18 +7,47 @@ admin-guide/cgroup-v1/{memory,freezer-subsystem}.rst and cgroup-v2.rst. Stateles
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from engine import userids
 from engine.errors import RuntimeFailure
+from engine.runtimes import delegation
 from engine.runtimes.resources import online_cpus
-from engine.runtimes.spec import CGROUP_PARENT, Cgroups
 
 ROOT = Path("/sys/fs/cgroup")
 MONITOR = "monitors"  # where conmon lives, away from the daemon's own group and its fate
+CGROUP_PARENT = "/dutchman"
+NOWHERE = Path("/proc/self/none")  # of a container without a group: nothing is there, and nothing can be made there
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroups:
+    """What this host offers: version 1 (also hybrid) or 2, and whether swap is accounted."""
+
+    version: int
+    swap: bool
+    parent: str | None = CGROUP_PARENT  # of containers' groups; None without root where none is the user's to use
+    controllers: frozenset[str] | None = None  # those containers' groups have; None: all
+
+    @staticmethod
+    def detect(root: Path = Path("/sys/fs/cgroup")) -> Cgroups:
+        two = (root / "cgroup.controllers").exists()
+        swap = any(root.glob("*/memory.swap.max")) if two else (root / "memory/memory.memsw.limit_in_bytes").exists()
+        if userids.rootless() is None:
+            return Cgroups(2 if two else 1, swap)
+        parent = delegation.parent()
+        return Cgroups(2 if two else 1, swap, parent, frozenset() if parent is None else delegation.controllers(parent))
+
+    def counts(self, controller: str) -> bool:
+        """Whether containers have this controller: memory, cpu …"""
+        return self.controllers is None or controller in self.controllers
 
 
 def path(cgroups: Cgroups, controller: str, id: str) -> Path:
-    below = f"{CGROUP_PARENT}/{id}".lstrip("/")
+    if cgroups.parent is None:
+        return NOWHERE
+    below = f"{cgroups.parent}/{id}".lstrip("/")
     return ROOT / below if cgroups.version == 2 else ROOT / controller / below
 
 
@@ -65,6 +94,29 @@ def drop_reservation(cgroups: Cgroups, id: str) -> None:
             raise RuntimeFailure(f"memory_reservation: {error.strerror}") from error
 
 
+def make_room(cgroups: Cgroups, id: str, memory: int | None) -> None:
+    """RuntimeFailure when the container has more than `memory` bytes in use that cannot be given back.
+
+    Version 1 refuses such a limit by itself. Version 2 takes it and kills; runc before 1.2 and crun do not look either
+    (`checkBeforeUpdate`). What is cache only is given back first, where the kernel can be asked to (memory.reclaim,
+    Linux 5.19).
+    """
+    if cgroups.version != 2 or memory is None:
+        return
+    group = path(cgroups, "memory", id)
+    try:
+        if (used := int((group / "memory.current").read_text())) <= memory:
+            return
+        try:
+            (group / "memory.reclaim").write_text(str(used - memory))
+        except OSError:
+            pass  # not all of it, or an older kernel
+        if (used := int((group / "memory.current").read_text())) > memory:
+            raise RuntimeFailure(f"memory: {used} bytes are in use", at="memory", hint="give it more than that")
+    except FileNotFoundError:
+        return  # without the memory controller nothing is limited
+
+
 def oom_kills(cgroups: Cgroups, id: str) -> int:
     """Processes of the container the kernel killed for memory. The counters live until the cgroup is removed."""
     name = "memory.events" if cgroups.version == 2 else "memory.oom_control"
@@ -94,7 +146,9 @@ def adopt_monitor(cgroups: Cgroups, pid: int) -> None:
     Takes some 10 ms (the kernel waits for all CPUs). Nothing to do where the daemon is in the root group.
     """
     group = path(cgroups, "systemd", MONITOR)
-    if own_group(cgroups) == "/" or (cgroups.version == 1 and not (ROOT / "systemd").is_dir()):
+    if cgroups.parent is None or own_group(cgroups) == "/":
+        return
+    if cgroups.version == 1 and not (ROOT / "systemd").is_dir():
         return
     try:
         group.mkdir(parents=True, exist_ok=True)

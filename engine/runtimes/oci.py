@@ -30,7 +30,7 @@ from engine import host, userids
 from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
-from engine.runtimes import cgroups, conmon, probing, rootless, spec, stdio
+from engine.runtimes import cgroups, conmon, probing, spec, stdio, unprivileged
 from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.calls import call, find_conmon, first_line, search_path, words
 from engine.runtimes.conmon import Facts, Files
@@ -57,7 +57,7 @@ class OciRuntime:
         base = state or host.runtime_dir() / "oci"
         self._state, self._exits = base / "runtime", base / "exits"
         self._runtimes = runtimes
-        self._cgroups = spec.Cgroups.detect()
+        self._cgroups = cgroups.Cgroups.detect()
         self._lock = threading.Lock()  # guards the fields below; never held over a wait
         self._probed: tuple[Probe, str, str] | None = None  # result, runtime path, conmon path
         self._advice = "see `dutchman doctor`"
@@ -190,7 +190,7 @@ class OciRuntime:
 
     def pause(self, id: str) -> None:
         self._expect(id, State.RUNNING)
-        rootless.refuse("pause")
+        unprivileged.refuse("pause", self._cgroups)
         self._call(id, "pause")
 
     def resume(self, id: str) -> None:
@@ -205,7 +205,8 @@ class OciRuntime:
         if not aside.exists() and files.resources.exists() and files.resources.read_text() == new:
             return  # they are in force, and no update was cut short
         if self.host_limits:
-            rootless.refuse("update")
+            unprivileged.refuse("update", self._cgroups)
+            cgroups.make_room(self._cgroups, id, resources.memory)
         aside.write_text(new)
         try:
             self._call(id, "update", "--resources", str(aside))
@@ -227,7 +228,7 @@ class OciRuntime:
             limits["memory"]["checkBeforeUpdate"] = True
             if not resources.memory_reservation:
                 del limits["memory"]["reservation"]  # -1 would mean all of it: drop_reservation
-        return limits
+        return unprivileged.limits(limits, self._cgroups) if self.host_limits else limits
 
     def status(self, id: str) -> Status:
         """From files and /proc alone, no process is started: cheap enough to ask often."""

@@ -29,7 +29,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from engine import host, userids
 from engine.errors import AccessDenied, EngineError, RuntimeFailure, Unsupported
@@ -42,7 +41,6 @@ ENOUGH = 65536  # subordinate ids: images use ids up to 65534
 HELPERS = ("slirp4netns", "aardvark-dns", "fuse2fs")  # serve containers, and end when there are none
 SECONDS = 10.0  # for one small program
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-LIMITS = ("memory", "memory_swap", "memory_reservation", "cpus", "cpu_shares", "cpuset", "pids", "device_cgroup_rules")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -372,43 +370,6 @@ def _others(pid: int) -> Iterator[tuple[int, str]]:
                 yield int(name), Path(f"/proc/{name}/comm").read_text().strip()
         except OSError:
             continue  # gone meanwhile, or of another user
-
-
-# --- containers -----------------------------------------------------------------------------------------------------
-
-
-def refuse(verb: str) -> None:
-    """Unsupported where `verb` needs a cgroup and there is none."""
-    if userids.rootless() is not None:
-        raise Unsupported(f"{verb}: an engine without root has no cgroups", hint="it needs the engine to run as root")
-
-
-def adapt(config: Any, document: dict[str, Any]) -> None:
-    """Fit a container's config.json to what a user may do. Unsupported names a limit asked for.
-
-    Where it shares the host's network or processes, /sys or /proc cannot be mounted anew: the host's are bound.
-    It has no cgroup: on version 1 only root makes them; of version 2 a user needs a delegated one, which is not made
-    use of. A process may be made a likelier victim of the OOM killer than the daemon is, not a less likely one.
-    """
-    for name in LIMITS:
-        if getattr(config, name, None):
-            raise Unsupported(
-                f"{name}: an engine without root has no cgroups to limit anything with",
-                at=name,
-                hint="leave it out, or run the engine as root",
-            )
-    document["linux"].pop("cgroupsPath", None)
-    document["linux"].pop("resources", None)
-    own = {space["type"] for space in document["linux"]["namespaces"]}
-    bound = {"/sys": "network", "/proc": "pid"}
-    for mount in document["mounts"]:
-        if mount["type"] in ("sysfs", "proc") and bound.get(mount["destination"], "mount") not in own:
-            kept = [option for option in mount["options"] if option in ("ro", "nosuid", "noexec", "nodev")]
-            mount |= {"type": "bind", "source": mount["destination"], "options": ["rbind", *kept]}
-            if mount["destination"] == "/sys":  # it has the host's cgroups below it
-                document["mounts"] = [item for item in document["mounts"] if item["type"] != "cgroup"]
-    score = int(_read("/proc/self/oom_score_adj") or 0)
-    document["process"]["oomScoreAdj"] = max(score, document["process"].get("oomScoreAdj", 0))
 
 
 _PROBE = """

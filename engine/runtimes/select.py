@@ -65,8 +65,9 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
         return [none, *(vm_report(containers or host.runtime_dir() / "none") if host.MACOS else [])]
     from engine.runtimes import rootless
     from engine.runtimes.calls import first_line
+    from engine.runtimes.cgroups import Cgroups
     from engine.runtimes.oci import OciRuntime
-    from engine.runtimes.spec import Cgroups, init_program
+    from engine.runtimes.spec import init_program
 
     rows: list[tuple[str, bool, str, str]] = []
     path = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"

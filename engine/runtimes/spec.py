@@ -9,7 +9,6 @@ for reading the root filesystem's passwd and group; `prepare` writes the files t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument, Unsupported
 from engine.mountspec import Propagation
 from engine.options import rlimits, security, sysctl_namespace, tmpfs
-from engine.runtimes import confine, devices, rootless
+from engine.runtimes import confine, devices
 from engine.runtimes.base import RunSpec
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.netfiles import NetworkMode, hosts_text, resolv_text
 from engine.runtimes.resources import Resources
+from engine.runtimes.unprivileged import adapt
 from engine.runtimes.users import identify, make_directory, with_extra_groups
 
-CGROUP_PARENT = "/dutchman"
 OCI_VERSION = "1.0.2"
 INIT_PROGRAMS = tuple(  # statically linked, taking `-- ARGV…`, in order of preference
     Path("/usr") / name for name in ("bin/docker-init", "bin/tini-static", "bin/catatonit", "libexec/podman/catatonit")
@@ -112,20 +112,6 @@ MASKED_PATHS = (
     "/sys/devices/virtual/powercap",
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-
-
-@dataclass(frozen=True, slots=True)
-class Cgroups:
-    """What this host offers: version 1 (also hybrid) or 2, and whether swap is accounted (None: no cgroups)."""
-
-    version: int
-    swap: bool
-
-    @staticmethod
-    def detect(root: Path = Path("/sys/fs/cgroup")) -> Cgroups:
-        if (root / "cgroup.controllers").exists():
-            return Cgroups(2, any(root.glob("*/memory.swap.max")))
-        return Cgroups(1, (root / "memory/memory.memsw.limit_in_bytes").exists())
 
 
 def known_capabilities() -> tuple[str, ...]:
@@ -262,7 +248,7 @@ def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, 
     bare = config.privileged or options.unmasked
     nodes, rules = devices.of(config)
     linux: dict[str, Any] = {
-        "cgroupsPath": f"{CGROUP_PARENT}/{spec.id}",
+        "cgroupsPath": f"{cgroups.parent or ''}/{spec.id}",
         "namespaces": namespaces,
         "resources": {
             "devices": _device_rules(config, rules),
@@ -313,7 +299,7 @@ def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, 
         "linux": linux,
     }
     if userids.rootless() is not None and not guest:
-        rootless.adapt(config, document)
+        adapt(config, document, cgroups)
     return document
 
 

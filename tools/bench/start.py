@@ -35,6 +35,7 @@ from engine.engine import Engine
 from engine.logs import ContainerLogs
 from engine.runtimes import spec
 from engine.runtimes.base import RunSpec, make_spec
+from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.oci import OciRuntime
 
 
@@ -49,7 +50,7 @@ def bare(place: Path, root: Path, name: str) -> float:
     """Seconds until the first line of `runc run`."""
     run = prepared(place, root, name)
     spec.prepare(run)
-    (run.directory / "config.json").write_text(json.dumps(spec.build(run, spec.Cgroups.detect())))
+    (run.directory / "config.json").write_text(json.dumps(spec.build(run, Cgroups.detect())))
     argv = ["runc", "--root", str(place / "bare"), "run", "--bundle", str(run.directory), name]
     begin = time.perf_counter()
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
