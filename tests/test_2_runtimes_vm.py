@@ -85,8 +85,15 @@ def test_a_killed_conmon_takes_the_machine_along(bench: Bench) -> None:
     gone(bench, qemu)
 
 
-def test_a_panic_is_told(bench: Bench) -> None:
-    bench.run(("sh", "-c", "echo c > /proc/sysrq-trigger; sleep 100"), privileged=True)
+def test_a_flood_on_the_console_is_bounded_and_a_panic_is_told(bench: Bench) -> None:
+    flood = "busybox mknod /tmp/console c 229 0; dd if=/dev/zero of=/tmp/console bs=64k count=1000 2>/dev/null"
+    wait = "echo done; while [ ! -e /go ]; do sleep 0.05; done"
+    panic = "echo 2 > /proc/sys/vm/panic_on_oom; x=aaaaaaaa; while :; do x=$x$x; done"
+    id = bench.run(("sh", "-c", f"{flood}; {wait}; {panic}"), privileged=True, memory="32m")
+    bench.until(lambda: bench.output(id) == b"done\n")
+    owner = Path(f"/proc/{bench.runtime.status(id).pid}/status").read_text()
+    assert int(owner.split("VmRSS:")[1].split()[0]) < 80 << 10  # KiB; 64 MB went by
+    said(bench, id, "echo > /go")
     end = bench.end(30)
     assert end.exit_code == 137 and "panic" in end.reason
 

@@ -11,7 +11,6 @@ Errors before the container waits for `start` go to the creator; later ones to r
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import json
@@ -60,7 +59,7 @@ class Owner:
         self._upper = -1
         self._shared = self.place / "shares"
         self._broken = ""  # QEMU's word for a machine that stopped for good
-        self._console: collections.deque[bytes] = collections.deque(maxlen=64)
+        self._console = bytearray()
         self.qemu: subprocess.Popen[bytes] | None = None
         self.link: Link | None = None
         self.relay: Relay | None = None
@@ -354,11 +353,12 @@ class Owner:
         """The guest's console, its last lines kept; however much it writes, nothing grows."""
         with contextlib.suppress(OSError):
             while data := console.recv(4096):
-                self._console.append(data)
+                self._console += data
+                del self._console[:-CONSOLE_KEPT]
 
     def _last_words(self) -> str:
         """What QEMU and the guest's console said last."""
-        text = b"".join(self._console)[-CONSOLE_KEPT:].decode(errors="replace")
+        text = bytes(self._console).decode(errors="replace")
         with contextlib.suppress(OSError):
             text = (self.place / "qemu.log").read_bytes()[-2000:].decode(errors="replace") + text
         lines = [line for line in text.splitlines() if line.strip()]
