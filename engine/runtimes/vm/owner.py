@@ -263,7 +263,7 @@ class Owner:
             ("overlay", ROOTFS, "overlay", 0, overlay),
         ]
         if translate.bind_sources(self.document):
-            options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap"
+            options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap,directio"
             mounts.append(("shares", translate.SHARES, "9p", 0, options))
         requests: list[tuple[str, Words]] = [
             ("CLOCK", {"ns": time.time_ns()}),
