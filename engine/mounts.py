@@ -40,7 +40,7 @@ from engine.unpack import unpack
 
 log = logging.getLogger(__name__)
 
-GIVE_SECONDS = 2.0  # for who just looks in, and for the kernel, to let go of a disk
+GIVE_SECONDS = 5.0  # for who just looks in, and for the kernel, to let go of a disk
 
 
 def mounted_at(path: Path) -> bool:
@@ -204,7 +204,7 @@ class RootfsMounts:
                 share(fd, GIVE_SECONDS)
             except Busy:
                 os.close(fd)
-                raise busy from None
+                raise _elsewhere(self._disk(id).parent / "disk") or busy from None
             self.given(id)
             self._lent[id] = fd
 
@@ -358,6 +358,21 @@ class RootfsMounts:
         with ExitStack() as stack:
             for id in ids:
                 stack.callback(self.release, id)  # all are tried; the first error is raised
+
+
+def _elsewhere(point: Path) -> Busy | None:
+    """Whose mount namespace has a copy of the mount that was at `point`."""
+    wanted = f" {point} ".encode()
+    here = os.readlink("/proc/self/ns/mnt")
+    for table in Path("/proc").glob("[0-9]*/mountinfo"):
+        try:
+            found = os.readlink(table.parent / "ns/mnt") != here and wanted in table.read_bytes()
+        except OSError:
+            continue  # it ended
+        if found:
+            pid = table.parent.name
+            return Busy(f"process {pid} still has its disk mounted, in a mount namespace of its own", hint=f"ps {pid}")
+    return None
 
 
 def _copy_root(tree: Path, upper: Path) -> None:

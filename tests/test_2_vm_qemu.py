@@ -72,6 +72,18 @@ def test_vsock_by_the_host_or_by_a_daemon() -> None:
     assert "socket,id=vsock,path=v.sock" in argv
 
 
+def test_shares_by_a_daemon_have_modern_devices_and_shared_memory() -> None:
+    guest = dataclasses.replace(GUEST, memory=300, shares=[Share(Path("/x"), "shares", socket="fs.sock")])
+    argv = qemu.argv(Path("q"), Platform("x86_64", Accelerator.TCG), guest)
+    assert after(argv, "-M")[0].endswith(",memory-backend=shared")
+    assert after(argv, "-object") == ["memory-backend-memfd,id=shared,size=300M,share=on"]
+    assert after(argv, "-global") == ["virtio-mmio.force-legacy=false"]
+    assert "socket,id=share0,path=fs.sock" in argv and "vhost-user-fs-device,chardev=share0,tag=shares" in argv
+    assert "/x" not in " ".join(argv)
+    argv = qemu.argv(Path("q"), Platform("aarch64", Accelerator.TCG), guest)
+    assert "vhost-user-fs-pci,chardev=share0,tag=shares" in argv and not after(argv, "-global")
+
+
 def test_shares_and_networks() -> None:
     guest = dataclasses.replace(
         GUEST,

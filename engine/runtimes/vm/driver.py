@@ -36,7 +36,7 @@ from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
-from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, templates, vsock
+from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, templates, virtiofs, vsock
 from engine.runtimes.vm.link import Refused
 from engine.runtimes.vm.owner import MAIN
 from engine.runtimes.vm.templatemaker import Makers
@@ -137,6 +137,8 @@ class VmRuntime(OciRuntime):
             made_of = {"kernel": [kernel.digest, kernel.image_digest], "initfs": initfs.name}
             wish = templates.wanted(machine, taps, made_of | {"version": self.probe().version})
             plan["template"] = wish | {"directory": str(kernel.directory / "templates")}
+        elif "virtiofs" in kernel.features and (program := virtiofs.find()):
+            machine["virtiofs"], plan["virtiofsd"] = True, program
         (files.bundle / "vm.json").write_text(json.dumps(plan))  # as config.json: written anew for each run
         # sessions look users up in the files the container started with; the guest has the disk from here on
         names = place / "names"

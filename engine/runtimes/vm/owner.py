@@ -16,6 +16,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ POWEROFF_SECONDS = 5.0
 MOUNT_SECONDS = 30.0  # for the guest to answer one request while it sets itself up
 DISK_SECONDS = 5.0  # for the host to let go of the disk
 CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
+CONTAINERS = re.compile("/containers/[0-9a-f]{64}/")  # in a path: of a container's own mounts, in whatever store
 ROOTFS = "/run/rootfs"  # in the guest
 MAIN = "main"  # the agent's name of the container's first process
 GONE = 137  # exit code when the machine ended under the container: as if it had been killed
@@ -182,6 +184,10 @@ class Owner:
         watch, guest_watch = socket.socketpair()
         taps = network.make_taps(Path(plan["netns"]), plan["taps"]) if plan["taps"] else []
         try:
+            if program := plan.get("virtiofsd"):
+                from engine.runtimes.vm import virtiofs  # few need it
+
+                virtiofs.serve(program, self.place, self._shared, self._child)
             machine = qemu.Machine(
                 **values,
                 agent=guest_agent.fileno(),
@@ -242,10 +248,11 @@ class Owner:
             if not writable:  # whatever the guest says
                 kept = os.statvfs(target).f_flag & LOCKED  # without root the kernel refuses to drop them
                 host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY | kept)
-        # copies of the store's and people's mounts would keep disks and file systems alive that others take down
+        # copies of the store's and people's mounts would keep disks and file systems alive that others take down;
+        # of other stores, too: the disk of a machine that is about to start must be mounted nowhere
         store = str(self.place.parents[3])
         for point, kind, _ in reversed(list(host.mounts())):
-            within = point.startswith(f"{store}/") or kind.startswith("fuse")
+            within = point.startswith(f"{store}/") or kind.startswith("fuse") or CONTAINERS.search(point)
             if within and not point.startswith(f"{place}/"):
                 with contextlib.suppress(PermissionError):  # somebody else's, of before this user's namespace
                     host.unmount(Path(point))
@@ -263,8 +270,10 @@ class Owner:
             ("overlay", ROOTFS, "overlay", 0, overlay),
         ]
         if translate.bind_sources(self.document):
+            # directio: what others write to a volume is seen at once (Linux 6.4; before, cache=mmap meant that)
             options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap,directio"
-            mounts.append(("shares", translate.SHARES, "9p", 0, options))
+            kind, options = ("virtiofs", "") if plan.get("virtiofsd") else ("9p", options)
+            mounts.append(("shares", translate.SHARES, kind, 0, options))
         requests: list[tuple[str, Words]] = [
             ("CLOCK", {"ns": time.time_ns()}),
             ("ENTROPY", {"seed": os.urandom(256)}),

@@ -41,12 +41,13 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A host directory in the guest, by 9p."""
+    """A host directory in the guest, by 9p, or by virtiofs from the vhost-user daemon at `socket`."""
 
     path: Path
     tag: str  # at most 31 characters
     read_only: bool = False
     owners: bool = True
+    socket: str = ""  # the daemon sees all of the guest's memory, which is shared with it (Linux)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +169,14 @@ class Machine:
     owners: bool = True  # of shared files, may be changed by the guest: QEMU has the ids for it
     ram: str = ""  # a template's (templates.py)
     making: bool = False  # of a template: its disks are placeholders
+    virtiofs: bool = False  # what is shared is served by a daemon at VIRTIOFS, not by QEMU's 9p
     append: str = ""
     qemu: str = ""  # the program; empty: by its usual name
     tsc_khz: int = 0
 
 
 SHARES = "shares"
+VIRTIOFS = "virtiofs.sock"  # in QEMU's working directory
 SHARED = "shared"  # the memory that a vhost-user daemon sees
 
 
@@ -181,6 +184,7 @@ def command(machine: Machine) -> list[str]:
     """The command line of a container's machine."""
     platform = Platform(machine.arch, Accelerator(machine.accelerator), machine.acpi, machine.tsc_khz)
     kinds = ("null-co", "null-co") if machine.making else ("vmdk", "raw")
+    socket = VIRTIOFS if machine.virtiofs else ""
     guest = Guest(
         kernel=Path(machine.kernel),
         initfs=Path(machine.initfs),
@@ -193,7 +197,7 @@ def command(machine: Machine) -> list[str]:
         disks=[Disk(Path(machine.image), "image", True, kinds[0]), Disk(Path(machine.upper), "upper", False, kinds[1])],
         ram=machine.ram,
         making=machine.making,
-        shares=[Share(Path(machine.share), SHARES, owners=machine.owners)] if machine.share is not None else [],
+        shares=[Share(Path(machine.share), SHARES, owners=machine.owners, socket=socket)] if machine.share else [],
         nets=[Tap(fd) for fd in machine.taps],
         arguments=machine.append,
     )
@@ -228,10 +232,14 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
             hint="mount fewer volumes, or directories instead of many files",
         )
     suffix = machine.device
-    shared = guest.vsock is not None and bool(guest.vsock.socket)
+    shared = (guest.vsock is not None and bool(guest.vsock.socket)) or any(share.socket for share in guest.shares)
     kind = machine.machine + (f",memory-backend={SHARED}" if shared else "")
     out = [str(qemu), "-M", kind, "-accel", machine.accel, "-cpu", machine.cpu]
     out += ["-m", str(guest.memory), "-smp", str(guest.cpus)]
+    if shared:
+        out += ["-object", f"memory-backend-memfd,id={SHARED},size={guest.memory}M,share=on"]
+        if machine.kind == "microvm":  # vhost-user daemons know no devices of before virtio 1.0
+            out += ["-global", "virtio-mmio.force-legacy=false"]
     if guest.ram:
         out[2] += ",memory-backend=ram"
         memory = {"id": "ram", "size": f"{guest.memory}M", "mem-path": guest.ram}
@@ -257,6 +265,10 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     for number, disk in enumerate(guest.disks):
         out += disk_options(number, disk, suffix)
     for number, share in enumerate(guest.shares):
+        if share.socket:
+            out += ["-chardev", options("socket", {"id": f"share{number}", "path": share.socket})]
+            out += ["-device", f"vhost-user-fs-{suffix},chardev=share{number},tag={quoted(share.tag)}"]
+            continue
         model = "passthrough" if share.owners else "none"  # which says that it did what it could not
         values = {"id": f"share{number}", "path": share.path, "security_model": model, "multidevs": "remap"}
         out += ["-fsdev", options("local", values | ({"readonly": "on"} if share.read_only else {}))]
@@ -264,7 +276,7 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     for number, net in enumerate(guest.nets):
         out += net_options(number, net, suffix)
     if guest.vsock is not None:
-        out += vsock_options(guest.vsock, suffix, guest.memory)
+        out += vsock_options(guest.vsock, suffix)
     if machine.kind == "virt":
         out += ["-device", "virtio-rng-pci"]
     return out
@@ -298,11 +310,10 @@ def net_options(number: int, net: Tap | UserNet, suffix: str) -> list[str]:
     return ["-netdev", f"user,id={name}{forwards}", "-device", f"virtio-net-{suffix},netdev={name}"]
 
 
-def vsock_options(device: VsockDevice, suffix: str, memory: int) -> list[str]:
+def vsock_options(device: VsockDevice, suffix: str) -> list[str]:
     if not device.socket:
         return ["-device", f"vhost-vsock-{suffix},guest-cid={device.cid}"]
-    out = ["-object", f"memory-backend-memfd,id={SHARED},size={memory}M,share=on"]
-    out += ["-chardev", options("socket", {"id": "vsock", "path": device.socket})]
+    out = ["-chardev", options("socket", {"id": "vsock", "path": device.socket})]
     return [*out, "-device", f"vhost-user-vsock-{suffix},chardev=vsock"]
 
 

@@ -1,0 +1,101 @@
+"""Volumes and bind mounts in virtual machines through the real mount: by 9p and by virtiofs, shared with each other and
+with the host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dutchman import demo_archive, wait_for
+from guestkernel import guest_kernels
+from mounting import Daemon, can_mount
+from runtimebench import no_vm, skip_or_fail
+
+from engine.runtimes.vm import virtiofs
+
+START = 240.0  # seconds for a machine to boot on a busy host
+KINDS = {"nine": "9p", "fs": "virtiofs"}  # container -> how it has its mounts
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("vmshares")
+    (place / "host/sub").mkdir(parents=True)
+    (place / "host/one").write_text("one\n")
+    (place / "host/two").write_text("two\n")
+    os.chown(place / "host/two", 1234, 2345)
+    os.chmod(place / "host/two", 0o640)
+    return place
+
+
+@pytest.fixture(scope="module")
+def daemon(place: Path) -> Iterator[Daemon]:
+    """Both containers run, and have a volume and mounts of the host in common."""
+    if (why := can_mount() or no_vm()) is not None:
+        skip_or_fail(why)
+    if not virtiofs.find():
+        skip_or_fail("virtiofsd is not installed (qemu-system-common)")
+    (place / "store").mkdir()
+    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True)
+    host = place / "host"
+    mounts = (f"{host}:/host", f"{host}:/hostro:ro", f"{host}/one:/etc/one", f"{host}/two:/etc/two:ro", "v:/vol")
+    with Daemon(place, runtime="vm", env={"DUTCHMAN_MOUNT": str(place / "mnt")}) as daemon:
+        daemon.sh(f"echo 'load {demo_archive()}' > images/ctl; mkdir volumes/v")
+        wait_for(lambda: "demo:1" in os.listdir(daemon.mount / "images"), 60)
+        for name, kind in KINDS.items():
+            daemon.sh(f"mkdir containers/{name}; cd containers/{name}/config; echo demo:1 > image")
+            daemon.sh(f"cd containers/{name}/config; printf 'sleep\\n1000\\n' > command")
+            daemon.sh(f"cd containers/{name}/config; printf '%s\\n' {' '.join(mounts)} > volumes")
+            daemon.sh(f"echo {'true' if kind == '9p' else 'false'} > containers/{name}/config/fast_start")
+            daemon.sh(f"echo start > containers/{name}/ctl || cat containers/{name}/error", timeout=START)
+            state = daemon.mount / "containers" / name / "state"
+            wait_for(lambda state=state: state.read_text() != "starting\n", START)
+            assert state.read_text() == "running\n", daemon.sh(f"cat containers/{name}/error")
+        yield daemon
+        for name in KINDS:
+            daemon.run(f"echo kill > containers/{name}/ctl")
+
+
+def inside(daemon: Daemon, name: str, script: str) -> str:
+    """Output of a shell script in the container; its errors, too."""
+    return daemon.sh(f"{sys.executable} -m fdfs exec {name} sh -c '{script}' 2>&1", timeout=120)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_mounts_of_the_host(daemon: Daemon, place: Path, name: str) -> None:
+    assert f" /vol type {KINDS[name]} " in inside(daemon, name, "mount")
+    assert inside(daemon, name, "cat /etc/one /etc/two") == "one\ntwo\n"
+    assert inside(daemon, name, "stat -c %u:%g:%a /etc/two /host/two").split() == ["1234:2345:640"] * 2
+    refused = inside(daemon, name, "echo x > /etc/two; echo x > /hostro/new; rm /hostro/one; true")
+    assert refused.count("Read-only file system") == 3
+    inside(daemon, name, "cd /host; echo a > f; chown 77:88 f; chmod 4751 f; ln f hard; ln -s f link; mv f sub/f")
+    info = os.lstat(place / "host/sub/f")
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode), info.st_nlink) == (77, 88, 0o4751, 2)
+    assert os.readlink(place / "host/link") == "f"
+    assert inside(daemon, name, "cd /host; rm hard link sub/f; ls").split() == ["one", "sub", "two"]
+    made = inside(daemon, name, "mkfifo /host/fifo && rm /host/fifo && echo made; true")
+    assert ("made" in made) == (KINDS[name] == "virtiofs")  # QEMU's 9p makes no special files: README, Limits
+
+
+def test_one_volume_of_two_machines_and_the_host(daemon: Daemon) -> None:
+    data = daemon.mount / "volumes/v/data/f"
+    data.write_text("host\n")
+    for name in KINDS:
+        assert inside(daemon, name, "cat /vol/f").startswith("host\n")
+        inside(daemon, name, f"echo {name} >> /vol/f")
+    for name in KINDS:
+        assert inside(daemon, name, "cat /vol/f") == "host\nnine\nfs\n"
+    assert data.read_text() == "host\nnine\nfs\n"
+    with open(data, "r+b", buffering=0) as file:
+        file.write(b"HOST")  # in place: the same size
+    for name in KINDS:
+        wait_for(lambda name=name: inside(daemon, name, "cat /vol/f").startswith("HOST\n"), 30)
+    inside(daemon, "nine", "mv /vol/f /vol/g; mkdir /vol/d")
+    wait_for(lambda: inside(daemon, "fs", "ls /vol").split() == ["d", "g"], 30)
+    inside(daemon, "fs", "rm -r /vol/g /vol/d")
+    assert not os.listdir(data.parent)
