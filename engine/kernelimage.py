@@ -49,7 +49,10 @@ def read(data: bytes, arch: str | None = None) -> KernelFile:
     packed = ""
     if (name := compression(data)) is not None:  # Image.gz, vmlinux.zst
         data, packed = decompress(data, name), f"+{name}"
-    found, kind, payload = _open(data)
+    try:
+        found, kind, payload = _open(data)
+    except struct.error as error:  # a header that points beyond the end
+        raise Damaged(f"the kernel is cut short: {error}", at=f"byte {len(data)}") from error
     if arch is not None and found != arch:
         raise InvalidArgument(f"this kernel is for {found}, not for {arch}", at=found, hint=f"take one for {arch}")
     banner = _BANNER.search(payload)

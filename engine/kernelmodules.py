@@ -157,6 +157,6 @@ def modinfo(data: bytes, name: str, arch: str) -> dict[str, list[str]]:
                     if equals:
                         out.setdefault(key, []).append(value)
                 return out
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:  # a table beyond the end, far beyond
         raise Damaged(f"module {name} is cut short: {error}", at=name) from error
     raise Damaged(f"module {name} has no .modinfo", at=name)

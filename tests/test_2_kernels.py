@@ -109,6 +109,21 @@ def test_what_is_no_kernel_is_refused_with_its_reason(data: bytes, error: type[E
         kernelimage.read(data)
 
 
+def test_headers_that_point_far_beyond_the_end_are_damage() -> None:
+    module = bytearray(b"\x7fELF\x02\x01".ljust(64, b"\0"))
+    struct.pack_into("<H", module, 18, 62)
+    struct.pack_into("<Q", module, 40, 0xFFFFFFFFFFFFFF00)
+    struct.pack_into("<HHH", module, 58, 64, 3, 1)
+    with pytest.raises(Damaged, match="module m is cut short"):
+        kernelmodules.modinfo(bytes(module), "m", "x86_64")
+    image = bytearray(arm64().ljust(512, b"\0"))
+    image[:2] = b"MZ"
+    struct.pack_into("<I", image, 0x3C, len(image) - 4)
+    image[-4:] = b"PE\0\0"
+    with pytest.raises(Damaged, match="cut short"):
+        kernelimage.read(bytes(image))
+
+
 def test_a_kernel_of_another_machine_is_refused(kernels: Kernels) -> None:
     with pytest.raises(InvalidArgument, match="for aarch64, not for x86_64"):
         kernels.add(arm64(), "test", arch="x86_64")

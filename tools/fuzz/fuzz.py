@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing (atheris) of what reads bytes from strangers: tar, layer index, trees, manifests,
-references, frames of a guest.
+references, frames of a guest, kernels.
 
-    python tools/fuzz/fuzz.py [tar|layer|index|tree|manifest|reference|frames]…
+    python tools/fuzz/fuzz.py [tar|layer|index|tree|manifest|reference|frames|kernel|package]…
         [--seconds 30] [--corpus DIR] [--seeds DIR]
 
 Needs `pip install -e .[fuzz]`. Without names, every target in turn, each in a process of its own for `--seconds`. A
@@ -167,6 +167,8 @@ def seeds(target: str, where: Path) -> list[bytes]:
         return tars
     if target == "frames":
         return frames_of_guest()
+    if target in ("kernel", "package"):
+        return kernels() if target == "kernel" else packages()
     if target == "manifest":
         return files("manifests", "oci-layouts", where=where)
     if target == "reference":
@@ -259,6 +261,67 @@ def frames_of_guest() -> list[bytes]:
     return out
 
 
+def check_kernel(data: bytes) -> None:
+    """A kernel file, and a module: somebody's download."""
+    from engine import kernelimage, kernelmodules
+    from engine.errors import EngineError
+
+    with contextlib.suppress(EngineError):
+        found = kernelimage.read(data)
+        assert found.arch in kernelimage.ARCHITECTURES
+        assert found.version
+    kernelmodules.modinfo(kernelmodules.plain(data, "m"), "m", kernelimage.X86_64)
+
+
+def check_package(data: bytes) -> None:
+    """A Debian package."""
+    from engine import kernelpackage
+
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "k.deb"
+        path.write_bytes(data)
+        kernelpackage.read(path, Path(place), "x86_64")
+
+
+def kernels() -> list[bytes]:
+    """The least that are kernels: those of the tests, in each wrapping."""
+    import gzip
+    import lzma
+
+    import zstandard
+
+    sys.path.append(str(ROOT / "tests"))
+    from test_2_kernels import arm64, bzimage, lz4, vmlinux
+
+    packed = [pack(vmlinux()) for pack in (gzip.compress, lzma.compress, zstandard.compress, lz4)]
+    zboot = b"MZ\0\0zimg" + (64).to_bytes(4, "little") + len(packed[0]).to_bytes(4, "little") + bytes(48) + packed[0]
+    modules = sorted(
+        (ROOT / ".cache" / "kernels").glob("imported-*/*/modules/*.ko"), key=lambda path: path.stat().st_size
+    )
+    small = [path.read_bytes() for path in modules[:3]]
+    return [vmlinux(), arm64(), gzip.compress(arm64()), zboot, *packed, *map(bzimage, packed), *small]
+
+
+def packages() -> list[bytes]:
+    import gzip
+    import lzma
+    import tarfile
+
+    out = []
+    for pack, suffix in ((lzma.compress, "xz"), (gzip.compress, "gz"), (bytes, "")):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            names = {"boot/vmlinuz-6.9.1": kernels()[0], "boot/config-6.9.1": b"CONFIG_EROFS_FS=y\n"}
+            for name, body in {**names, "lib/modules/6.9.1/kernel/fs/ext4.ko": b"\x7fELF" + bytes(99)}.items():
+                info = tarfile.TarInfo(f"./{name}")
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+        body = pack(data.getvalue())
+        member = f"{'data.tar.' + suffix if suffix else 'data.tar':<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(body):<10}`\n"
+        out.append(b"!<arch>\n" + member.encode() + body)
+    return out
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "tar": check_tar,
     "layer": check_layer,
@@ -267,6 +330,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "manifest": check_manifest,
     "reference": check_reference,
     "frames": check_frames,
+    "kernel": check_kernel,
+    "package": check_package,
 }
 
 
@@ -277,6 +342,7 @@ def run(target: str, corpus: Path, seconds: int) -> None:
     with atheris.instrument_imports(include=["engine"]):
         import engine.images.manifests
         import engine.images.reference
+        import engine.kernelpackage
         import engine.store.entries
         import engine.store.tree  # noqa: F401
     refused = refusals()
