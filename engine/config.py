@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import InvalidArgument
 from engine.model import Argv, Frozen, Mapping, Seconds, Size, Text, load_yaml, one_line
@@ -45,6 +45,17 @@ class Namespace(StrEnum):
 
 
 NamespaceMode = Annotated[Namespace, BeforeValidator(parse_namespace)]
+
+
+def _disk_size(size: int | None) -> int:
+    if size is None:
+        return 16 << 30
+    if not 64 << 20 <= size <= 1 << 44:
+        raise ValueError("from 64m to 16t")
+    return size
+
+
+DiskSize = Annotated[Size, AfterValidator(_disk_size)]
 
 
 class ContainerConfig(Frozen):
@@ -96,6 +107,7 @@ class ContainerConfig(Frozen):
     ipc: NamespaceMode = Field(Namespace.PRIVATE, description="host: it shares the host's memory segments and queues")
     uts: NamespaceMode = Field(Namespace.PRIVATE, description="host: it has the host's name")
     # storage
+    disk_size: DiskSize = Field(16 << 30, description="of what it changes in a virtual machine; grows at a start only")
     tmpfs: Tmpfs = Field((), description="PATH[:OPTION,…] lines: size=, mode=, uid=, gid=, exec, …")
     volumes: Annotated[tuple[MountSpec, ...], BeforeValidator(parse_mounts)] = ()
     volumes_from: VolumesFrom = Field((), description="containers whose mounts it gets too: NAME[:ro|rw]")

@@ -212,7 +212,7 @@ class Execution:
         if container.runtime and container.runtime != driver.name:
             self._drivers.get(container.runtime).delete(id)  # what an earlier run left there
         if driver.name == "vm":
-            self._mounts.use_disk(id, image.chain_id)
+            self._mounts.use_disk(id, image.chain_id, container.config.disk_size)
         rootfs = self.rootfs(id, image.chain_id, driver)
         config = self._images.config(image.digest)
         user = container.config.user or config.runtime.user

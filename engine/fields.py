@@ -49,7 +49,7 @@ LISTS = frozenset(
 )
 FLAGS = frozenset({"tty", "stdin", "init", "read_only", "privileged", "fast_start"})
 LIMITS = frozenset(
-    {"memory", "memory_reservation", "cpus", "pids", "shm_size", "oom_score_adj"}
+    {"memory", "memory_reservation", "cpus", "pids", "shm_size", "disk_size", "oom_score_adj"}
     | {"stop_grace_period", "log_max_size", "log_max_total", "log_max_age"}
 )
 

@@ -33,7 +33,7 @@ from engine import host, userids
 from engine.errors import Busy, Unsupported
 from engine.hostfiles import share
 from engine.model import hex_of
-from engine.runtimes.vm.disks import make_upper, mount_upper
+from engine.runtimes.vm.disks import UPPER_SIZE, grow_upper, make_upper, mount_upper
 from engine.store.trees import Trees
 from engine.treecopy import copy_tree
 from engine.unpack import unpack
@@ -131,22 +131,26 @@ class RootfsMounts:
         """Whether what the container changes is on a disk of its own, for virtual machines."""
         return self._disk(id).exists()
 
-    def use_disk(self, id: str, chain_id: str = "") -> None:
-        """From now on what the container changes is on a disk of its own; what it has changed moves there."""
-        disk = self._disk(id)
-        if disk.exists():
+    def use_disk(self, id: str, chain_id: str = "", size: int | None = UPPER_SIZE) -> None:
+        """From now on what the container changes is on a disk of its own; what it has changed moves there. One that is
+        smaller than `size` bytes grows."""
+        disk, size = self._disk(id), size or UPPER_SIZE
+        if disk.exists() and disk.stat().st_size >= size:
             return
         with self._lock(id):
             self._release(id)
+            if disk.exists():
+                grow_upper(disk, size)
+                return
             place = disk.parent
             place.mkdir(exist_ok=True, mode=0o700)
             aside, old, point = place / "filling.ext4", self._containers / id / "upper", place / "disk"
             host.unmount(point)  # of one that a killed daemon was filling
             aside.unlink(missing_ok=True)
             if self._written or not any(old.iterdir()):  # without a mount it is made faster, too
-                self._fill_unmounted(aside, old, chain_id)
+                self._fill_unmounted(aside, old, chain_id, size)
             else:
-                make_upper(aside)
+                make_upper(aside, size)
                 mount_upper(aside, point)
                 try:
                     for name in ("upper", "work"):
@@ -160,7 +164,7 @@ class RootfsMounts:
             for entry in old.iterdir():
                 host.remove_tree(entry)
 
-    def _fill_unmounted(self, aside: Path, old: Path, chain_id: str) -> None:
+    def _fill_unmounted(self, aside: Path, old: Path, chain_id: str, size: int) -> None:
         """A new disk with what `old` has, without a mount; the image's root directory gives it its mode and times, for
         nobody can write to it here later."""
         content = aside.with_suffix("")
@@ -173,7 +177,7 @@ class RootfsMounts:
             elif chain_id:
                 with self._lock(chain_id):
                     _copy_root(self._ensure_tree(chain_id), content / "upper")
-            make_upper(aside, content=content)
+            make_upper(aside, size, content)
         finally:
             host.remove_tree(content)
 

@@ -61,6 +61,20 @@ def test_what_a_container_changed_moves_to_its_disk(store: Store) -> None:
     assert (store.mounts.upper(C) / "etc/motd").read_text() == "changed"
 
 
+def test_a_disk_grows_and_keeps_what_is_on_it(store: Store) -> None:
+    (store.root / "containers" / C / "upper" / "f").write_text("text")
+    store.mounts.use_disk(C, size=64 << 20)
+    before = os.statvfs(store.mounts.upper(C))
+    store.mounts.use_disk(C, size=32 << 20)  # it never shrinks
+    with open(store.mounts.upper(C) / "f"), pytest.raises(Busy):
+        store.mounts.use_disk(C, size=200 << 20)
+    store.mounts.use_disk(C, size=200 << 20)
+    after = os.statvfs(store.mounts.upper(C))
+    assert after.f_blocks * after.f_frsize > (170 << 20) > before.f_blocks * before.f_frsize
+    assert (store.mounts.upper(C) / "f").read_text() == "text"
+    assert disk_of(store).stat().st_blocks * 512 < 64 << 20  # sparse
+
+
 def test_nobody_mounts_a_disk_that_is_about_to_be_a_guests(store: Store) -> None:
     """From give_disk to the end of the guest, over the moment when the owner takes it, with readers hammering."""
     chain = store.chain(b"ahoy")

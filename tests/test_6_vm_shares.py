@@ -51,6 +51,7 @@ def daemon(place: Path) -> Iterator[Daemon]:
             daemon.sh(f"mkdir containers/{name}; cd containers/{name}/config; echo demo:1 > image")
             daemon.sh(f"cd containers/{name}/config; printf 'sleep\\n1000\\n' > command")
             daemon.sh(f"cd containers/{name}/config; printf '%s\\n' {' '.join(mounts)} > volumes")
+            daemon.sh(f"echo 64m > containers/{name}/config/disk_size")
             daemon.sh(f"echo {'true' if kind == '9p' else 'false'} > containers/{name}/config/fast_start")
             daemon.sh(f"echo start > containers/{name}/ctl || cat containers/{name}/error", timeout=START)
             state = daemon.mount / "containers" / name / "state"
@@ -80,6 +81,16 @@ def test_mounts_of_the_host(daemon: Daemon, place: Path, name: str) -> None:
     assert inside(daemon, name, "cd /host; rm hard link sub/f; ls").split() == ["one", "sub", "two"]
     made = inside(daemon, name, "mkfifo /host/fifo && rm /host/fifo && echo made; true")
     assert ("made" in made) == (KINDS[name] == "virtiofs")  # QEMU's 9p makes no special files: README, Limits
+
+
+def test_a_full_disk_is_an_error_inside_and_through_the_mount(daemon: Daemon) -> None:
+    assert "No space left" in inside(daemon, "fs", "dd if=/dev/zero of=/big bs=1M count=100; true")
+    refused = daemon.run("cp /bin/busybox containers/fs/rootfs/more", timeout=60)
+    assert refused.returncode != 0 and "No space left" in refused.stderr
+    daemon.sh("rm -f containers/fs/rootfs/big containers/fs/rootfs/more", timeout=60)
+    daemon.sh("cp /bin/busybox containers/fs/rootfs/more; cmp /bin/busybox containers/fs/rootfs/more", timeout=60)
+    id = daemon.sh("cat containers/fs/id").strip()
+    assert (daemon.store / "containers" / id / "vm/upper.ext4").stat().st_size == 64 << 20
 
 
 def test_one_volume_of_two_machines_and_the_host(daemon: Daemon) -> None:

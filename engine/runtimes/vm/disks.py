@@ -86,6 +86,32 @@ def check_upper(path: Path) -> None:
         raise RuntimeFailure(f"the container's disk is damaged: {words}", hint=f"e2fsck -f {path}")
 
 
+def grow_upper(path: Path, size: int) -> None:
+    """Make the file system, which nobody has mounted, as large as `size` bytes. Busy while somebody has; a size that
+    cannot be had leaves it as it was: RuntimeFailure."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    before = os.fstat(fd).st_size
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy("its disk is in use and cannot grow now", hint="stop it, close its files, start it") from None
+        for name, arguments, fine in (("e2fsck", ["-fp"], 3), ("resize2fs", [], 0)):
+            program = find(name)
+            if program is None:
+                raise Unsupported(f"{name} is not installed", hint=advice("e2fsprogs"))
+            if name == "resize2fs":
+                os.ftruncate(fd, size)
+            code, out, said = run_helper([program, *arguments, str(path)], b"", 600.0, 1 << 20)
+            if code & ~fine:
+                os.ftruncate(fd, before)
+                words = " ".join((out + said).decode(errors="replace").split())[:500]
+                raise RuntimeFailure(f"the container's disk cannot grow: {words}", at=str(path))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def mount_upper(path: Path, point: Path) -> None:
     """Mount the file system, mended, at `point`, which is made. Busy while a guest has it.
 
