@@ -83,6 +83,7 @@ class Forged:
     def make(self) -> Forged:
         self.place.mkdir(parents=True, mode=0o700)
         about: dict[str, Any] = {"facts": self.wish["facts"], "hello": "00", "tsc_khz": 1}
+        about |= {"memory": 192, "cpus": 2, "taps": 1}
         for name, data in (("ram", bytes(8192)), ("state", b"QEVM")):
             path = self.place / name
             path.write_bytes(data)
@@ -163,6 +164,15 @@ def test_a_link_in_its_place_is_not_followed(forged: Forged, tmp_path: Path) -> 
     forged.place.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Damaged):
         forged.found()
+
+
+def test_what_there_is_of_them_is_listed(forged: Forged) -> None:
+    templates.refuse(forged.directory, "f" * 32, "it hung:\nfor long")
+    one, other = templates.listing(forged.directory)
+    assert one.startswith(f"{forged.wish['key']} memory=192M cpus=2 networks=1 bytes=")
+    assert other == f"{'f' * 32} refused: it hung: for long"
+    templates.forget(forged.directory)
+    assert templates.listing(forged.directory) == [] and not forged.found()
 
 
 # --- real machines ----------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_prune_removes_what_its_plan_lists_and_every_file_reads(tmp_path: Path) 
         assert os.readlink(top / "default") == "6.10.0"
         for name in sorted(os.listdir(top / "6.8.2")):
             text = (top / "6.8.2" / name).read_bytes()
-            assert text or name in ("error", "initfs", "modules", "used_by", "verified"), name
+            assert text or name in ("error", "initfs", "modules", "templates", "used_by", "verified"), name
 
         with pytest.raises(OSError) as caught:
             (top / "ctl").write_text("prune\n")

@@ -13,6 +13,7 @@ from engine.kernelfetch import KATA, Wanted
 from engine.kernelfetch import fetch as fetch_kernel
 from engine.kernels import check_kernel_name
 from engine.model import check_digest
+from engine.runtimes.vm import templates
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, Dir, File, Link, Row
 from fdfs.tree.errors import error_file
@@ -41,6 +42,14 @@ def features(engine: Any, name: str) -> str:
 
 def modules(engine: Any, name: str) -> str:
     return lines(engine.kernels.get(name).modules)
+
+
+def templates_of(engine: Any, name: str) -> str:
+    return lines(templates.listing(engine.kernels.get(name).directory / "templates"))
+
+
+def forget(engine: Any, name: str, call: Call) -> None:
+    templates.forget(engine.kernels.get(name).directory / "templates")
 
 
 def used_by(engine: Any, name: str) -> str:
@@ -217,11 +226,17 @@ KERNEL = Dir(
         File(name="modules", doc="modules in its initfs, in the order they are loaded", show=modules),
         File(name="used_by", doc="containers that name it or run with it", show=used_by),
         File(
+            name="templates",
+            doc="snapshots that machines start from, one per shape of machine; those that did not work, and why",
+            show=templates_of,
+        ),
+        File(
             name="ctl",
             doc="what to do with it",
             object=object_of,
             verbs=table(
                 Verb(name="default", doc="let guests whose config names none have this one", run=choose_this),
+                Verb(name="forget", doc="remove its templates; new ones are made as machines start", run=forget),
                 Verb(name="remove", doc="delete it, as rmdir does; refused while a container uses it", run=remove),
             ),
         ),

@@ -224,6 +224,7 @@ class Kept:
     bytes: int  # on disk
     used_ns: int
     facts: Mapping[str, Any]
+    shape: tuple[int, int, int] = (0, 0, 0)  # MiB of memory, CPUs, networks
 
 
 def kept(directory: Path) -> list[Kept]:
@@ -232,7 +233,29 @@ def kept(directory: Path) -> list[Kept]:
     for place in directory.glob("[0-9a-f]*"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             about = place / ABOUT
-            facts = json.loads(about.read_bytes())["facts"]
+            known = json.loads(about.read_bytes())
+            shape = (int(known["memory"]), int(known["cpus"]), int(known["taps"]))
             size = sum(file.stat().st_blocks * 512 for file in place.iterdir())
-            out.append(Kept(place.name, place, size, about.stat().st_mtime_ns, facts))
+            out.append(Kept(place.name, place, size, about.stat().st_mtime_ns, known["facts"], shape))
     return sorted(out, key=lambda item: -item.used_ns)
+
+
+def listing(directory: Path) -> list[str]:
+    """A line for each template of a kernel, and for each that did not work."""
+    lines = []
+    for item in kept(directory):
+        memory, cpus, taps = item.shape
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(item.used_ns // 10**9))
+        lines.append(f"{item.key} memory={memory}M cpus={cpus} networks={taps} bytes={item.bytes} used={when}")
+    for path in sorted(directory.glob("*.refused")):
+        with contextlib.suppress(FileNotFoundError):
+            lines.append(f"{path.stem} refused: {' '.join(path.read_text(errors='replace').split())[:500]}")
+    return lines
+
+
+def forget(directory: Path) -> None:
+    """Remove them all, and what is known of those that did not work."""
+    for item in kept(directory):
+        discard(directory, item.key)
+    for path in directory.glob("*.refused"):
+        path.unlink(missing_ok=True)
