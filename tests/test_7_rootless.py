@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,16 @@ from people import Person, two_people
 from engine import host, userids
 from engine.errors import AccessDenied
 from engine.runtimes import rootless
+
+ECHO = """
+import socket
+echo = socket.socket(type=socket.SOCK_DGRAM)
+echo.bind(("", 80))
+echo.settimeout(20)
+print("up", flush=True)
+said, who = echo.recvfrom(9)
+echo.sendto(said + b"!", who)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +139,12 @@ def test_containers_have_networks_names_and_published_ports(people: tuple[Person
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     web = "mkdir /w; echo ahoy > /w/index.html; trap 'exit 0' TERM; httpd -f -p 80 -h /w & wait"
-    me.make("web", json.dumps({"image": "demo:1", "ports": [f"127.0.0.1:{port}:80"], "command": ["sh", "-c", web]}))
+    me.make(
+        "web",
+        json.dumps(
+            {"image": "demo:1", "ports": [f"127.0.0.1:{port}:80", f"{port}:80/udp"], "command": ["sh", "-c", web]}
+        ),
+    )
     me.out("echo start > containers/web/ctl")
 
     def page() -> str:
@@ -139,8 +155,26 @@ def test_containers_have_networks_names_and_published_ports(people: tuple[Person
             return ""
 
     wait_for(lambda: page() == "ahoy\n", 20, "the published port answers")
-    inside = me.sh("dutchman run --rm --name ask demo:1 sh -c 'nslookup web; wget -qO- http://web/'", code=None).stdout
-    assert "ahoy" in inside, inside
+    inside = me.sh("dutchman run --rm --name ask demo:1 sh -c 'nslookup web; wget -qO- http://web/'", code=None)
+    assert "ahoy" in inside.stdout, inside
+    # a datagram from the host's own loopback is answered; nobody inside begins to talk to what listens there
+    with (
+        subprocess.Popen(
+            ["nsenter", "-t", me.out("cat containers/web/pid"), "-n", sys.executable, "-c", ECHO],
+            stdout=subprocess.PIPE,
+        ) as echo,
+        socket.socket(type=socket.SOCK_DGRAM) as asking,
+        socket.create_server(("127.0.0.1", 0)) as kept,
+    ):
+        assert echo.stdout is not None and echo.stdout.readline() == b"up\n"
+        asking.settimeout(20)
+        asking.sendto(b"ahoy", ("127.0.0.1", port))
+        assert asking.recv(9) == b"ahoy!"
+        kept.settimeout(0)
+        for address in ("10.0.2.2", "10.0.2.77"):
+            me.sh(f"dutchman exec web sh -c 'nc -w 2 {address} {kept.getsockname()[1]} < /dev/null'", code=1)
+        with pytest.raises(BlockingIOError):
+            kept.accept()
     pid = int(re.findall(r"^pid (\d+)$", me.out("cat status"), re.M)[0])
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not host.is_mounted(me.mount), what="the dead mount is gone")

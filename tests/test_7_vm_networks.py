@@ -19,7 +19,7 @@ from runtimebench import no_vm, skip_or_fail
 from test_7_networks import Harbour, missing
 
 from engine.runtimes import netns
-from engine.runtimes.vm import accel
+from engine.runtimes.vm import accel, agentbuild
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -77,8 +77,9 @@ class Fleet(Harbour):
         self.peer = place / "peer"
         source = place / "peer.c"
         source.write_text(PEER)
-        zig = [sys.executable, "-m", "ziglang", "cc", "-target", f"{accel.architecture()}-linux-musl", "-static", "-Os"]
-        subprocess.run([*zig, "-o", self.peer, source], check=True, timeout=300)
+        # with the agent's own flags, so that the C library is that which was made for it
+        zig = [sys.executable, "-m", "ziglang", "cc", "-target", f"{accel.architecture()}-linux-musl"]
+        subprocess.run([*zig, *agentbuild.FLAGS, "-o", self.peer, source], check=True, timeout=300)
         self.outside = place / "net" / "outside"
         netns.make(self.outside)
         self.host("ip link add way type veth peer name eth0")

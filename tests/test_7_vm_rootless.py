@@ -15,8 +15,9 @@ from contextlib import contextmanager
 
 from dutchman import wait_for
 from guestkernel import guest_kernels
+from people import Person
 from runtimebench import SLOW, no_vm, skip_or_fail
-from test_7_rootless import Person, people  # noqa: F401
+from test_7_rootless import people  # noqa: F401
 
 from engine import host
 from engine.runtimes import rootless

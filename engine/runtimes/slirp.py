@@ -26,12 +26,13 @@ from typing import Any
 
 from engine import host
 from engine.errors import Busy, RuntimeFailure, Unsupported
+from engine.programs import find, run_helper
 from engine.runtimes import rootless
 from engine.runtimes.conmon import ended, open_process, start_time
 
 log = logging.getLogger(__name__)
 
-ADDRESS, RESOLVER = "10.0.2.100", "10.0.2.3"
+NETWORK, ADDRESS, RESOLVER = "10.0.2.0/24", "10.0.2.100", "10.0.2.3"
 MTU = 65520  # the most it takes: fewer, larger packets through user space
 READY = 10.0  # seconds to come up
 SECONDS = 5.0  # for one answer
@@ -126,9 +127,10 @@ class Uplink:
             if why := self.missing():
                 raise Unsupported(f"networks: {why}", hint=f"apt-get install {PACKAGE}; see `dutchman doctor`")
             self._socket.unlink(missing_ok=True)
+            self._shield()
             said, say = os.pipe()
             argv = [rootless.tool("slirp4netns") or "slirp4netns", "--configure", f"--mtu={MTU}"]
-            argv += ["--disable-host-loopback", "--ready-fd", str(say), "--api-socket", str(self._socket)]
+            argv += ["--ready-fd", str(say), "--api-socket", str(self._socket)]
             argv += ["--netns-type=path", self.namespace(), "tap0"]
             with open(self._directory / "slirp.log", "wb") as words:
                 process = subprocess.Popen(
@@ -145,6 +147,29 @@ class Uplink:
             threading.Thread(target=process.wait, name="slirp", daemon=True).start()  # no zombie when it ends
             known = {"pid": process.pid, "started": start_time(process.pid) or 0}
             host.write_atomic(self._pid, json.dumps(known).encode(), 0o600)
+
+    def _shield(self) -> None:
+        """Keep the host's loopback from whoever begins to talk to it from inside; answers may go there.
+
+        To slirp4netns every address of its network but two is the host's loopback. It has an option against that, which
+        takes the answers, too: a datagram sent from the host itself to a published port would never get one. These
+        rules are in place before there is a way out.
+        """
+        inside = ["-d", ADDRESS, "-j", "ACCEPT"]
+        names = ["-d", RESOLVER, "-j", "ACCEPT"]
+        others = ["-d", NETWORK, "-m", "conntrack", "!", "--ctstate", "ESTABLISHED", "-j", "DROP"]
+        for chain in ("PREROUTING", "OUTPUT"):
+            for rule in (inside, names, others):
+                command = [*self.prefix(), find("iptables") or "iptables", "-w", "-t", "mangle"]
+                try:
+                    if run_helper([*command, "-C", chain, *rule], b"", READY, MAX_ANSWER)[0] == 0:
+                        continue
+                    code, _, said = run_helper([*command, "-A", chain, *rule], b"", READY, MAX_ANSWER)
+                except (OSError, OverflowError) as error:  # of the first TimeoutError is one
+                    raise RuntimeFailure(f"the host's loopback cannot be kept from containers: {error}") from error
+                if code:
+                    words = " ".join(said.decode(errors="replace").split())[:300]
+                    raise RuntimeFailure(f"the host's loopback cannot be kept from containers: iptables: {words}")
 
     def stop(self) -> None:
         """End it. Idempotent."""
