@@ -98,7 +98,7 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_for(lambda: daemon.run("ls containers/m/rootfs/bin").returncode == 0, 60)
-    daemon.sh("sync containers/m/rootfs/new containers/m/rootfs/d/big containers/m/rootfs/d", timeout=90)
+    # killed, without a sync: what it wrote is there as with every other driver
     daemon.sh("echo kill > containers/m/ctl")
     wait_for(lambda: daemon.sh("cat containers/m/state").strip() == "stopped", 60)
     check = subprocess.run(["e2fsck", "-p", directory / "vm/upper.ext4"], capture_output=True)  # its journal

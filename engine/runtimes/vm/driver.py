@@ -18,13 +18,15 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from engine import host, hostfiles, userids
 from engine.config import Namespace
-from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure, Unsupported
+from engine.errors import Busy, DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
 from engine.netconfig import HOST
 from engine.runtimes import conmon
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 
 QMP_SECONDS = 10.0
 PING_SECONDS = 5.0
+KILL_SECONDS = 1.5  # for a guest to kill a process
+WRITTEN_SECONDS = 7.0  # for it to end after that, its disk written out; less than Execution waits
 START_SECONDS = 60.0  # with the networks to be set up
 SHIM = """#!{python} -SE
 import sys
@@ -170,6 +174,32 @@ class VmRuntime(OciRuntime):
             program = [self._tools()[0], "--root", str(self._state)]
             request = wish | {"machine": plan["machine"], "taps": plan["taps"]}
             self._makers.want(program, Path(wish["directory"]), request)
+
+    def signal(self, id: str, signum: int) -> None:
+        """SIGKILL is for the container's process in the guest, whose file systems are then written out as after any
+        end: what a killed process has written is not lost with the machine. A machine that does not do so is killed."""
+        if signum != signal.SIGKILL or self.status(id).state is not State.RUNNING:
+            super().signal(id, signum)
+            return
+        facts = self._expect(id, State.RUNNING)
+        try:
+            link = shim.connect(self._vm(id))
+            try:
+                link.call("SIGNAL", {"id": MAIN, "signal": int(signal.SIGKILL)}, KILL_SECONDS)
+            finally:
+                link.close()
+        except (EngineError, OSError) as error:
+            log.info("container %s: its machine is killed: %s", id[:12], error)
+            super().signal(id, signum)
+            return
+
+        def insist() -> None:
+            with contextlib.suppress(EngineError):  # it has ended
+                conmon.send_signal(facts.pid, facts.pid_start, signal.SIGKILL, "container")
+
+        timer = threading.Timer(WRITTEN_SECONDS, insist)
+        timer.daemon = True
+        timer.start()
 
     def _end(self, facts: Facts, id: str) -> bool:
         ended = super()._end(facts, id)
