@@ -203,7 +203,7 @@ def test_a_terminal_has_a_size_and_takes_control_c(oci: Execs) -> None:
 
         # a guest has the size a moment later
         terminal.send(b"until stty size | grep '^4''3 101$'; do sleep 0.02; done; cat\n")
-        until(b"43 101")
+        until(b"43 101\r\n")
         terminal.send(b"typed\n")
         until(b"typed\r\ntyped\r\n")  # echoed, and said again by cat: from here on ^C is for cat
         terminal.send(b"\x03")

@@ -363,7 +363,7 @@ def test_a_deadline_passes_and_the_late_answer_is_dropped() -> None:
     [
         (b"\xff" * 12, "unknown type"),
         (frame(Type.RESP, 77, protocol.response(0)), "which nobody has"),
-        (frame(Type.PONG, 77), "nobody asked"),
+        (frame(Type.PONG, 77), "which nobody has"),
         (frame(Type.EXIT, 1, protocol.EXITED.pack(0, 0)), "on the stream of SYNC"),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_kernel_is_used_by_a_machine_that_runs_with_it(tmp_path: Path) -> None
     (tmp_path / "other").write_bytes(vmlinux("1.0.0"))
     daemon = Daemon(tmp_path, runtime="vm")
     daemon.store.mkdir(parents=True, mode=0o700)
-    shutil.copytree(guest_kernels().directory, daemon.store / "kernels")
+    shutil.copytree(guest_kernels().directory, daemon.store / "kernels", ignore=shutil.ignore_patterns("templates"))
     with daemon:
         top, web = daemon.mount / "kernels", daemon.mount / "containers" / "web"
         assert [event["found"] for event in events(daemon) if event["type"] == "kernelImported"] == [True]

@@ -26,7 +26,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     bench_of("vm", tmp_path / "bench").close()  # skips where there is no virtual machine
     daemon = Daemon(tmp_path, runtime="oci")
     daemon.store.mkdir(parents=True, mode=0o700)
-    shutil.copytree(guest_kernels().directory, daemon.store / "kernels")
+    shutil.copytree(guest_kernels().directory, daemon.store / "kernels", ignore=shutil.ignore_patterns("templates"))
     with daemon:
         daemon.sh(f"echo 'load {demo_archive()}' > images/ctl")
         wait_for(lambda: "demo:1" in os.listdir(daemon.mount / "images"), 60)

@@ -39,7 +39,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         skip_or_fail(why)
     place = tmp_path_factory.mktemp("vmrun")
     (place / "store").mkdir()
-    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True)
+    ignore = shutil.ignore_patterns("templates", ".templates")
+    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True, ignore=ignore)
     with Daemon(place, runtime="vm") as daemon:
         (place / "rootfs.tar").write_bytes(busybox_rootfs_tar())
         daemon.sh(f"echo 'import {place}/rootfs.tar box:1' > images/ctl")

@@ -41,7 +41,8 @@ def daemon(place: Path) -> Iterator[Daemon]:
     if not virtiofs.find():
         skip_or_fail("virtiofsd is not installed (qemu-system-common)")
     (place / "store").mkdir()
-    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True)
+    ignore = shutil.ignore_patterns("templates", ".templates")
+    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True, ignore=ignore)
     host = place / "host"
     mounts = (f"{host}:/host", f"{host}:/hostro:ro", f"{host}/one:/etc/one", f"{host}/two:/etc/two:ro", "v:/vol")
     with Daemon(place, runtime="vm", env={"DUTCHMAN_MOUNT": str(place / "mnt")}) as daemon:

@@ -11,12 +11,12 @@ agent broke the protocol; RuntimeFailure when the connection ended.
 from __future__ import annotations
 
 import collections
-import collections.abc
 import os
 import select
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from engine.errors import DeadlineExceeded, EngineError, RuntimeFailure
@@ -24,6 +24,7 @@ from engine.runtimes.vm import protocol
 from engine.runtimes.vm.protocol import Credit, Frame, Parser, ProtocolError, Side, Type, Values, Words
 
 DEADLINE = 10.0
+FORWARD_SECONDS = 15.0  # for a frame to be taken by the guest's port
 RECEIVE = 256 << 10
 
 
@@ -33,6 +34,12 @@ class GuestError(OSError):
     def __init__(self, number: int, verb: str, step: str) -> None:
         super().__init__(number, f"{verb}: {step}: {os.strerror(number)}" if step else f"{verb}: {os.strerror(number)}")
         self.verb, self.step = verb, step
+
+    @property
+    def reason(self) -> str:
+        """As an EngineError has it."""
+        text = os.strerror(self.errno or 0)
+        return f"{self.step}: {text}" if self.step else f"{self.verb}: {text}"
 
 
 class Data(NamedTuple):
@@ -76,8 +83,19 @@ KEEPS = frozenset({"RUN", "EXEC", "DIAL"})
 class AgentClient:
     """Over `sock`, whose first frame is the agent's HELLO. The client owns the socket from here on."""
 
-    def __init__(self, sock: socket.socket, *, deadline: float = DEADLINE) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        deadline: float | None = DEADLINE,
+        foreign: Callable[[Frame], bool] = lambda frame: False,
+        hello: bytes = b"",
+    ) -> None:
+        """`deadline` None: HELLO is waited for by `greet` alone. `foreign` is shown, on the reading thread, frames of
+        streams that are not this client's; False: they are nobody's, which is refused. `hello`: the HELLO of a guest
+        that has said it before, to somebody else."""
         self._sock = sock
+        self._foreign = foreign
         sock.setblocking(False)
         self._parser = Parser(Side.GUEST)
         self._state = threading.Condition()  # guards all below but the sending
@@ -85,17 +103,25 @@ class AgentClient:
         self._pings: dict[int, bool] = {}
         self._next = 0
         self._hello: Values | None = None
+        self.greeting = b""  # HELLO as it came
         self._failure: EngineError | None = None
         self._sending = threading.Lock()  # guards _unsent and the order of frames
         self._unsent = bytearray()  # the rest of a frame whose sender ran out of time
         self._wake, self._woken = os.pipe()
-        self._reader = threading.Thread(target=self._read, name="agent-reader", daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(hello,), name="agent-reader", daemon=True)
         self._reader.start()
+        if deadline is None:
+            return
         try:
-            self._wait(lambda: self._hello is not None, time.monotonic() + deadline, "the agent's hello")
+            self.greet(deadline)
         except BaseException:
             self.close()
             raise
+
+    def greet(self, deadline: float) -> Values:
+        """HELLO, once it has come."""
+        self._wait(lambda: self._hello is not None, time.monotonic() + deadline, "the agent's hello")
+        return self.hello
 
     @property
     def hello(self) -> Values:
@@ -105,6 +131,11 @@ class AgentClient:
     @property
     def closed(self) -> bool:
         return self._failure is not None
+
+    @property
+    def lost(self) -> str:
+        """Why the connection is over; empty while it is not."""
+        return "" if self._failure is None else self._failure.reason
 
     def close(self, reason: str = "the connection to the guest's agent was closed") -> None:
         """Idempotent; wakes who waits. Does not wait for the reader when called by it."""
@@ -141,8 +172,25 @@ class AgentClient:
             del self._pings[number]
         return time.monotonic() - began
 
+    def calls(self, requests: Sequence[tuple[str, Words]], *, deadline: float = DEADLINE) -> None:
+        """One after another, without waiting for the answers in between; each has `deadline` seconds. Raises as `call`
+        for the first that failed."""
+        asked: collections.deque[tuple[int, _Pending]] = collections.deque()
+        try:
+            for verb, words in requests:
+                asked.append(self._request(verb, words, time.monotonic() + deadline))
+            while asked:
+                self._answer(*asked.popleft(), time.monotonic() + deadline)
+        finally:
+            for number, pending in asked:  # nobody waits for these any more
+                self._abandon(number, pending)
+
     def _ask(self, verb: str, words: Words | None, deadline: float) -> tuple[int, _Pending, Values]:
         until = time.monotonic() + deadline
+        number, pending = self._request(verb, words, until)
+        return number, pending, self._answer(number, pending, until)
+
+    def _request(self, verb: str, words: Words | None, until: float) -> tuple[int, _Pending]:
         payload = protocol.request(verb, words)
         pending = _Pending(verb, verb in KEEPS)
         with self._state:
@@ -150,12 +198,16 @@ class AgentClient:
             self._streams[number] = pending
         try:
             self._send(protocol.frame(Type.REQ, number, payload), until)
-            self._wait(lambda: pending.answer is not None, until, f"the agent's answer to {verb}")
         except DeadlineExceeded:
-            with self._state:
-                pending.abandoned = True  # its answer may come yet
-                if pending.answer is not None and not pending.keeps:
-                    self._streams.pop(number, None)
+            self._abandon(number, pending)
+            raise
+        return number, pending
+
+    def _answer(self, number: int, pending: _Pending, until: float) -> Values:
+        try:
+            self._wait(lambda: pending.answer is not None, until, f"the agent's answer to {pending.verb}")
+        except DeadlineExceeded:
+            self._abandon(number, pending)
             raise
         assert pending.answer is not None
         error, values = pending.answer
@@ -163,8 +215,15 @@ class AgentClient:
             with self._state:
                 self._streams.pop(number, None)
         if error:
-            raise GuestError(error, verb, values.text("step"))
-        return number, pending, values
+            raise GuestError(error, pending.verb, values.text("step"))
+        return values
+
+    def _abandon(self, number: int, pending: _Pending) -> None:
+        """Its answer may come yet."""
+        with self._state:
+            pending.abandoned = True
+            if pending.answer is not None and not pending.keeps:
+                self._streams.pop(number, None)
 
     def _number(self) -> int:
         if self._failure is not None:
@@ -174,7 +233,7 @@ class AgentClient:
             if self._next not in self._streams and self._next not in self._pings:
                 return self._next
 
-    def _wait(self, ready: collections.abc.Callable[[], bool], until: float, what: str) -> None:
+    def _wait(self, ready: Callable[[], bool], until: float, what: str) -> None:
         with self._state:
             while not ready():
                 if self._failure is not None:
@@ -185,6 +244,17 @@ class AgentClient:
                         f"{what} did not come in time", hint="the guest may hang; see its console log"
                     )
                 self._state.wait(left)
+
+    # ---- for who hands on frames of others (relay.py)
+
+    def number(self) -> int:
+        """A stream nobody uses."""
+        with self._state:
+            return self._number()
+
+    def forward(self, data: bytes, *, deadline: float = FORWARD_SECONDS) -> None:
+        """Whole frames of streams that `foreign` knows. When it takes too long, the rest goes before the next."""
+        self._send(data, time.monotonic() + deadline)
 
     # ---- the socket
 
@@ -207,6 +277,8 @@ class AgentClient:
 
     def _push(self, data: bytearray, until: float) -> None:
         """Sends from the front of `data` and takes away what went."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
         while data:
             if self._failure is not None:
                 raise self._failure
@@ -216,17 +288,19 @@ class AgentClient:
                 left = until - time.monotonic()
                 if left <= 0:
                     raise DeadlineExceeded("the guest's agent takes nothing") from None
-                select.select((), (self._sock,), (self._sock,), min(left, 0.5))  # a close is noticed soon
+                poll.poll(min(left, 0.5) * 1000)  # a close is noticed soon
             except OSError as error:
                 self._fail(RuntimeFailure(f"the connection to the guest's agent broke: {error}"))
             else:
                 del data[:count]
 
-    def _read(self) -> None:
+    def _read(self, hello: bytes) -> None:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         try:
+            if hello:
+                self._feed(protocol.frame(Type.HELLO, 0, hello))
             while self._failure is None:
                 poll.poll()
                 try:
@@ -235,10 +309,7 @@ class AgentClient:
                     continue
                 if not data:
                     raise RuntimeFailure("the guest's agent closed the connection")
-                with self._state:
-                    for frame in self._parser.feed(data):
-                        self._take(frame)
-                    self._state.notify_all()
+                self._feed(data)
         except EngineError as error:
             self._fail(error)
         except OSError as error:
@@ -246,6 +317,16 @@ class AgentClient:
         finally:
             self._sock.close()
             os.close(self._wake)
+
+    def _feed(self, data: bytes) -> None:
+        for frame in self._parser.feed(data):
+            with self._state:
+                mine = frame.type is Type.HELLO or frame.stream in self._streams or frame.stream in self._pings
+                if mine:
+                    self._take(frame)
+                    self._state.notify_all()
+            if not mine and not self._foreign(frame):  # not under the lock
+                raise ProtocolError(f"{frame.type.name} on the stream {frame.stream}, which nobody has")
 
     def _fail(self, error: EngineError) -> None:
         with self._state:
@@ -257,7 +338,7 @@ class AgentClient:
     def _take(self, frame: Frame) -> None:
         """One frame of the guest, under the lock. ProtocolError for what was not to come."""
         if frame.type is Type.HELLO:
-            self._hello = protocol.parse_hello(frame.payload)
+            self.greeting, self._hello = frame.payload, protocol.parse_hello(frame.payload)
             return
         if frame.type is Type.PONG:
             if self._pings.get(frame.stream, True):
@@ -266,7 +347,7 @@ class AgentClient:
             return
         pending = self._streams.get(frame.stream)
         if pending is None:
-            raise ProtocolError(f"{frame.type.name} on the stream {frame.stream}, which nobody has")
+            raise ProtocolError(f"{frame.type.name} on the stream {frame.stream} of a ping")
         if frame.type is Type.RESP:
             if pending.answer is not None:
                 raise ProtocolError(f"a second answer to {pending.verb}")
@@ -329,13 +410,13 @@ class Stream:
             count, pending.owed = pending.owed, 0
             pending.incoming.give(count)
         if not client.closed:
-            client._send(protocol.credit(self._number, count), time.monotonic() + DEADLINE)
+            client._send(protocol.credit(self._number, count), max(until, time.monotonic() + DEADLINE))
         return event
 
-    def write(self, data: bytes, *, deadline: float = DEADLINE) -> None:
+    def write(self, data: bytes, *, deadline: float | None = DEADLINE) -> None:
         """Blocks while the guest does not read. BrokenPipeError once the process has ended."""
         client, pending = self._client, self._pending
-        until = time.monotonic() + deadline
+        until = time.monotonic() + (deadline if deadline is not None else 1e9)
         view = memoryview(data)
         while view:
             client._wait(lambda: pending.outgoing.left > 0 or pending.over, until, "room for input")
@@ -347,13 +428,14 @@ class Stream:
             client._send(protocol.frame(Type.DATA, self._number, bytes(view[:count])), until)
             view = view[count:]
 
-    def end_input(self, *, deadline: float = DEADLINE) -> None:
+    def end_input(self, *, deadline: float | None = DEADLINE) -> None:
         client, pending = self._client, self._pending
         with client._state:
             if pending.over or pending.ended_input:
                 return
             pending.ended_input = True
-        client._send(protocol.frame(Type.END, self._number), time.monotonic() + deadline)
+        until = time.monotonic() + (deadline if deadline is not None else 1e9)
+        client._send(protocol.frame(Type.END, self._number), until)
         with client._state:
             client._dial_over(self._number, pending)
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from engine.errors import EngineError
-from engine.runtimes.vm.link import Link
+from engine.runtimes.vm.client import AgentClient
 
 PERIOD, LOOK = 30.0, 1.0  # seconds between two tellings, and between two looks whether one is needed at once
 SLACK = 100_000_000  # ns that a guest may be off: less is left as it is, for clocks should not jump for nothing
@@ -20,12 +20,12 @@ SLACK = 100_000_000  # ns that a guest may be off: less is left as it is, for cl
 log = logging.getLogger(__name__)
 
 
-def keep(link: Link, place: Path) -> None:
+def keep(link: AgentClient, place: Path) -> None:
     """From now on, until the link is lost. `place` has a file `paused` while the machine is."""
     threading.Thread(target=_keep, args=(link, place), name="clock", daemon=True).start()
 
 
-def _keep(link: Link, place: Path) -> None:
+def _keep(link: AgentClient, place: Path) -> None:
     paused, offset, due = False, _offset(), time.monotonic() + PERIOD
     while not link.lost:
         time.sleep(LOOK)
@@ -36,7 +36,7 @@ def _keep(link: Link, place: Path) -> None:
         offset, due = _offset(), time.monotonic() + PERIOD
         try:
             link.call("CLOCK", {"ns": time.time_ns(), "slack": SLACK})
-        except EngineError as error:  # of a mute guest more is told elsewhere
+        except (EngineError, OSError) as error:  # of a mute guest more is told elsewhere
             log.info("the guest's clock: %s", error)
 
 

@@ -39,7 +39,7 @@ from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
 from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, templates, virtiofs, vsock
-from engine.runtimes.vm.link import Refused
+from engine.runtimes.vm.client import GuestError
 from engine.runtimes.vm.owner import MAIN
 from engine.runtimes.vm.templatemaker import Makers
 
@@ -164,10 +164,10 @@ class VmRuntime(OciRuntime):
         try:
             link = shim.connect(self._vm(id))
             try:
-                link.call("START", {"id": MAIN}, START_SECONDS)
+                link.call("START", {"id": MAIN}, deadline=START_SECONDS)
             finally:
                 link.close()
-        except Refused as error:
+        except GuestError as error:
             raise RuntimeFailure(shim.as_runc(error)) from error
         plan = json.loads((self._files(id).bundle / "vm.json").read_bytes())
         if wish := plan.get("template"):

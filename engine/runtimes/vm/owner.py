@@ -30,8 +30,8 @@ from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
 from engine.runtimes.vm import clock, faults, network, pump, qemu, templates, translate
 from engine.runtimes.vm.accel import Accelerator, Accelerators
-from engine.runtimes.vm.link import Link, Refused, Stream
-from engine.runtimes.vm.protocol import OOM, Words, fields
+from engine.runtimes.vm.client import AgentClient, GuestError, Stream
+from engine.runtimes.vm.protocol import Words, fields
 from engine.runtimes.vm.relay import Relay
 from engine.runtimes.vm.templates import Template
 
@@ -63,7 +63,7 @@ class Owner:
         self._broken = ""  # QEMU's word for a machine that stopped for good
         self._console = bytearray()
         self.qemu: subprocess.Popen[bytes] | None = None
-        self.link: Link | None = None
+        self.link: AgentClient | None = None
         self.relay: Relay | None = None
         self.stream: Stream | None = None
 
@@ -75,10 +75,11 @@ class Owner:
             self._own()
             if not self._from_template():
                 self._cold()
-        except EngineError as error:
+        except (EngineError, GuestError) as error:
             self.end()
             said = " ".join(self._last_words().split())[-500:]
-            raise RuntimeFailure(f"{error.reason}{': ' + said if said else ''}", hint=error.hint) from error
+            hint = error.hint if isinstance(error, EngineError) else None
+            raise RuntimeFailure(f"{error.reason}{': ' + said if said else ''}", hint=hint) from error
 
     def _own(self) -> None:
         """What the machine needs, however often it is launched."""
@@ -116,7 +117,7 @@ class Owner:
             self._prepare(link)
             try:
                 self._run(link)
-            except Refused as error:
+            except GuestError as error:
                 refused = error
         except (EngineError, OSError) as error:
             words = f"{error}: {self._last_words()}"
@@ -174,7 +175,7 @@ class Owner:
             self._broken = status
             process.kill()
 
-    def _launch(self, template: Template | None = None) -> Link:
+    def _launch(self, template: Template | None = None) -> AgentClient:
         plan, values, state = self.plan, dict(self.plan["machine"]), []
         if template is not None:
             values |= {"ram": str(template.ram), "tsc_khz": template.tsc_khz}
@@ -218,7 +219,9 @@ class Owner:
         threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
         faults.follow(watch, partial(self._breaks, self.qemu), b"" if template is None else templates.load(template))
         self.relay = Relay()
-        self.relay.link = self.link = Link(agent, self.relay.took, b"" if template is None else template.hello)
+        self.relay.link = self.link = AgentClient(
+            agent, deadline=None, foreign=self.relay.took, hello=b"" if template is None else template.hello
+        )
         return self.link
 
     def _child(self) -> None:
@@ -257,7 +260,7 @@ class Owner:
                 with contextlib.suppress(PermissionError):  # somebody else's, of before this user's namespace
                     host.unmount(Path(point))
 
-    def _prepare(self, link: Link) -> None:
+    def _prepare(self, link: AgentClient) -> None:
         """The guest's clock, its generator of random numbers, its file systems."""
         plan = self.plan
         parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
@@ -284,9 +287,9 @@ class Owner:
                 requests += [("MKDIR", {"path": f"/run/disk/{name}"}) for name in ("upper", "work")]
             words: Words = {"source": source, "target": target, "type": kind, "flags": flags, "data": data}
             requests.append(("MOUNT", words))
-        link.calls(requests, MOUNT_SECONDS)
+        link.calls(requests, deadline=MOUNT_SECONDS)
 
-    def _run(self, link: Link) -> None:
+    def _run(self, link: AgentClient) -> None:
         """What runc does on a host before it waits for `start`."""
         plan, document = self.plan, self.document
         sources = translate.bind_sources(document)
@@ -294,7 +297,7 @@ class Owner:
         words = translate.container_words(document, shared, plan["capabilities"])
         if plan.get("seccomp"):
             words["seccomp"] = bytes.fromhex(plan["seccomp"])
-        _, self.stream = link.process("RUN", {"id": MAIN, "rootfs": ROOTFS, **words}, 30.0)
+        self.stream, _ = link.open("RUN", {"id": MAIN, "rootfs": ROOTFS, **words}, deadline=30.0)
 
     # --- start and after -----------------------------------------------------------------------------------------
 
@@ -317,7 +320,7 @@ class Owner:
         """Hand on what the container prints until it ends; end as it did."""
         assert self.stream is not None
         event = pump.drain(self.stream, out, err)
-        if event is None or event.code is None:
+        if event is None:
             assert self.link is not None
             words = self._last_words()
             why = self.link.lost
@@ -330,7 +333,7 @@ class Owner:
             self._note(f"the virtual machine ended: {why}" + (f": {words}" if words else ""))
             self.end()
             os._exit(GONE)
-        if event.bits & OOM:
+        if event.oom:
             self._note("out of memory: the guest's kernel killed a process of the container")
             flag = Path(self.plan["oom"])
             with contextlib.suppress(OSError):  # a full disk; the reason is written down elsewhere
@@ -345,8 +348,8 @@ class Owner:
         if process is None:
             return
         if self.link is not None and not self.link.lost:
-            with contextlib.suppress(EngineError):
-                self.link.call("POWEROFF", {"reboot": 1}, POWEROFF_SECONDS)
+            with contextlib.suppress(EngineError, OSError):
+                self.link.call("POWEROFF", {"reboot": 1}, deadline=POWEROFF_SECONDS)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POWEROFF_SECONDS)
         if process.poll() is None:

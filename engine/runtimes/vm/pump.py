@@ -15,11 +15,10 @@ import struct
 import termios
 import threading
 import tty
-from collections.abc import Callable
 from contextlib import suppress
 
 from engine.errors import EngineError
-from engine.runtimes.vm.link import Event, Link, Stream
+from engine.runtimes.vm.client import AgentClient, Data, Exit, Stream
 from engine.runtimes.vm.protocol import STDERR
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ def block_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON | {signal.SIGWINCH})
 
 
-def hand_on(link: Link, id: str, terminal: int | None) -> None:
+def hand_on(link: AgentClient, id: str, terminal: int | None) -> None:
     """Every signal this process gets goes to the guest's process `id`; a change of the terminal's size as well."""
 
     def work() -> None:
@@ -62,7 +61,7 @@ def hand_on(link: Link, id: str, terminal: int | None) -> None:
                 elif terminal is not None:
                     rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8)))
                     link.call("RESIZE", {"id": id, "rows": rows, "columns": columns})
-            except EngineError as error:
+            except (EngineError, OSError) as error:
                 log.warning("signal %s was not handed on: %s", number, error)
 
     threading.Thread(target=work, name="signals", daemon=True).start()
@@ -79,28 +78,30 @@ def feed(stream: Stream, source: int) -> None:
                 except OSError:  # a terminal whose other end is gone
                     data = b""
                 if not data:
-                    stream.end_input()
+                    stream.end_input(deadline=None)
                     return
-                if not stream.write(data):
-                    return
+                stream.write(data, deadline=None)
+        except BrokenPipeError:
+            return  # it has ended
         except EngineError as error:
             log.info("input: %s", error)
 
     threading.Thread(target=work, name="input", daemon=True).start()
 
 
-def drain(stream: Stream, out: int, err: int, lost: Callable[[], None] = lambda: None) -> Event | None:
+def drain(stream: Stream, out: int, err: int) -> Exit | None:
     """Write what the process prints until it has ended: its end. None when the guest is gone."""
     while True:
-        event = stream.events.get()
-        if event is None:
-            lost()
+        try:
+            event = stream.next()
+        except EngineError as error:
+            log.info("output: %s", error)
             return None
-        if event.code is not None:
+        if event is None or isinstance(event, Exit):
             return event
+        if not isinstance(event, Data):
+            continue
         view = memoryview(event.data)
         with suppress(BrokenPipeError, OSError):  # conmon is gone: what is printed goes nowhere, as to a closed pipe
             while view:
                 view = view[os.write(err if event.flag == STDERR else out, view) :]
-        with suppress(EngineError):
-            stream.consumed(len(event.data))

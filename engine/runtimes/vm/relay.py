@@ -20,7 +20,7 @@ from pathlib import Path
 from engine.errors import EngineError
 from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
-from engine.runtimes.vm.link import Link
+from engine.runtimes.vm.client import AgentClient
 from engine.runtimes.vm.protocol import Frame, Parser, Side, Type
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,13 @@ class _Client:
         self.out: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUE)
         self.streams: dict[int, int] = {}  # its number -> the connection's
         self.froze = False  # the container's processes, which go on when this client goes away
+        self.gone = False
+        self.dialled: dict[int, set[Side]] = {}  # the connection's number of a DIAL -> who has ended it
         self.processes: dict[int, str] = {}  # the connection's number of what it started -> id
 
     def put(self, data: bytes | None) -> None:
+        if self.gone:
+            return  # what it asked for still comes
         try:
             self.out.put_nowait(data)
         except queue.Full:
@@ -52,12 +56,11 @@ class _Client:
 
 class Relay:
     def __init__(self) -> None:
-        self.link: Link | None = None
+        self.link: AgentClient | None = None
         self.before: dict[str, Callable[[], None]] = {}  # verb -> what the owner does before it is handed on
         self._lock = threading.Lock()
         self._owners: dict[int, tuple[_Client, int]] = {}  # the connection's number -> client, its number
         self._kept: set[int] = set()  # numbers whose stream goes on after the answer
-        self._ends: dict[int, set[int]] = {}  # DIAL: flags of END seen
         self._clients = 0
 
     def listen(self, path: Path) -> None:
@@ -93,7 +96,9 @@ class Relay:
             if owner is None:
                 return False
             client, number = owner
-            over = frame.type is Type.EXIT
+            over = frame.type in (Type.EXIT, Type.PONG)
+            if frame.type is Type.END:
+                over = self._ended(client, frame.stream, Side.GUEST)
             if frame.type is Type.RESP:
                 over = frame.stream not in self._kept or frame.payload[:4] != bytes(4)
             if over:
@@ -101,19 +106,28 @@ class Relay:
         client.put(frame._replace(stream=number).encode())
         return True
 
+    def _ended(self, client: _Client, stream: int, side: Side) -> bool:
+        """Whether a dialled stream is over, now that `side` has ended it. The lock is held."""
+        ends = client.dialled.get(stream)
+        if ends is None:
+            return False
+        ends.add(side)
+        return len(ends) == 2
+
     def _drop(self, client: _Client, stream: int, number: int) -> None:
         """The lock is held."""
         self._owners.pop(stream, None)
         self._kept.discard(stream)
         client.streams.pop(number, None)
         client.processes.pop(stream, None)
+        client.dialled.pop(stream, None)
 
     # --- from a client -------------------------------------------------------------------------------------------
 
     def _write(self, client: _Client) -> None:
         assert self.link is not None
         with contextlib.suppress(OSError):
-            client.connection.sendall(protocol.frame(Type.HELLO, 0, self.link.hello))
+            client.connection.sendall(protocol.frame(Type.HELLO, 0, self.link.greeting))
             while (data := client.out.get()) is not None:
                 client.connection.sendall(data)
         client.cut()
@@ -139,8 +153,10 @@ class Relay:
                     stream = link.number()
                     client.streams[frame.stream] = stream
                     self._owners[stream] = (client, frame.stream)
+                if stream is not None and frame.type is Type.END and self._ended(client, stream, Side.HOST):
+                    self._drop(client, stream, frame.stream)
             if stream is not None:
-                link.send(frame._replace(stream=stream).encode())
+                link.forward(frame._replace(stream=stream).encode())
             return
         verb, values = protocol.parse_request(frame.payload)
         if verb in ("RUN", "POWEROFF"):
@@ -160,29 +176,36 @@ class Relay:
             self._owners[stream] = (client, frame.stream)
             if verb in KEEPS:
                 self._kept.add(stream)
+            if verb == "DIAL":
+                client.dialled[stream] = set()
             if verb == "FREEZE":
                 client.froze = values.text("state") != "0"
             if verb == "EXEC":
                 client.processes[stream] = values.text("id")
-        link.send(frame._replace(stream=stream).encode())
+        link.forward(frame._replace(stream=stream).encode())
 
     def _gone(self, client: _Client) -> None:
         client.put(None)
+        client.gone = True
         with self._lock:
             self._clients -= 1
             left = dict(client.processes)
-            for stream in list(client.streams.values()):
-                self._kept.discard(stream)
-                if stream not in left:
-                    self._owners.pop(stream, None)
+            open_ = [stream for stream, ends in client.dialled.items() if Side.HOST not in ends]
+            for stream, number in [(stream, number) for number, stream in client.streams.items() if stream in open_]:
+                if self._ended(client, stream, Side.HOST):
+                    self._drop(client, stream, number)
         client.connection.close()
+        assert self.link is not None
+        for stream in open_:  # what still comes on it is thrown away
+            with contextlib.suppress(EngineError):
+                self.link.forward(protocol.frame(Type.END, stream))
         if client.froze:
             assert self.link is not None
-            with contextlib.suppress(EngineError):
+            with contextlib.suppress(EngineError, OSError):
                 self.link.call("FREEZE", {"state": 0})
         for id in left.values():
             assert self.link is not None
-            with contextlib.suppress(EngineError):  # it has ended meanwhile, or the machine has
+            with contextlib.suppress(EngineError, OSError):  # it has ended meanwhile, or the machine has
                 self.link.call("SIGNAL", {"id": id, "signal": 9})
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from engine import host, hostfiles
 from engine.errors import EngineError, NotFound, RuntimeFailure, Unreachable
 from engine.runtimes.vm import pump, translate
-from engine.runtimes.vm.link import Link, Refused
+from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.owner import MAIN, PR_SET_PDEATHSIG, Owner
 
 GREETING = 10.0  # seconds for the owner to answer
@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return options, words
 
 
-def connect(place: Path) -> Link:
+def connect(place: Path) -> AgentClient:
     """To the agent through the owner of the machine whose files are at `place`. NotFound when it does not run."""
     client = socket.socket(socket.AF_UNIX)
     try:
@@ -58,9 +58,7 @@ def connect(place: Path) -> Link:
     except OSError as error:
         client.close()
         raise NotFound("the virtual machine does not run") from error
-    link = Link(client)
-    link.greet(GREETING)
-    return link
+    return AgentClient(client, deadline=GREETING)
 
 
 def end_with_parent() -> None:
@@ -105,7 +103,7 @@ class Shim:
             raise NotFound("container does not exist") from None
         return found
 
-    def _link(self) -> Link:
+    def _link(self) -> AgentClient:
         return connect(Path(self._saved()["bundle"]).parent / "run" / "vm")
 
     def create(self) -> None:
@@ -162,7 +160,7 @@ class Shim:
             Path(path).write_text(str(pid))
 
     def start(self) -> None:
-        self._link().call("START", {"id": MAIN}, 30.0)
+        self._link().call("START", {"id": MAIN}, deadline=30.0)
 
     def exec(self) -> int:
         """Of `--process FILE`. Waits for its end unless it is detached."""
@@ -198,14 +196,14 @@ class Shim:
             words["seccomp"] = bytes.fromhex(plan["seccomp"])
         name = f"exec-{os.getpid()}-{time.monotonic_ns() % 10**12}"
         terminal = self._terminal(process)
-        _, stream = link.process("EXEC", {"id": name, "in": MAIN, **words}, 30.0)
+        stream, _ = link.open("EXEC", {"id": name, "in": MAIN, **words}, deadline=30.0)
         if ready is not None:
             os.write(ready, b"ready")
             os.close(ready)
         pump.hand_on(link, name, terminal)
         pump.feed(stream, 0 if terminal is None else terminal)
         event = pump.drain(stream, *((1, 2) if terminal is None else (terminal, terminal)))
-        return 137 if event is None or event.code is None else event.code
+        return 137 if event is None else event.code
 
     def update(self) -> None:
         """Refused, as by runc, when more memory is in use than is to be allowed: the kernel would kill."""
@@ -265,7 +263,7 @@ def main(argv: list[str]) -> int:
             case _:
                 print(f"unknown command {verb}", file=sys.stderr)
                 return 2
-    except Refused as error:
+    except GuestError as error:
         print(as_runc(error), file=sys.stderr)
         return 1
     except (EngineError, Unreachable, OSError) as error:
@@ -276,15 +274,15 @@ def main(argv: list[str]) -> int:
 
 def _told(error: BaseException) -> bytes:
     """What a child tells the process that waits for it."""
-    text = as_runc(error) if isinstance(error, Refused) else str(error)
+    text = as_runc(error) if isinstance(error, GuestError) else str(error)
     return text.encode()[:4096] or type(error).__name__.encode()
 
 
-def as_runc(error: Refused) -> str:
+def as_runc(error: GuestError) -> str:
     """An executable that cannot be run is told of in runc's words: exit codes 126 and 127 follow from them."""
     name, searched, _ = error.step.removeprefix("exec ").partition(" (looked for in $PATH)")
     if not error.step.startswith("exec "):
         return error.reason
-    if searched and error.number == errno.ENOENT:
+    if searched and error.errno == errno.ENOENT:
         return f'exec: "{name}": executable file not found in $PATH'
-    return f'exec: "{name}": {os.strerror(error.number).lower()}'
+    return f'exec: "{name}": {os.strerror(error.errno or 0).lower()}'

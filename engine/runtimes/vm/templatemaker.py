@@ -29,7 +29,7 @@ from typing import IO, Any
 from engine import host
 from engine.errors import Busy, EngineError, RuntimeFailure
 from engine.runtimes.vm import network, qemu, templates
-from engine.runtimes.vm.link import Link
+from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.templates import ABOUT, RAM, STATE, Kept
 
 log = logging.getLogger(__name__)
@@ -209,11 +209,10 @@ def _fill(aside: Path, request: Mapping[str, Any]) -> None:
             end.close()
         try:
             threading.Thread(target=_drain, args=(ours[1],), daemon=True).start()
-            link = Link(ours[0])
-            link.greet(HELLO_SECONDS)
+            link = AgentClient(ours[0], deadline=HELLO_SECONDS)
             link.call("SYNC")
             _save(ours[2], state)
-        except EngineError as error:
+        except (EngineError, GuestError) as error:
             process.kill()
             process.wait()
             words.seek(0)
@@ -222,7 +221,7 @@ def _fill(aside: Path, request: Mapping[str, Any]) -> None:
         finally:
             process.kill()
             process.wait()
-    _describe(aside, request, link.hello, state)
+    _describe(aside, request, link.greeting, state)
 
 
 def _drain(console: socket.socket) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 from engine import host
 from engine.errors import Damaged, RuntimeFailure
 from engine.runtimes.vm import qemu
-from engine.runtimes.vm.link import Link
+from engine.runtimes.vm.client import AgentClient
 
 FORMAT = 1
 CONFIRM_SECONDS = 15.0  # for the agent of a restored guest to answer, on a busy host
@@ -170,10 +170,10 @@ def ignore_shared() -> dict[str, Any]:
     return {"execute": "migrate-set-capabilities", "arguments": {"capabilities": capabilities}}
 
 
-def confirm(link: Link) -> None:
+def confirm(link: AgentClient) -> None:
     """The guest answers, and is the one that was saved. RuntimeFailure, DeadlineExceeded, Unreachable."""
     before = link.greet(CONFIRM_SECONDS)
-    now = link.call("HELLO", None, CONFIRM_SECONDS)
+    now = link.call("HELLO", deadline=CONFIRM_SECONDS)
     for word in SAME:
         if now.text(word) != before.text(word):
             raise RuntimeFailure(f"the guest says {word} {now.text(word)!r}, and was saved as {before.text(word)!r}")
