@@ -185,7 +185,7 @@ class VmRuntime(OciRuntime):
         try:
             link = shim.connect(self._vm(id))
             try:
-                link.call("SIGNAL", {"id": MAIN, "signal": int(signal.SIGKILL)}, KILL_SECONDS)
+                link.call("SIGNAL", {"id": MAIN, "signal": int(signal.SIGKILL)}, deadline=KILL_SECONDS)
             finally:
                 link.close()
         except (EngineError, OSError) as error:
