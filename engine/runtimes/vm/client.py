@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from engine.errors import DeadlineExceeded, EngineError, RuntimeFailure
@@ -277,8 +278,6 @@ class AgentClient:
 
     def _push(self, data: bytearray, until: float) -> None:
         """Sends from the front of `data` and takes away what went."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLOUT)
         while data:
             if self._failure is not None:
                 raise self._failure
@@ -288,7 +287,10 @@ class AgentClient:
                 left = until - time.monotonic()
                 if left <= 0:
                     raise DeadlineExceeded("the guest's agent takes nothing") from None
-                poll.poll(min(left, 0.5) * 1000)  # a close is noticed soon
+                poll = select.poll()
+                with suppress(ValueError):  # the reader has closed it: why, is said above
+                    poll.register(self._sock, select.POLLOUT)
+                    poll.poll(min(left, 0.5) * 1000)  # a close is noticed soon
             except OSError as error:
                 self._fail(RuntimeFailure(f"the connection to the guest's agent broke: {error}"))
             else:
