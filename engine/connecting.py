@@ -88,7 +88,8 @@ def _leave(containers: Containers, connections: Connections, container: Containe
 
 def finish(containers: Containers, connections: Connections) -> None:
     """After a restart: what `disconnect` had begun. The host may have let go while the config still names the network,
-    which nobody but the note could tell from one that was added for the next start."""
+    which nobody but the note could tell from one that was added for the next start. And a connection that was made, but
+    not recorded, was never acknowledged: it is undone."""
     for id, network in containers.records.leaving():
         try:
             container = containers.records.by_id(id)
@@ -101,6 +102,15 @@ def finish(containers: Containers, connections: Connections) -> None:
         except (EngineError, OSError) as error:
             log.warning("container %s, network %s: leaving it was begun and is not finished: %s", id, network, error)
         containers.records.forget_leaving(id, network)
+    for id, network in connections.added():
+        try:
+            container = containers.records.by_id(id)
+            if network not in _named(container.config):
+                resolv = containers.logs(container.name).current.parents[1] / "resolv.conf"
+                connections.disconnect(id, container.name, network, resolv, container.config)
+                log.warning("container %s: joining network %s was begun, and is undone", container.name, network)
+        except (EngineError, OSError) as error:
+            log.warning("container %s, network %s: joining it was begun and is not undone: %s", id, network, error)
 
 
 def _named(config: ContainerConfig) -> Mapping[str, Endpoint]:

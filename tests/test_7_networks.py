@@ -358,3 +358,50 @@ def test_networks_outlive_the_daemon_and_are_taken_down_by_the_next(tmp_path: Pa
         sea.left_nothing()
         sea.unmount()
         sea.start()
+
+
+def await_netavark(sea: Harbour) -> None:
+    """Until netavark is at work for this store, or was too fast to be seen."""
+    wanted = os.fsencode(sea.state)
+    for _ in range(2000):
+        for entry in Path("/proc").iterdir():
+            try:
+                if (
+                    entry.name.isdigit()
+                    and wanted in (words := (entry / "cmdline").read_bytes())
+                    and b"netavark" in words
+                ):
+                    return
+            except OSError:
+                continue
+
+
+@pytest.mark.timeout(600)
+def test_a_daemon_killed_while_it_connects_and_disconnects(tmp_path: Path) -> None:
+    late = [number * 0.05 for number in range(1, 9)] if os.environ.get("DUTCHMAN_SLOW_TESTS") else []
+    with harboured(tmp_path) as sea:
+        sea.sh("echo 'create front' > networks/ctl; echo 'create back' > networks/ctl")
+        sea.serve("a", "sleep inf", networks=["front"])
+        for seconds in [None, *late]:
+            for verb in ("connect", "disconnect"):
+                asked = subprocess.Popen(
+                    ["sh", "-c", f"echo '{verb} a' > networks/back/ctl"], cwd=sea.mount, stderr=subprocess.DEVNULL
+                )
+                if seconds is None:
+                    await_netavark(sea)
+                else:
+                    time.sleep(seconds)
+                sea.kill()
+                sea.unmount()
+                asked.wait(30)
+                sea.start()
+                told = "back" in sea.read("containers/a/config/networks")
+                rows = "back " in sea.read("containers/a/addresses")
+                there = "eth1" in sea.inside("a", "busybox ip -o link").stdout
+                assert told == rows == there, (
+                    f"{verb}, killed after {seconds}: {told} {rows} {there}\n{sea.log()[-2000:]}"
+                )
+                if told != (verb == "connect"):
+                    sea.sh(f"echo '{verb} a' > networks/back/ctl")
+                assert ("eth1" in sea.inside("a", "busybox ip -o link").stdout) == (verb == "connect")
+        sea.gone("a")
