@@ -401,10 +401,8 @@ class Connections:
         gateways = tuple(gateway for link in links for _, gateway in link.subnets)
         resolv.write_text(resolv_text(replace(RunNetwork(), resolvers=gateways), config))
 
-    def added(self) -> list[tuple[str, str]]:
-        """(container, network) of connections made while it ran."""
-        rows = self._meta.query("SELECT container, network FROM endpoints WHERE NOT started")
-        return [(row["container"], row["network"]) for row in rows]
+    def added(self) -> list[tuple[str, ...]]:  # (container, network) of connections made while it ran
+        return [*map(tuple, self._meta.query("SELECT container, network FROM endpoints WHERE NOT started"))]
 
     # --- start and end of the daemon ------------------------------------------------------------------------------
 

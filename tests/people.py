@@ -61,7 +61,7 @@ class Person:
             "PYTHONPATH": f"{self.base / 'project'}:{self.base / 'packages'}",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        enter = [] if self.group is None else ["sh", "-c", 'echo $$ > "$0" && exec "$@"', self.group / "cgroup.procs"]
+        enter = [] if self.group is None else ["sh", "-c", 'echo $$ > "$0" && exec "$@"', f"{self.group}/cgroup.procs"]
         who = ["setpriv", "--reuid", str(self.uid), "--regid", str(self.gid), "--init-groups"]
         done = subprocess.run(
             [*enter, *who, "bash", "-c", script],
