@@ -408,6 +408,7 @@ def test_an_agent_that_takes_nothing_holds_nobody_beyond_the_deadline() -> None:
     peer.client.close()
 
 
+@pytest.mark.timeout(600)  # the compiler may have to make its own parts first
 def test_the_agent_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     first = agentbuild.build(os.uname().machine, agents.CACHE).read_bytes()
     agentbuild.compile_sources(os.uname().machine, tmp_path / "again")

@@ -152,7 +152,7 @@ def write_archive(output: Path, busybox: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
         raise SystemExit("usage: python tools/demo_image.py OUTPUT [BUSYBOX]")
     found = sys.argv[2] if len(sys.argv) == 3 else shutil.which("busybox")
     if not found:
