@@ -87,7 +87,7 @@ class RootfsMounts:
             return
         points = {point for point, _, _ in host.mounts()}
         for directory in self._containers.iterdir() if self._containers.is_dir() else ():
-            if os.path.abspath(directory / "vm" / "disk") in points:
+            if points & {os.path.abspath(directory / "vm" / "disk"), os.path.abspath(directory)}:
                 self._disks.add(directory.name)
             used = self._written or os.path.abspath(directory / "merged") in points
             if used and (chain := self._chain(directory.name)):
@@ -146,11 +146,13 @@ class RootfsMounts:
             place.mkdir(exist_ok=True, mode=0o700)
             aside, old, point = place / "filling.ext4", self._containers / id / "upper", place / "disk"
             host.unmount(point)  # of one that a killed daemon was filling
+            self._drop_disk(id)
             aside.unlink(missing_ok=True)
             if self._written or not any(old.iterdir()):  # without a mount it is made faster, too
                 self._fill_unmounted(aside, old, chain_id, size)
             else:
                 make_upper(aside, size)
+                self._share(id)
                 mount_upper(aside, point)
                 try:
                     for name in ("upper", "work"):
@@ -159,6 +161,7 @@ class RootfsMounts:
                     copy_tree(old, point / "upper")
                 finally:
                     host.unmount_unused(point)
+                    self._drop_disk(id)
             os.rename(aside, disk)  # from here on the disk counts
             host.fsync_dir(place)
             for entry in old.iterdir():
@@ -185,9 +188,20 @@ class RootfsMounts:
         """Where the container's disk is mounted. Its lock is held."""
         disk, point = self._disk(id), self._disk(id).parent / "disk"
         if not mounted_at(point):
+            self._share(id)
             mount_upper(disk, point)
         self._disks.add(id)
         return point
+
+    def _share(self, id: str) -> None:
+        """Make the container's directory a mount whose events reach copies of it: what is unmounted here goes from
+        other mount namespaces, too, unless they asked for private copies. Else a copy, of a process that has nothing to
+        do with us, would keep the disk from the guest. See mount_namespaces(7)."""
+        directory = self._containers / id
+        self._disks.add(id)
+        if not self._written and not _bound(directory):
+            host.bind(directory, directory)
+            host.mount("none", directory, "none", host.MS_SHARED)
 
     def give_disk(self, id: str) -> None:
         """Let go of the container's disk, so that a guest can have it. Nobody mounts it from here on until `given` says
@@ -228,6 +242,8 @@ class RootfsMounts:
                 if error.errno != errno.EBUSY:
                     raise
                 return
+        if id in self._disks and not self._written and _bound(self._containers / id):
+            host.unmount(self._containers / id)
         self._disks.discard(id)
 
     def mounted(self, id: str) -> bool:
@@ -351,7 +367,7 @@ class RootfsMounts:
         with self._lock(id):
             self._release(id, forget=True)
             host.unmount(self._disk(id).parent / "disk")
-            self._disks.discard(id)
+            self._drop_disk(id)
         with self._guard:
             self._locks.pop(id, None)
 
@@ -362,6 +378,12 @@ class RootfsMounts:
         with ExitStack() as stack:
             for id in ids:
                 stack.callback(self.release, id)  # all are tried; the first error is raised
+
+
+def _bound(directory: Path) -> bool:
+    """Whether it is a mount point; its device is its parent's then, so mounted_at cannot tell."""
+    path = os.path.abspath(directory)
+    return any(point == path for point, _, _ in host.mounts())
 
 
 def _elsewhere(point: Path) -> Busy | None:

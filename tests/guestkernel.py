@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def guest_kernels() -> Kernels:
             kernels.clean()
             kernels.import_(path)
     return kernels
+
+
+def copy_kernels(store: Path) -> None:
+    """Give a store these kernels, without the templates that may be in the making beside them."""
+    ignore = shutil.ignore_patterns("templates", ".*")
+    shutil.copytree(guest_kernels().directory, store / "kernels", symlinks=True, ignore=ignore, dirs_exist_ok=True)
 
 
 def guest_kernel() -> Kernel:

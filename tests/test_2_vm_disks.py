@@ -147,6 +147,23 @@ def test_a_mounted_disk_is_no_guests_even_when_its_daemon_was_killed(store: Stor
     os.close(own(store))
 
 
+@pytest.mark.parametrize("more", [[], ["--user", "--map-root-user"]])
+def test_a_copy_of_the_mount_in_another_namespace_goes_with_it(store: Store, more: list[str]) -> None:
+    store.mounts.use_disk(C)
+    store.mounts.ensure(C, store.chain(b"ahoy"))
+    argv = ["unshare", *more, "--mount", "--propagation", "slave", "sh", "-c", "echo; exec sleep 100"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline()
+            store.mounts.give_disk(C)
+            os.close(own(store))
+        finally:
+            other.kill()
+    store.mounts.given(C)
+    store.mounts.forget(C)
+    assert not [point for point, _, _ in host.mounts() if point.startswith(str(store.root / "containers"))]
+
+
 def test_a_disk_half_filled_by_a_killed_daemon_is_made_anew(store: Store) -> None:
     (store.root / "containers" / C / "upper" / "f").write_text("text")
     place = disk_of(store).parent

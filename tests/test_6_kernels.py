@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from dutchman import demo_archive, wait_for
-from guestkernel import guest_kernel, guest_kernels
+from guestkernel import copy_kernels, guest_kernel
 from mounting import ROOT, Daemon, can_mount
 from runtimebench import bench_of
 from test_2_kernels import vmlinux
@@ -123,7 +123,7 @@ def test_a_kernel_is_used_by_a_machine_that_runs_with_it(tmp_path: Path) -> None
     (tmp_path / "other").write_bytes(vmlinux("1.0.0"))
     daemon = Daemon(tmp_path, runtime="vm")
     daemon.store.mkdir(parents=True, mode=0o700)
-    shutil.copytree(guest_kernels().directory, daemon.store / "kernels", ignore=shutil.ignore_patterns("templates"))
+    copy_kernels(daemon.store)
     with daemon:
         top, web = daemon.mount / "kernels", daemon.mount / "containers" / "web"
         assert [event["found"] for event in events(daemon) if event["type"] == "kernelImported"] == [True]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from dutchman import demo_archive, wait_for
-from guestkernel import guest_kernels
+from guestkernel import copy_kernels
 from mounting import Daemon, can_mount
 from runtimebench import bench_of
 
@@ -26,7 +25,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     bench_of("vm", tmp_path / "bench").close()  # skips where there is no virtual machine
     daemon = Daemon(tmp_path, runtime="oci")
     daemon.store.mkdir(parents=True, mode=0o700)
-    shutil.copytree(guest_kernels().directory, daemon.store / "kernels", ignore=shutil.ignore_patterns("templates"))
+    copy_kernels(daemon.store)
     with daemon:
         daemon.sh(f"echo 'load {demo_archive()}' > images/ctl")
         wait_for(lambda: "demo:1" in os.listdir(daemon.mount / "images"), 60)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from guestkernel import guest_kernels
+from guestkernel import copy_kernels
 from mounting import Daemon, can_mount
 from ociimages import busybox_rootfs_tar
 from runtimebench import SLOW, no_vm, skip_or_fail
@@ -39,8 +38,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         skip_or_fail(why)
     place = tmp_path_factory.mktemp("vmrun")
     (place / "store").mkdir()
-    ignore = shutil.ignore_patterns("templates", ".templates")
-    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True, ignore=ignore)
+    copy_kernels(place / "store")
     with Daemon(place, runtime="vm") as daemon:
         (place / "rootfs.tar").write_bytes(busybox_rootfs_tar())
         daemon.sh(f"echo 'import {place}/rootfs.tar box:1' > images/ctl")

@@ -4,7 +4,6 @@ with the host."""
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from dutchman import demo_archive, wait_for
-from guestkernel import guest_kernels
+from guestkernel import copy_kernels
 from mounting import Daemon, can_mount
 from runtimebench import no_vm, skip_or_fail
 
@@ -41,8 +40,7 @@ def daemon(place: Path) -> Iterator[Daemon]:
     if not virtiofs.find():
         skip_or_fail("virtiofsd is not installed (qemu-system-common)")
     (place / "store").mkdir()
-    ignore = shutil.ignore_patterns("templates", ".templates")
-    shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True, ignore=ignore)
+    copy_kernels(place / "store")
     host = place / "host"
     mounts = (f"{host}:/host", f"{host}:/hostro:ro", f"{host}/one:/etc/one", f"{host}/two:/etc/two:ro", "v:/vol")
     with Daemon(place, runtime="vm", env={"DUTCHMAN_MOUNT": str(place / "mnt")}) as daemon:

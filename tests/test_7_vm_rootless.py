@@ -31,7 +31,8 @@ def given(person: Person) -> None:
         (driver.agents(), person.home / ".cache/dutchman/agents"),
     ):
         person.sh(f"mkdir -p {target.parent}")
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        ignore = shutil.ignore_patterns("templates", ".*")  # what may be in the making beside them
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignore)
         for entry in (target, *target.rglob("*")):
             os.chown(entry, person.uid, person.gid)
 

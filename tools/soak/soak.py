@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from engines import add_busybox
-from guestkernel import guest_kernels
+from guestkernel import copy_kernels
 from mounting import Daemon
 
 from engine import host
@@ -108,7 +108,7 @@ class Soak:
         with Engine(place / "store", runtime="oci") as engine:
             add_busybox(engine)
         if runtime == "vm":
-            shutil.copytree(guest_kernels().directory, place / "store" / "kernels", symlinks=True, dirs_exist_ok=True)
+            copy_kernels(place / "store")
         self.daemon = Daemon(place, runtime=runtime)
         self.begin = time.monotonic()
 
