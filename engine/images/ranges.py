@@ -146,6 +146,9 @@ class RemoteLayer:
             raise DeadlineExceeded("the registry is busy with earlier reads", at=self.entry.digest)
         with self._lock:
             known = self._fetches.get(number)
+            if known is None and self._good[number]:  # it came since the reader looked
+                known = _Fetch([number])
+                known.done.set()
             if known is not None or self._closed:
                 self._slots.release()
                 if known is not None:
