@@ -9,12 +9,12 @@ admin-guide/cgroup-v2.rst (cgroup.procs).
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.runtimes import cgroups
 from engine.runtimes.cgroups import Cgroups
+from engine.runtimes.probing import children
 from engine.runtimes.vm.protocol import ProtocolError, Values
 
 MAX_PROCESSES = 4096  # that are shown
@@ -62,23 +62,15 @@ def members(pid: int) -> set[int]:
     """
     shared = _namespace("self")
     own = _namespace(str(pid))
-    children: dict[int, list[int]] = defaultdict(list)
+    below = children()
     todo = [pid]
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        try:
-            text = Path(f"/proc/{name}/stat").read_bytes()
-        except OSError:
-            continue  # ended meanwhile
-        children[int(text[text.rindex(b")") + 2 :].split()[1])].append(int(name))
-        if own is not None and own != shared and _namespace(name) == own:
-            todo.append(int(name))
+    if own is not None and own != shared:
+        todo += [other for pids in below.values() for other in pids if _namespace(str(other)) == own]
     found: set[int] = set()
     while todo:
         if (next_ := todo.pop()) not in found:
             found.add(next_)
-            todo += children.get(next_, ())
+            todo += below.get(next_, ())
     return found
 
 

@@ -142,21 +142,27 @@ def _send(pidfd: int, number: int) -> None:
             pass
 
 
-def descendants(root: int) -> list[int]:
-    """The pids of all processes below `root` (proc(5), /proc/pid/stat field 4)."""
-    children: dict[int, list[int]] = defaultdict(list)
+def children() -> dict[int, list[int]]:
+    """The pids of all processes by that of their parent (proc(5), /proc/pid/stat field 4)."""
+    found: dict[int, list[int]] = defaultdict(list)
     for name in os.listdir("/proc"):
         if not name.isdecimal():
             continue
         try:
             text = Path(f"/proc/{name}/stat").read_bytes()
         except OSError:
-            continue
-        children[int(text[text.rindex(b")") + 2 :].split()[1])].append(int(name))
+            continue  # ended meanwhile
+        found[int(text[text.rindex(b")") + 2 :].split()[1])].append(int(name))
+    return found
+
+
+def descendants(root: int) -> list[int]:
+    """The pids of all processes below `root`."""
+    parents = children()
     out: list[int] = []
     todo = [root]
     while todo:
-        below = children.get(todo.pop(), [])
+        below = parents.get(todo.pop(), [])
         out += below
         todo += below
     return out
