@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -356,3 +356,21 @@ def one_line(error: EngineError) -> str:
     at = f": {error.at}" if error.at and error.at not in error.reason else ""
     hint = f" ({error.hint})" if error.hint else ""
     return " ".join(f"{error.reason}{at}{hint}".split())
+
+
+def remove_each(task: Task, names: Iterable[str], remove: Callable[[str], object], kind: str) -> str:
+    """The work of a prune: remove what has these names. What is gone already counts as nothing, what is in use since or
+    cannot be removed stays, and the log says why."""
+    done = failed = 0
+    for name in names:
+        task.check()
+        try:
+            remove(name)
+            done += 1
+            task.log(f"removed {name}")
+        except NotFound:
+            pass
+        except (EngineError, OSError) as error:
+            failed += 1
+            task.log(f"{name} stays: {error}")
+    return f"{done} {kind} removed" + (f", {failed} stay: see the job's log" if failed else "")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 
 from engine import plans
-from engine.errors import EngineError, NotFound
-from engine.jobs import Task
+from engine.jobs import Task, remove_each
 from engine.kernels import Kernel, Kernels
 
 WHERE = "kernels/plan"
@@ -49,16 +48,4 @@ def check(kernels: Kernels, digest: str) -> None:
 def run(kernels: Kernels, digest: str, task: Task) -> str:
     """Remove exactly what the plan with this hash lists, but for what has been taken into use since."""
     check(kernels, digest)
-    done = failed = 0
-    for kernel in kernels.unused():
-        task.check()
-        try:
-            kernels.remove(kernel.name)
-            done += 1
-            task.log(f"removed {kernel.name}")
-        except NotFound:
-            pass
-        except (EngineError, OSError) as error:
-            failed += 1
-            task.log(f"{kernel.name} stays: {error}")
-    return f"{done} kernels removed" + (f", {failed} stay: see the job's log" if failed else "")
+    return remove_each(task, [kernel.name for kernel in kernels.unused()], kernels.remove, "kernels")

@@ -8,9 +8,8 @@ Thread-safe.
 from __future__ import annotations
 
 from engine import plans
-from engine.errors import EngineError, NotFound
 from engine.events import rfc3339
-from engine.jobs import Task
+from engine.jobs import Task, remove_each
 from engine.volumes import Volume, Volumes
 
 WHERE = "volumes/plan"
@@ -41,16 +40,4 @@ def check(volumes: Volumes, digest: str) -> None:
 def run(volumes: Volumes, digest: str, task: Task) -> str:
     """Remove exactly what the plan with this hash lists, but for what has been taken into use since."""
     check(volumes, digest)
-    done = failed = 0
-    for volume in volumes.unused():
-        task.check()
-        try:
-            volumes.remove(volume.name)
-            done += 1
-            task.log(f"removed {volume.name}")
-        except NotFound:
-            pass
-        except (EngineError, OSError) as error:
-            failed += 1
-            task.log(f"{volume.name} stays: {error}")
-    return f"{done} volumes removed" + (f", {failed} stay: see the job's log" if failed else "")
+    return remove_each(task, [volume.name for volume in volumes.unused()], volumes.remove, "volumes")
