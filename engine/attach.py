@@ -40,7 +40,7 @@ from engine.walk import FLAGS, walk
 log = logging.getLogger(__name__)
 
 MAX_OWNED = 1_000_000  # entries whose owner `U` changes
-# directories of the host that `U` never gives away (podman refuses the same)
+# directories of the host that `U` never gives away, nor `z` relabels (podman refuses the same)
 _SYSTEM = """/ /bin /boot /dev /etc /home /lib /lib64 /media /mnt /opt /proc /root /run /sbin /srv /sys /tmp /usr
     /usr/bin /usr/lib /usr/local /usr/sbin /usr/share /var /var/cache /var/lib /var/log /var/run /var/tmp"""
 NOT_OURS = frozenset(_SYSTEM.split())
@@ -170,11 +170,16 @@ class Attachments:
             source = bind_source(item)
             if item.propagation is not None:
                 _check_propagation(source, item.propagation)
-            if item.selinux is not None:
-                self._label(source, out)
+            label = item.selinux is not None and _selinux(out)
+            if host.LINUX and (item.own or label):  # what is changed is what is mounted, by one look
+                what = "U" if item.own else "z and Z"
+                shared = item.propagation in (Propagation.SHARED, Propagation.RSHARED)
+                source = stack.enter_context(
+                    self._places.held(source, lambda path: _check_ours(path, what), shared=shared)
+                )
+            if label:
+                _label(source)
             if item.own:
-                if host.LINUX and item.propagation is None:  # what is given away is what is mounted, by one look
-                    source = stack.enter_context(self._places.held(source, _check_ours))
                 give(source, rootfs, user)
             if item.idmap:
                 source = stack.enter_context(
@@ -201,16 +206,6 @@ class Attachments:
             who = identify(rootfs, user)
             source = stack.enter_context(self._places.mapped(source, item.idmap, who, f"volume {item.source}"))
         return Mount(item.type, source, item.target, item.read_only or volume.read_only)
-
-    @staticmethod
-    def _label(source: Path, out: Attached) -> None:
-        if not Path("/sys/fs/selinux/enforce").exists():
-            note = "z and Z do nothing: SELinux is not enabled on this host"
-            if note not in out.notes:
-                out.notes.append(note)
-            return
-        _each(source, lambda name, fd: os.setxattr(_place(name, fd), "security.selinux", CONTAINER_LABEL,
-                                                   follow_symlinks=False))  # fmt: skip
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -300,6 +295,21 @@ def _check_propagation(source: Path, wanted: Propagation) -> None:
 # --- owners and labels ------------------------------------------------------------------------------------------------
 
 
+def _selinux(out: Attached) -> bool:
+    """Whether labels mean something here; noted where they do not."""
+    if Path("/sys/fs/selinux/enforce").exists():
+        return True
+    note = "z and Z do nothing: SELinux is not enabled on this host"
+    if note not in out.notes:
+        out.notes.append(note)
+    return False
+
+
+def _label(source: Path) -> None:
+    _each(source, lambda name, fd: os.setxattr(_place(name, fd), "security.selinux", CONTAINER_LABEL,
+                                               follow_symlinks=False))  # fmt: skip
+
+
 def _place(name: bytes, fd: int) -> bytes:
     return b"/proc/self/fd/%d/" % fd + name
 
@@ -326,14 +336,17 @@ def _each(source: Path, change: Callable[[bytes, int], None]) -> None:
         os.close(parent)
 
 
-def _check_ours(path: str) -> None:
+def _check_ours(path: str, what: str) -> None:
     if path in NOT_OURS:
-        raise InvalidArgument(f"volumes: U: {path} belongs to the system and stays its own", at=path)
+        raise InvalidArgument(
+            f"volumes: {what}: {path} belongs to the system and stays its own", at=path,
+            hint="mount a directory of your own below it",
+        )  # fmt: skip
 
 
 def give(source: Path, rootfs: Path, user: str) -> None:
     """`U`: make the container's user the owner of all of `source`. InvalidArgument for a directory of the system."""
-    _check_ours(str(source.resolve()))
+    _check_ours(str(source.resolve()), "U")
     who = identify(rootfs, user)
 
     def change(name: bytes, fd: int) -> None:

@@ -28,7 +28,8 @@ MACOS = sys.platform == "darwin"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # mount(2), fsopen(2) and friends: <sys/mount.h>, <linux/mount.h>
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_SHARED = 1, 2, 4, 32, 4096, 16384, 1 << 20
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 32, 4096, 16384
+MS_PRIVATE, MS_SHARED = 1 << 18, 1 << 20
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6

@@ -1,7 +1,8 @@
 """Places of our own that a start's sources are bound to while the runtime mounts them. Floor 3.
 
 Only here: a path inside a volume, and what has its owners mapped or changed. Whoever writes to a source cannot exchange
-it between the look and the mount. Thread-safe; a place that a killed start left is taken down by `clear`.
+it between the look and the mount. A place lies in a private mount of its own, so that it appears in no other mount
+namespace. Thread-safe; a place that a killed start left is taken down by `clear`.
 """
 
 from __future__ import annotations
@@ -48,42 +49,52 @@ class Staging:
             yield place
 
     @contextmanager
-    def held(self, source: Path, check: Callable[[str], None]) -> Iterator[Path]:
-        """What `source` is now, whatever takes its name meanwhile. `check` is called with its real path."""
+    def held(self, source: Path, check: Callable[[str], None], *, shared: bool = False) -> Iterator[Path]:
+        """What `source` is now, whatever takes its name meanwhile. `check` is called with its real path. `shared`: what
+        is mounted in the one is seen in the other."""
         fd = os.open(source, O_PATH | os.O_CLOEXEC)
         try:
             check(os.path.realpath(f"/proc/self/fd/{fd}"))
         except BaseException:
             os.close(fd)
             raise
-        with self._bound(fd, lambda place: idmap.bind_tree(fd, place, None)) as place:
+        with self._bound(fd, lambda place: idmap.bind_tree(fd, place, None, shared=shared)) as place:
             yield place
 
     @contextmanager
     def _bound(self, fd: int, bind: Callable[[Path], None]) -> Iterator[Path]:
         """A place where `bind` bound what `fd`, which is closed, is: a directory or a file."""
         try:
-            place = Path(tempfile.mkdtemp(dir=self._directory)) / "source"
+            above = Path(tempfile.mkdtemp(dir=self._directory))
         except OSError:
             os.close(fd)
             raise
+        place = above / "source"
         try:
             try:
                 if stat.S_ISDIR(os.fstat(fd).st_mode):
                     place.mkdir()
                 else:
                     place.touch()
+                host.bind(above, above)
+                host.mount("none", above, "none", host.MS_PRIVATE)
                 bind(place)
             finally:
                 os.close(fd)
             yield place
         finally:
-            host.unmount(place)
-            host.remove_tree(place.parent)
+            _take_down(above)
 
     def clear(self) -> None:
         """After a restart: take down what a start that was killed left."""
-        for place in self._directory.iterdir():
-            while host.LINUX and host.is_mounted(Path(os.path.realpath(place / "source"))):
-                host.unmount(place / "source")
-            host.remove_tree(place)
+        for above in self._directory.iterdir():
+            _take_down(above)
+
+
+def _take_down(above: Path) -> None:
+    """Private first: what is shared with a source would be taken down there, too."""
+    for point in (Path(os.path.realpath(above / "source")), Path(os.path.realpath(above))):
+        while host.LINUX and host.is_mounted(point):
+            host.mount("none", point, "none", host.MS_REC | host.MS_PRIVATE)
+            host.unmount(point)
+    host.remove_tree(above)

@@ -22,6 +22,7 @@ from engine.engine import Engine
 from engine.errors import Busy, EngineError, InvalidArgument, NotFound, Unsupported
 from engine.images.archive import load
 from engine.mounts import mount_of
+from engine.staging import Staging
 from engine.treecopy import copy_tree
 
 IMAGE = "docker.io/library/mounts:1"
@@ -184,6 +185,55 @@ def ram(tmp_path: Path) -> Iterator[Path]:
     yield place
     while host.is_mounted(place):
         host.unmount(place)
+
+
+def test_u_and_propagation_go_by_the_same_look(
+    engine: Engine, ram: Path, ran: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given away is what is mounted, with what is mounted in it before and after, on either side."""
+    source, away, secret = ram / "src", ram / "away", ram / "secret"
+    for place in (source, source / "sub", source / "later", source / "inner", secret):
+        place.mkdir()
+    host.mount("tmpfs", source / "sub", "tmpfs", 0, "size=1m")
+
+    def swap(*given: Any) -> None:
+        source.rename(away)
+        os.symlink(secret, source)
+        give(*given)
+
+    monkeypatch.setattr(attach, "give", swap)
+    try:
+        engine.containers.run(IMAGE, "spread", ["sleep", "600"], user="65534", volumes=[f"{source}:/mine:U,rshared"])
+        assert (os.stat(away).st_uid, os.stat(secret).st_uid) == (65534, 0)
+        assert not list((engine.store / "run/sources").iterdir()) and host.is_mounted(away / "sub")
+        host.mount("tmpfs", away / "later", "tmpfs", 0, "size=1m")
+        pid = engine.containers.get("spread").pid
+        assert sorted(os.listdir(f"/proc/{pid}/root/mine")) == ["inner", "later", "sub"]
+        for name in ("sub", "later"):
+            assert os.path.samestat(os.stat(away / name), os.stat(f"/proc/{pid}/root/mine/{name}")), name
+        inside = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root=/proc/{pid}/root"]
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "none", "/mine/inner"], check=True, timeout=30)
+        assert host.is_mounted(away / "inner")
+        engine.containers.remove("spread", force=True)
+        assert host.is_mounted(away / "sub") and host.is_mounted(away / "later")
+    finally:
+        for name in ("sub", "later", "inner"):
+            host.unmount(away / name)
+
+
+def test_a_killed_start_leaves_nothing_and_takes_nothing_down(engine: Engine, ram: Path) -> None:
+    (ram / "src" / "sub").mkdir(parents=True)
+    host.mount("tmpfs", ram / "src" / "sub", "tmpfs", 0, "size=1m")
+    try:
+        staging = Staging(engine.store / "run/sources")
+        left = staging.held(ram / "src", lambda path: None, shared=True)
+        place = left.__enter__()
+        assert host.is_mounted(place / "sub")
+        staging.clear()
+        assert host.is_mounted(ram / "src" / "sub") and not list((engine.store / "run/sources").iterdir())
+        left.__exit__(None, None, None)
+    finally:
+        host.unmount(ram / "src" / "sub")
 
 
 def owned(place: Path, uid: int, gid: int) -> Path:

@@ -83,18 +83,19 @@ def _call(number: int, fd: int, *args: Any) -> int:
     return result
 
 
-def bind_tree(source: int, target: Path, namespace: int | None) -> None:
+def bind_tree(source: int, target: Path, namespace: int | None, *, shared: bool = False) -> None:
     """Bind what the fd `source` is, and what is mounted below it, over `target`, with owners mapped as the user
     namespace of the fd `namespace` maps them: its inner ids are those on the disk. EINVAL: a file system cannot.
 
-    A slave of the original: taking it down takes down nothing that is mounted below `source`.
+    A slave of the original: taking it down takes down nothing that is mounted below `source`. With `shared` what is
+    mounted in it appears in the original, too, where that is a shared mount: make it private before it is taken down.
     """
     if not host.LINUX:
         raise OSError(errno.ENOSYS, "that needs a Linux host")
     tree = _call(_SYS_OPEN_TREE, source, _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH | _AT_RECURSIVE)
     try:
         attributes = 0 if namespace is None else _MOUNT_ATTR_IDMAP
-        change = struct.pack("<QQQQ", attributes, 0, _MS_SLAVE, namespace or 0)  # struct mount_attr
+        change = struct.pack("<QQQQ", attributes, 0, 0 if shared else _MS_SLAVE, namespace or 0)  # struct mount_attr
         _call(_SYS_MOUNT_SETATTR, tree, _AT_EMPTY_PATH | _AT_RECURSIVE, change, len(change))
         _call(_SYS_MOVE_MOUNT, tree, _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
     finally:
