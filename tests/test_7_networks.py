@@ -173,6 +173,12 @@ def test_containers_find_each_other_and_the_host_finds_what_is_published(sea: Ha
         "81/tcp 127.0.0.2:9001",
         "80/udp 0.0.0.0:90",
     ]
+    # whoever joins or leaves, the bridge keeps its address: else the others would send to the one of old
+    bridge = sea.read("networks/dutchman/bridge")
+    link = sea.host(f"ip -o link show {bridge}")
+    sea.host(f"ip link add low address 00:00:00:00:00:02 type veth peer name high; ip link set low up master {bridge}")
+    assert sea.host(f"ip -o link show {bridge}").split("link/")[1] == link.split("link/")[1]
+    sea.host("ip link del low")
     gateway = sea.read("networks/dutchman/gateway")
     for name in ("web", "www", sea.read("containers/web/id")[:12]):
         sea.finds("cl", name, address)

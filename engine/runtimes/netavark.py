@@ -3,7 +3,8 @@
 Only here: where the programs are, the JSON they are given, and what they leave behind after the last container. Source
 of the format: netavark's src/network/types.rs (1.4). netavark finds nothing out by itself and remembers nothing: what
 it is given to set up, it must be given again to take down. aardvark-dns runs while a network has containers, with the
-files of `state`, and outlives the daemon. Calls are made one at a time: netavark does not expect company.
+files of `state`, and outlives the daemon. Calls are made one at a time: netavark does not expect company, so what a
+killed daemon had asked of it is awaited before the first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from engine.errors import DeadlineExceeded, RuntimeFailure, Unsupported
 from engine.netconfig import PortSpec
 from engine.programs import run_helper
 from engine.runtimes.netbase import Link
+from engine.runtimes.netns import inside, pin_address
 from engine.runtimes.slirp import Uplink
 from engine.userids import rootless
 
@@ -56,6 +59,7 @@ class Netavark:
         self._state = state
         self._uplink = uplink
         self._lock = threading.Lock()  # one call at a time
+        self._alone = False  # no call of an earlier daemon is under way any more
         self._program, self._resolver = find("netavark"), find("aardvark-dns")
         self._iptables = find("iptables", SBIN)
 
@@ -87,9 +91,22 @@ class Netavark:
         with self._lock:
             self._forget_dead_resolver()
             answer = self._call("setup", netns, self._options(id, name, links, ports, dns))
+            self._pin([link.bridge for link in links])
             if self._resolver is not None:
                 self._await_resolver([gateway for link in links for _, gateway in link.subnets if ":" not in gateway])
         log.debug("network of %s: %s", id, answer)
+
+    def _pin(self, bridges: Sequence[str]) -> None:
+        """Releases before 1.9 leave a bridge the changing address of its ports."""
+
+        def work() -> None:
+            for bridge in bridges:
+                pin_address(bridge)
+
+        try:
+            work() if self._uplink is None else inside(Path(self._uplink.namespace()), work)
+        except OSError as error:
+            raise RuntimeFailure(f"the bridge's address cannot be kept: {error}") from error
 
     def teardown(
         self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
@@ -140,6 +157,7 @@ class Netavark:
         if why := self.missing():
             raise Unsupported(why, hint="apt-get install netavark aardvark-dns iptables")
         assert self._program is not None
+        self._await_orphans()
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         argv = [*self._prefix(), self._program, "--config", str(self._state)]
         argv += ["--aardvark-binary", self._resolver or "/nonexistent/aardvark-dns", verb, str(netns)]
@@ -158,6 +176,17 @@ class Netavark:
             words = _words(out, said) or f"exit status {code}"
             raise RuntimeFailure(f"netavark {verb}: {words}", hint="without networks: echo none > config/networks")
         return out.decode(errors="replace")
+
+    def _await_orphans(self) -> None:
+        """Once: until no netavark of this store runs that a daemon had started which was killed."""
+        deadline = time.monotonic() + DEADLINE
+        while not self._alone:
+            self._alone = not any(os.fsencode(self._state) in words for words in _command_lines())
+            if not self._alone:
+                if time.monotonic() >= deadline:
+                    log.warning("a netavark that an earlier daemon had started does not end")
+                    return
+                time.sleep(0.01)
 
     def _prefix(self) -> list[str]:
         return [] if self._uplink is None else self._uplink.prefix()
@@ -259,6 +288,14 @@ def _jump(line: str, chains: Mapping[str, Sequence[str]]) -> str:
     if words[0] != "-A" or words[-2:-1] != ["-j"] or words[1] in chains:
         return ""
     return f"-D {line[3:]}" if words[-1] in chains else ""
+
+
+def _command_lines() -> Iterator[list[bytes]]:
+    """Of every process there is."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with suppress(OSError):
+                yield Path(entry.path, "cmdline").read_bytes().split(b"\0")
 
 
 def _words(out: bytes, said: bytes) -> str:

@@ -1,6 +1,7 @@
 """Network namespaces with a name: made before the container's process is, kept by a bind mount. Floor 2.
 
-Only here: unshare(CLONE_NEWNET) and the removal of a bridge that nobody else removed. Linux, root.
+Only here: unshare(CLONE_NEWNET), setns(2) into one, and what is done to a bridge by hand: its removal where nobody else
+removed it, and that it keeps its address. Linux, root (or root of a user namespace that owns the network).
 Thread-safe, no state.
 """
 
@@ -21,6 +22,7 @@ from engine import host
 
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCBRDELBR = 0x8913, 0x8914, 0x89A1  # <linux/sockios.h>
+SIOCGIFHWADDR, SIOCSIFHWADDR = 0x8927, 0x8924
 IFF_UP = 1
 
 
@@ -67,6 +69,23 @@ def on_a_thread(work: Callable[[], None]) -> None:
         raise failed[0]
 
 
+def inside(namespace: Path, work: Callable[[], None]) -> None:
+    """Run `work` in the network namespace at a path."""
+
+    def enter() -> None:
+        fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(fd, CLONE_NEWNET) < 0:
+                number = ctypes.get_errno()
+                raise OSError(number, f"setns: {os.strerror(number)}", str(namespace))
+        finally:
+            os.close(fd)
+        work()
+
+    on_a_thread(enter)
+
+
 def remove(path: Path) -> None:
     """Let go of the namespace at `path`; interfaces in it end with its last process. Idempotent."""
     host.unmount(path)
@@ -99,3 +118,15 @@ def delete_bridge(name: str) -> None:
         except OSError as error:
             if error.errno not in (errno.ENODEV, errno.ENXIO):
                 raise
+
+
+def pin_address(bridge: str) -> None:
+    """Have a bridge keep the hardware address it has. OSError when there is none of that name.
+
+    The kernel gives a bridge the lowest address of its ports until somebody sets one, be it the same. When that port
+    goes, everybody else would send to the gateway's address of old until their neighbour entry is doubted: packets
+    are lost for half a minute and longer.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        answer = fcntl.ioctl(control, SIOCGIFHWADDR, struct.pack("16s24x", bridge.encode()[:15]))
+        fcntl.ioctl(control, SIOCSIFHWADDR, answer)

@@ -12,19 +12,18 @@ Nothing is to be taken down: the tap ends with QEMU, everything else with the na
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import RuntimeFailure, Unsupported
 from engine.programs import run_helper
-from engine.runtimes.netns import CLONE_NEWNET, on_a_thread
+from engine.runtimes.netns import inside
 
 PATHS = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 DEADLINE = 10.0  # seconds for one call of ip
@@ -67,7 +66,7 @@ def make_taps(namespace: Path, count: int) -> list[int]:
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", f"tap{number}".encode(), flags))
 
     try:
-        _inside(namespace, work)
+        inside(namespace, work)
     except BaseException:
         for fd in made:
             os.close(fd)
@@ -136,23 +135,6 @@ def _ip(namespace: Path, arguments: Sequence[str], stdin: str = "") -> str:
         words = " ".join(said.decode(errors="replace").split())[:500]
         raise RuntimeFailure(f"ip {' '.join(arguments)}: {words or f'exit status {code}'}")
     return out.decode(errors="replace")
-
-
-def _inside(namespace: Path, work: Callable[[], None]) -> None:
-    """Run `work` in the network namespace."""
-
-    def enter() -> None:
-        fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(fd, CLONE_NEWNET) < 0:
-                number = ctypes.get_errno()
-                raise OSError(number, f"setns: {os.strerror(number)}", str(namespace))
-        finally:
-            os.close(fd)
-        work()
-
-    on_a_thread(enter)
 
 
 def words(interface: Interface) -> dict[str, Any]:
