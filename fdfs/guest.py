@@ -20,7 +20,8 @@ from typing import Any
 
 from engine import userids
 from engine.errors import ReadOnly
-from engine.runtimes.vm.guestfiles import GuestFile, GuestFiles
+from engine.runtimes.vm.guestfiles import GuestFiles
+from engine.runtimes.vm.openfile import GuestFile
 from engine.runtimes.vm.protocol import Attr as Found
 from engine.runtimes.vm.protocol import ProtocolError, parse_attr
 from fdfs import unlinked
@@ -121,6 +122,8 @@ class GuestGraft:
             attr = to_attr(parse_attr(values.need("attr")), self._mix)
             return attr._replace(nlink=attr.nlink + 1)  # libfuse takes the name it made up off again
         found = self._files.stat(self._root, path)
+        if not path:  # one number, whether or not the guest has told its own yet
+            return to_attr(found, self._mix)._replace(ino=self._mix + 1)
         if not self._shown(found):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
         return to_attr(found, self._mix)

@@ -54,7 +54,8 @@ class GuestFiles:
                 raise ProtocolError("LIST goes on without an entry")
             try:
                 for entry in values.all("entry"):
-                    yield protocol.parse_entry(entry)
+                    name, attr, _ = protocol.parse_entry(entry)
+                    yield os.fsdecode(name), attr
             except GeneratorExit:
                 if handle is not None:
                     self._call("CLOSE", {"handle": handle})

@@ -98,11 +98,18 @@ def test_answers_are_checked() -> None:
         protocol.parse_exit(struct.pack("<iI", 256, 0))
 
 
-@pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"a\0b", b"x" * 256])
+@pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"\0user.a", b"x" * 256])
 def test_an_entry_of_a_directory_has_a_name(name: bytes) -> None:
     with pytest.raises(ProtocolError, match="a directory entry"):
         protocol.parse_entry(bytes(protocol.ATTR.size) + name)
-    assert protocol.parse_entry(bytes(protocol.ATTR.size) + b"\xff")[0] == "\udcff"
+    attr = bytes(protocol.ATTR.size)
+    assert protocol.parse_entry(attr + b"\xff")[::2] == (b"\xff", None)
+    assert protocol.parse_entry(attr + b"a\0")[::2] == (b"a", ())
+    assert protocol.parse_entry(attr + b"a\0user.a\0user.b")[::2] == (b"a", (b"user.a", b"user.b"))
+    with pytest.raises(ProtocolError, match="names of xattrs"):
+        protocol.parse_entry(attr + b"a\0user.a\0")
+    with pytest.raises(ProtocolError, match="times of a directory of 3 bytes"):
+        protocol.parse_folder(b"abc")
 
 
 def test_credit_has_bounds() -> None:

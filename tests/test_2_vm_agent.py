@@ -30,7 +30,7 @@ from engine.runtimes.vm.protocol import ProtocolError, Side, Type, fields, frame
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces without a user namespace need root")
 WAIT = 60.0
-HELLO = frame(Type.HELLO, 0, protocol.pack_words([b"version=1", b"build=x"]))
+HELLO = frame(Type.HELLO, 0, protocol.pack_words([b"version=%d" % protocol.VERSION, b"build=x"]))
 
 
 @pytest.fixture

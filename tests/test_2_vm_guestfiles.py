@@ -6,15 +6,16 @@ import errno
 import os
 import socket
 import stat
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from engine.errors import DeadlineExceeded, Unreachable
-from engine.runtimes.vm import guestfiles, protocol
+from engine.runtimes.vm import beliefs, guestfiles, protocol
 from engine.runtimes.vm.guestfiles import GuestFiles
 from engine.runtimes.vm.protocol import ATTR, Parser, Side, Type, Values
 from fdfs.guest import GuestGraft
@@ -34,7 +35,8 @@ class Agent:
         self._lists: dict[int, list[bytes]] = {}
         self._next = 7
         connection.sendall(protocol.frame(Type.HELLO, 0, _words(version=protocol.VERSION)))
-        threading.Thread(target=self._serve, daemon=True).start()
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
 
     def _serve(self) -> None:
         parser = Parser(Side.HOST)
@@ -60,7 +62,22 @@ class Agent:
             st.st_ino, st.st_size, st.st_blocks, st.st_atime_ns, st.st_mtime_ns, st.st_ctime_ns,
         )  # fmt: skip
 
+    def _told(self, at: bytes | int) -> bytes:
+        return _words(attr=self._attr(at), names=b"user.one")
+
+    def _folder(self, path: bytes) -> bytes:
+        st = os.stat(path)
+        return struct.pack("<2q", st.st_mtime_ns, st.st_ctime_ns)
+
+    def _entry(self, values: Values, act: Callable[[], None]) -> bytes:
+        folder = os.path.dirname(self._path(values))
+        before = self._folder(folder)
+        act()
+        return _words(folder=before + self._folder(folder))
+
     def _do(self, verb: str, values: Values) -> bytes:
+        for done in values.all("done"):
+            os.close(self._fds.pop(int(done)))
         handle = values.get("handle")
         fd = self._fds.get(int(handle), -1) if handle is not None else -1
         if verb in ("CLOSE", "ROOT"):
@@ -68,48 +85,61 @@ class Agent:
                 os.close(self._fds.pop(int(handle or b"")))
             return b""
         if verb == "STAT":
-            return _words(attr=self._attr(fd if handle is not None else self._path(values)))
+            return self._told(fd if handle is not None else self._path(values))
         if verb == "LIST":
             if handle is not None:
                 names = self._lists.pop(int(handle))
             else:
+                folder = self._folder(self._path(values))
                 names = sorted(os.listdir(self._path(values)))
                 self._listed = self._path(values)
             now, later = names[: self.page], names[self.page :]
-            out = [b"entry=" + self._attr(os.path.join(self._listed, name)) + name for name in now]
+            out = [b"entry=" + self._attr(os.path.join(self._listed, name)) + name + b"\0user.one" for name in now]
             if self.name:
                 out.append(b"entry=" + self._attr(self._listed) + self.name)
             if later:
                 self._next += 1
                 self._lists[self._next] = later
                 out.append(b"handle=%d" % self._next)
+            elif handle is None:
+                out.append(b"folder=" + folder + self._folder(self._listed))
             return protocol.pack_words(out)
         if verb == "OPEN":
             letters = values.text("flags")
             flags = os.O_RDWR if "w" in letters else os.O_RDONLY
             flags |= (os.O_TRUNC if "t" in letters else 0) | (os.O_CREAT if "c" in letters else 0)
-            opened = os.open(self._path(values), flags | os.O_NOFOLLOW, int(values.text("mode", "644"), 8))
+            path = self._path(values)
+            new, before = not os.path.lexists(path), self._folder(os.path.dirname(path))
+            opened = os.open(path, flags | os.O_NOFOLLOW, int(values.text("mode", "644"), 8))
             self._next += 1
             self._fds[self._next] = opened
-            return _words(handle=self._next, attr=self._attr(opened))
+            size, early = os.fstat(opened).st_size, values.text("early")
+            told = _words(handle=self._next) + self._told(opened)
+            if early and size <= int(early):
+                told += _words(data=os.pread(opened, size, 0))
+            return told + (_words(folder=before + self._folder(os.path.dirname(path))) if new else b"")
         if verb == "READ":
             return _words(data=os.pread(fd, values.number("size"), values.number("offset")))
         if verb == "WRITE" and self.full.is_set():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if verb == "WRITE":
-            return _words(size=os.pwrite(fd, values.need("data"), values.number("offset")))
+            size = os.pwrite(fd, values.need("data"), values.number("offset"))
+            return _words(size=size, attr=self._attr(fd))
         if verb == "TRUNCATE":
             os.truncate(fd if handle is not None else self._path(values), values.number("size"))
-        elif verb == "READLINK":
+            return b"" if handle is not None else self._told(self._path(values))
+        if verb == "READLINK":
             return _words(target=os.readlink(self._path(values)))
-        elif verb == "UNLINK":
-            os.unlink(self._path(values))
-        elif verb == "MKDIRAT":
-            os.mkdir(self._path(values), int(values.text("mode"), 8))
-        elif verb == "RENAME":
+        if verb == "UNLINK":
+            return self._entry(values, lambda: os.unlink(self._path(values)))
+        if verb == "MKDIRAT":
+            made = self._entry(values, lambda: os.mkdir(self._path(values), int(values.text("mode"), 8)))
+            return made + self._told(self._path(values))
+        if verb == "RENAME":
             os.rename(self._path(values), self._path(values, "to"))
         elif verb == "CHMOD":
             os.chmod(self._path(values), int(values.text("mode"), 8))
+            return self._told(self._path(values)) + self._entry(values, lambda: None)
         elif verb == "LISTXATTR":
             return _words(name=b"user.one")
         elif verb == "GETXATTR":
@@ -132,6 +162,8 @@ def agent(tmp_path: Path) -> Iterator[tuple[Agent, GuestFiles, GuestGraft, Path]
     files = GuestFiles(tmp_path / "agent.sock", connect=lambda: ours)
     yield played, files, GuestGraft(files, "container", writable=True), root
     files.close()
+    ours.close()  # of who never connected
+    played.thread.join()
     its.close()
 
 
@@ -204,6 +236,71 @@ def test_a_big_file_is_written_behind_and_read_ahead(agent: Parts) -> None:
     handle.close()
 
 
+def test_a_file_that_is_brought_costs_no_more_calls_than_things_done_to_it(
+    agent: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beliefs, "FRESH", 60.0)
+    monkeypatch.setattr(guestfiles, "DONE_SECONDS", 60.0)
+    played, _, graft, root = agent
+    graft.change("mkdir", b"d", 0o755)
+    for name in (b"d/a", b"d/b", b"d/c"):
+        played.asked.clear()
+        assert missing(graft, name)
+        handle = graft.change("create", name, 0o644, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        assert handle.attr().size == 0
+        assert graft.listxattr(name) == [b"user.one"]
+        handle.write(b"content", 0)
+        assert (handle.attr().size, graft.getattr(name).size) == (7, 7)
+        graft.change("chmod", name, 0o600)
+        assert graft.getattr(name).mode & 0o777 == 0o600
+        handle.flush()
+        handle.close()
+        assert played.asked == ["OPEN", "WRITE", "CHMOD"]
+    assert {name for name, _, _ in graft.readdir(b"d")} == {b"a", b"b", b"c"}
+    for name in (b"d/a", b"d/b", b"d/c"):
+        played.asked.clear()
+        handle = graft.open(name, os.O_RDONLY)
+        assert handle.read(4096, 0) == b"content"
+        handle.close()
+        graft.listxattr(name)
+        assert played.asked == ["OPEN"]
+    assert len(played._fds) == 1  # the others were closed by the calls that came after
+    # what somebody else puts there is noticed with the next answer
+    (root / "d/theirs").write_text("x")
+    graft.change("chmod", b"d/a", 0o644)
+    assert graft.getattr(b"d/theirs").size == 1
+
+
+def test_what_is_read_at_once_is_not_what_was_there_before_a_write(agent: Parts) -> None:
+    _, _, graft, root = agent
+    (root / "f").write_bytes(b"before")
+    reading, writing = graft.open(b"f", os.O_RDONLY), graft.open(b"f", os.O_WRONLY)
+    assert reading.read(100, 0) == b"before"
+    writing.write(b"after!!", 0)
+    assert reading.read(100, 0) == b"after!!"
+    graft.change("truncate", b"f", 2)
+    assert reading.read(100, 0) == b"af"
+    reading.close()
+    writing.close()
+
+
+def test_a_root_is_shown_while_its_guest_is_mute(agent: Parts) -> None:
+    played, files, graft, root = agent
+    root.chmod(0o700)
+    number = graft.getattr(b"").ino  # and its attributes are asked for meanwhile
+    end = time.monotonic() + 60
+    while stat.S_IMODE(graft.getattr(b"").mode) != 0o700:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    played.mute.set()
+    with pytest.raises(DeadlineExceeded):
+        files.call("STAT", {"path": b""}, 0.1)
+    asked = len(played.asked)
+    assert (graft.getattr(b"").ino, stat.S_IMODE(graft.getattr(b"").mode)) == (number, 0o700)
+    assert graft.listxattr(b"") == [b"user.one"]
+    assert len(played.asked) == asked
+
+
 def test_a_removed_file_lives_while_it_is_open(agent: Parts) -> None:
     _, _, graft, root = agent
     (root / "f").write_bytes(b"content")
@@ -249,7 +346,7 @@ def test_a_mute_guest_times_out_once_and_then_at_once(agent: Parts, monkeypatch:
     assert graft.getattr(b"f").size == 7 and files._mute_until == 0.0
 
 
-@pytest.mark.parametrize("name", [b"..", b"a/b", b"nul\0", b"."])
+@pytest.mark.parametrize("name", [b"..", b"a/b", b"\0nul", b"."])
 def test_a_hostile_name_is_refused(agent: Parts, name: bytes) -> None:
     played, _, graft, _ = agent
     played.name = name
@@ -260,4 +357,5 @@ def test_a_hostile_name_is_refused(agent: Parts, name: bytes) -> None:
 def test_a_machine_that_is_not_there(tmp_path: Path) -> None:
     files = guestfiles.Machines(tmp_path).of("abc")
     with pytest.raises(Unreachable):
-        files.stat("container", b"")
+        files.stat("container", b"f")
+    assert stat.S_ISDIR(files.stat("container", b"").mode)  # whose parent is listed all the same

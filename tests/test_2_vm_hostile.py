@@ -21,7 +21,9 @@ from engine.runtimes.vm.protocol import Frame, Parser, Side, Type, frame
 
 TURNS = 60
 SECONDS = 0.05  # of each call: most are never answered
-HELLO = frame(Type.HELLO, 0, protocol.pack_words([b"version=1", b"build=x", b"arch=x86_64", b"kernel=6.1"]))
+HELLO = frame(
+    Type.HELLO, 0, protocol.pack_words([b"version=%d" % protocol.VERSION, b"build=x", b"arch=x86_64", b"kernel=6.1"])
+)
 
 
 def saying(chance: random.Random, stream: int) -> bytes:

@@ -92,6 +92,7 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     pid = int((directory / "run/vm/qemu.pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     try:
+        daemon.sh("ls -la containers/m", timeout=60)
         done = daemon.run("ls containers/m/rootfs/lib; cat containers/m/state", timeout=60)
         assert "timed out" in done.stderr and done.stdout.strip() == "running"
     finally:

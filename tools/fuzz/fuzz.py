@@ -237,9 +237,11 @@ def check_frames(data: bytes) -> None:
             _, values = protocol.parse_response(frame.payload)
             values.text("step")
             for entry in values.all("entry"):
-                name, _ = protocol.parse_entry(entry)
-                assert "/" not in name
-                assert name not in ("", ".", "..")
+                name, _, _ = protocol.parse_entry(entry)
+                assert b"/" not in name
+                assert name not in (b"", b".", b"..")
+            if values.get("folder") is not None:
+                protocol.parse_folder(values.need("folder"))
             if values.get("attr") is not None:
                 protocol.parse_attr(values.need("attr"))
             if values.get("handle") is not None:
@@ -252,9 +254,13 @@ def frames_of_guest() -> list[bytes]:
     from engine.runtimes.vm import protocol
     from engine.runtimes.vm.protocol import Type, frame
 
-    hello = frame(Type.HELLO, 0, protocol.pack_words([b"version=1", b"build=x"]))
+    hello = frame(Type.HELLO, 0, protocol.pack_words([b"version=%d" % protocol.VERSION, b"build=x"]))
     entry = bytes(protocol.ATTR.size)
-    answers: list[protocol.Words] = [{}, {"entry": [entry + b"a", entry + b"b"]}, {"handle": 7, "attr": entry}]
+    answers: list[protocol.Words] = [
+        {},
+        {"entry": [entry + b"a", entry + b"b\0user.x"], "folder": bytes(32)},
+        {"handle": 7, "attr": entry},
+    ]
     out = [hello + frame(Type.RESP, 1, protocol.response(0, words)) for words in answers]
     out.append(hello + frame(Type.DATA, 2, b"text", 1) + frame(Type.END, 2, flag=1) + protocol.credit(2, 9))
     out.append(hello + frame(Type.EXIT, 2, protocol.EXITED.pack(1, 0)) + frame(Type.PONG, 3))

@@ -33,9 +33,10 @@ from typing import NamedTuple
 from engine.errors import RuntimeFailure
 from engine.runtimes.vm.verbs import VERBS
 
-VERSION = 1
+VERSION = 2
 PORT_NAME = "fd.agent"  # of the virtio-serial port
 BULK = 128 << 10  # most bytes of one READ, WRITE or DATA
+EARLY = 64 << 10  # most bytes that come with OPEN
 MAX_PAYLOAD = BULK + (4 << 10)
 MAX_WORDS = 8192  # per payload
 MAX_PING = 64
@@ -72,6 +73,10 @@ STDIN, STDOUT, STDERR = 0, 1, 2  # flags of DATA and END
 
 # mode nlink uid gid rdev_major rdev_minor, dev ino size blocks (of 512), atime mtime ctime in ns
 ATTR = struct.Struct("<6I4Q3q")
+
+
+FOLDER = struct.Struct("<4q")
+Folder = tuple[int, int]  # mtime and ctime of a directory, ns
 
 
 class Attr(NamedTuple):
@@ -328,12 +333,29 @@ def parse_attr(data: bytes) -> Attr:
     return Attr(*ATTR.unpack(data))
 
 
-def parse_entry(data: bytes) -> tuple[str, Attr]:
-    """One entry of LIST. ProtocolError for a name that is none (it would be shown in a tree of the host)."""
-    name = data[ATTR.size :]
-    if not name or len(name) > 255 or name in (b".", b"..") or b"/" in name or b"\0" in name:
+def parse_names(data: bytes) -> tuple[bytes, ...]:
+    """Names of xattrs, joined by NUL."""
+    names = tuple(data.split(b"\0")) if data else ()
+    if any(not 0 < len(name) < 256 for name in names):
+        raise ProtocolError(f"names of xattrs that are none: {data[:40]!r}")
+    return names
+
+
+def parse_entry(data: bytes) -> tuple[bytes, Attr, tuple[bytes, ...] | None]:
+    """One entry of LIST and the names of its xattrs, where they are known. ProtocolError for a name that is none (it
+    would be shown in a tree of the host)."""
+    name, known, names = data[ATTR.size :].partition(b"\0")
+    if not name or len(name) > 255 or name in (b".", b"..") or b"/" in name:
         raise ProtocolError(f"a directory entry named {name[:40]!r}")
-    return os.fsdecode(name), parse_attr(data[: ATTR.size])
+    return name, parse_attr(data[: ATTR.size]), parse_names(names) if known else None
+
+
+def parse_folder(data: bytes) -> tuple[Folder, Folder]:
+    """FOLDER: before and after."""
+    if len(data) != FOLDER.size:
+        raise ProtocolError(f"times of a directory of {len(data)} bytes")
+    times = FOLDER.unpack(data)
+    return times[:2], times[2:]
 
 
 class Credit:

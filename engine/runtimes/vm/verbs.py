@@ -93,11 +93,14 @@ PROCESSES: Mapping[str, Mapping[str, str]] = {
 }
 # Resolved in the guest by openat2(RESOLVE_IN_ROOT), the last name never followed. Each has `path` (from the root, may
 # be empty: the root itself) and `root?` (container, the default; or a name given by ROOT), or `handle` where noted.
+# Each may have `done*`: handles the host needs no more, closed before anything else. With an ATTR of a path comes
+# `names?`, those of its xattrs, joined by NUL; with what makes, removes or changes an entry FOLDER: mtime and ctime of
+# its directory in ns, before and after. Who finds them as they were left knows that no other entry came or went.
 FILES: Mapping[str, Mapping[str, str]] = {
     "STAT": {"path": "or handle", "->": "attr: ATTR"},
     "LIST": {
         "path": "or handle of an earlier LIST",
-        "->": "entry*: ATTR NAME; handle: there is more (CLOSE to give up)",
+        "->": "entry*: ATTR NAME [\\0 NAMES]; handle: there is more (CLOSE to give up); folder? (all came at once)",
     },
     "READLINK": {"path": "", "->": "target"},
     "OPEN": {
@@ -106,10 +109,11 @@ FILES: Mapping[str, Mapping[str, str]] = {
         "mode?": "octal, of a new file",
         "uid?": "of a new file",
         "gid?": "of a new file",
-        "->": "handle, attr",
+        "early?": "its content comes too when it is not longer, at most EARLY",
+        "->": "handle, attr, data?, folder? (of a new file)",
     },
     "READ": {"handle": "", "offset": "", "size": "at most BULK", "->": "data (short at the end)"},
-    "WRITE": {"handle": "", "offset": "", "data": "at most BULK", "->": "size"},
+    "WRITE": {"handle": "", "offset": "", "data": "at most BULK", "->": "size, attr"},
     "FSYNC": {"handle": "", "data?": "1: fdatasync"},
     "FALLOCATE": {"handle": "", "mode": "FALLOC_FL_*", "offset": "", "size": ""},
     "CLOSE": {"handle?": "", "all?": "1: every handle, for a new owner"},

@@ -15,7 +15,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-#define VERSION 1
+#define VERSION 2
 #define BULK (128u << 10)
 #define MAX_PAYLOAD (BULK + (4u << 10))
 #define MAX_WORDS 8192

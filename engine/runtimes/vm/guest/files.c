@@ -15,6 +15,8 @@
 #define WORKERS 4
 #define HANDLES 1024
 #define ROOTS 16
+#define MAX_NAMES 512 /* bytes of the names of xattrs that come with attributes */
+#define EARLY (64u << 10) /* most bytes that come with OPEN */
 
 pid_t files_pid;
 static struct roots { /* shared with process 1, which writes it before a request that needs it goes out */
@@ -67,23 +69,28 @@ static int handle_add(int fd, long long *out) {
     return error;
 }
 
-static struct handle *handle_take(struct words *words, int *error) {
-    long long value;
+static struct handle *handle_find(long long value) {
     struct handle *found = NULL;
-    *error = EBADF;
-    if (number_of(words, "handle", 10, -1, &value) || value < 0) return NULL;
+    if (value < 0) return NULL;
     pthread_mutex_lock(&lock);
     struct handle *h = &handles[value % HANDLES];
     if (h->open && !h->closing && h->turn == value / HANDLES) {
         h->uses++;
         found = h;
-        *error = 0;
     }
     pthread_mutex_unlock(&lock);
     return found;
 }
 
+static struct handle *handle_take(struct words *words, int *error) {
+    long long value;
+    struct handle *found = number_of(words, "handle", 10, -1, &value) ? NULL : handle_find(value);
+    *error = found ? 0 : EBADF;
+    return found;
+}
+
 static void handle_drop(struct handle *h, int closing) {
+    if (!h) return;
     pthread_mutex_lock(&lock);
     h->uses--;
     h->closing |= closing;
@@ -163,13 +170,40 @@ static void pack(const struct stat *s, struct packed *out) {
                            s->st_mtim.tv_sec * 1000000000ll + s->st_mtim.tv_nsec, s->st_ctim.tv_sec * 1000000000ll + s->st_ctim.tv_nsec};
 }
 
+/* The names of its xattrs, joined by NUL: their length; -1: not known here. */
+static ssize_t names_of(int fd, const char *name, char text[MAX_NAMES]) {
+    char link[300];
+    snprintf(link, sizeof link, *name ? "/proc/self/fd/%d/%s" : "/proc/self/fd/%d", fd, name);
+    ssize_t count = *name ? llistxattr(link, text, MAX_NAMES) : listxattr(link, text, MAX_NAMES);
+    return count > 0 ? count - 1 : count;
+}
+
 static int answer_attr(struct worker *w, int fd, const char *name) {
     struct stat info;
     struct packed packed;
+    char names[MAX_NAMES];
     if (fstatat(fd, name, &info, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) return errno;
     pack(&info, &packed);
     answer_add(&w->answer, "attr", &packed, sizeof packed);
+    ssize_t count = names_of(fd, name, names);
+    if (count >= 0) answer_add(&w->answer, "names", names, count);
     return 0;
+}
+
+/* When a folder's entries last changed: who gets the same twice knows that none came or went in between. */
+static void folder_time(int fd, int64_t out[2]) {
+    struct stat info;
+    out[0] = out[1] = -1;
+    if (fstat(fd, &info)) return;
+    out[0] = info.st_mtim.tv_sec * 1000000000ll + info.st_mtim.tv_nsec;
+    out[1] = info.st_ctim.tv_sec * 1000000000ll + info.st_ctim.tv_nsec;
+}
+
+/* FOLDER of verbs.py: as it was `before`, and as it is. */
+static void answer_folder(struct worker *w, int fd, const int64_t before[2]) {
+    int64_t times[4] = {before[0], before[1]};
+    folder_time(fd, times + 2);
+    answer_add(&w->answer, "folder", times, sizeof times);
 }
 
 /* ---- verbs: 0 or errno */
@@ -199,7 +233,7 @@ struct entry { /* linux_dirent64 */
 
 /* Entries until the answer is full: 1, or the folder's end: 0. */
 static int list_some(struct worker *w, int fd, int *error) {
-    char item[sizeof(struct packed) + 256];
+    char item[sizeof(struct packed) + 256 + MAX_NAMES];
     int64_t at = lseek(fd, 0, SEEK_CUR);
     for (;;) {
         int count = syscall(SYS_getdents64, fd, w->list, sizeof w->list);
@@ -209,7 +243,7 @@ static int list_some(struct worker *w, int fd, int *error) {
             struct stat info;
             n += entry->size;
             size_t length = strlen(entry->name);
-            if (w->answer.used + sizeof item + 32 > sizeof w->answer.frame) {
+            if (w->answer.used + sizeof item + 96 > sizeof w->answer.frame) {
                 if (lseek(fd, at, SEEK_SET) < 0) return *error = errno, 0;
                 return *error = 0, 1;
             }
@@ -218,7 +252,10 @@ static int list_some(struct worker *w, int fd, int *error) {
             if (fstatat(fd, entry->name, &info, AT_SYMLINK_NOFOLLOW)) continue; /* gone meanwhile */
             pack(&info, (struct packed *)item);
             memcpy(item + sizeof(struct packed), entry->name, length);
-            answer_add(&w->answer, "entry", item, sizeof(struct packed) + length);
+            length += sizeof(struct packed);
+            ssize_t names = names_of(fd, entry->name, item + length + 1);
+            if (names >= 0) item[length] = 0, length += 1 + names;
+            answer_add(&w->answer, "entry", item, length);
         }
     }
 }
@@ -236,8 +273,11 @@ static int do_list(struct worker *w) {
     }
     int fd = open_path(&w->words, O_RDONLY | O_DIRECTORY);
     long long handle;
+    int64_t before[2];
     if (fd < 0) return errno;
+    folder_time(fd, before);
     more = list_some(w, fd, &error);
+    if (!more && !error) answer_folder(w, fd, before);
     if (!more) close(fd);
     else if (!(error = handle_add(fd, &handle))) answer_text(&w->answer, "handle", "%lld", handle);
     return error;
@@ -280,33 +320,8 @@ static int open_existing(struct worker *w, int flags) {
     return errno = error, fd;
 }
 
-static int do_open(struct worker *w) {
-    char *letters = value_of(&w->words, "flags", NULL), *name;
-    long long mode, handle;
-    if (!letters || strspn(letters, "rwatcx") != strlen(letters) || number_of(&w->words, "mode", 8, 0644, &mode)) return EINVAL;
-    int writes = strpbrk(letters, "wa") != NULL, fd = -1, error = 0;
-    int flags = writes ? (strchr(letters, 'r') ? O_RDWR : O_WRONLY) : O_RDONLY;
-    if (strchr(letters, 'a')) flags |= O_APPEND;
-    if (strchr(letters, 't')) flags |= O_TRUNC;
-    if (strchr(letters, 'c')) {
-        int parent = open_parent(&w->words, "path", &name);
-        if (parent < 0) return errno;
-        fd = openat(parent, name, flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, mode & 07777);
-        error = fd < 0 ? errno : own(&w->words, parent, name, 1, mode);
-        close(parent);
-        if (fd >= 0 && error) return close(fd), error;
-        if (fd < 0 && (error != EEXIST || strchr(letters, 'x'))) return error;
-    }
-    if (fd < 0 && (fd = open_existing(w, flags)) < 0) return errno;
-    if ((error = answer_attr(w, fd, ""))) return close(fd), error;
-    if ((error = handle_add(fd, &handle))) return error;
-    answer_text(&w->answer, "handle", "%lld", handle);
-    return 0;
-}
-
-static int do_read(struct worker *w, int fd) {
-    long long offset, size;
-    if (number_of(&w->words, "offset", 10, -1, &offset) || offset < 0 || number_of(&w->words, "size", 10, -1, &size) || size < 0 || size > BULK) return EINVAL;
+/* `data` of the answer. */
+static int read_some(struct worker *w, int fd, long long offset, long long size) {
     char *word = w->answer.frame + w->answer.used; /* read into its place */
     ssize_t have = 0;
     while (have < size) {
@@ -323,6 +338,42 @@ static int do_read(struct worker *w, int fd) {
     return 0;
 }
 
+static int do_open(struct worker *w) {
+    char *letters = value_of(&w->words, "flags", NULL), *name;
+    long long mode, handle, early;
+    int64_t before[2];
+    if (!letters || strspn(letters, "rwatcx") != strlen(letters) || number_of(&w->words, "mode", 8, 0644, &mode)) return EINVAL;
+    if (number_of(&w->words, "early", 10, 0, &early) || early < 0 || early > EARLY) return EINVAL;
+    int writes = strpbrk(letters, "wa") != NULL, fd = -1, error = 0;
+    int flags = writes ? (strchr(letters, 'r') ? O_RDWR : O_WRONLY) : O_RDONLY;
+    if (strchr(letters, 'a')) flags |= O_APPEND;
+    if (strchr(letters, 't')) flags |= O_TRUNC;
+    if (strchr(letters, 'c')) {
+        int parent = open_parent(&w->words, "path", &name);
+        if (parent < 0) return errno;
+        folder_time(parent, before);
+        fd = openat(parent, name, flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, mode & 07777);
+        error = fd < 0 ? errno : own(&w->words, parent, name, 1, mode);
+        if (fd >= 0) answer_folder(w, parent, before);
+        close(parent);
+        if (fd >= 0 && error) return close(fd), error;
+        if (fd < 0 && (error != EEXIST || strchr(letters, 'x'))) return error;
+    }
+    if (fd < 0 && (fd = open_existing(w, flags)) < 0) return errno;
+    if ((error = answer_attr(w, fd, ""))) return close(fd), error;
+    struct stat info;
+    if (early && !fstat(fd, &info) && info.st_size <= early && (error = read_some(w, fd, 0, early))) return close(fd), error;
+    if ((error = handle_add(fd, &handle))) return error;
+    answer_text(&w->answer, "handle", "%lld", handle);
+    return 0;
+}
+
+static int do_read(struct worker *w, int fd) {
+    long long offset, size;
+    if (number_of(&w->words, "offset", 10, -1, &offset) || offset < 0 || number_of(&w->words, "size", 10, -1, &size) || size < 0 || size > BULK) return EINVAL;
+    return read_some(w, fd, offset, size);
+}
+
 static int do_write(struct worker *w, int fd) {
     long long offset;
     uint32_t length, have = 0;
@@ -336,6 +387,9 @@ static int do_write(struct worker *w, int fd) {
         have += count;
     }
     answer_text(&w->answer, "size", "%u", have);
+    struct stat info;
+    struct packed packed;
+    if (!fstat(fd, &info)) pack(&info, &packed), answer_add(&w->answer, "attr", &packed, sizeof packed);
     return 0;
 }
 
@@ -343,6 +397,7 @@ static int with_handle(struct worker *w, char verb) {
     int error;
     long long offset, size, mode;
     if (verb == 'C' && value_of(&w->words, "all", NULL)) return handle_close_all(), 0;
+    if (verb == 'C' && !value_of(&w->words, "handle", NULL)) return 0; /* `done` has said all */
     struct handle *h = handle_take(&w->words, &error);
     if (!h) return error;
     if (verb == 'R') error = do_read(w, h->fd);
@@ -500,6 +555,17 @@ int is_file_verb(const char *verb) {
 
 static int changes_object(const char *verb) { return strcmp(verb, "STATFS") && strcmp(verb, "GETXATTR") && strcmp(verb, "LISTXATTR"); }
 
+/* Of an object that was changed and is no folder's entry by that: its folder, so that the host still knows it. */
+static void object_folder(struct worker *w) {
+    char *name;
+    int64_t times[2];
+    int fd = open_parent(&w->words, "path", &name);
+    if (fd < 0) return;
+    folder_time(fd, times);
+    answer_folder(w, fd, times);
+    close(fd);
+}
+
 static int serve(struct worker *w) {
     const char *verb = w->words.at[0];
     char *name;
@@ -508,14 +574,28 @@ static int serve(struct worker *w) {
     for (int i = 0; others[i].verb; i++)
         if (!strcmp(others[i].verb, verb)) return others[i].run(w);
     if (!strcmp(verb, "RENAME") || !strcmp(verb, "LINK")) return two_names(w, verb);
-    int names = one_of(by_name, verb);
+    int names = one_of(by_name, verb), error;
     if (!names && !one_of(by_object, verb)) return ENOSYS;
     int fd = names ? open_parent(&w->words, "path", &name) : open_path(&w->words, O_PATH);
     if (fd < 0) return errno;
-    int error = names ? with_name(w, verb, fd, name) : with_object(w, verb, fd);
-    if (!error && !names && changes_object(verb)) error = answer_attr(w, fd, "");
+    if (names) {
+        int64_t before[2];
+        folder_time(fd, before);
+        if (!(error = with_name(w, verb, fd, name))) answer_folder(w, fd, before);
+    } else if (!(error = with_object(w, verb, fd)) && changes_object(verb)) {
+        error = answer_attr(w, fd, "");
+        if (!error) object_folder(w);
+    }
     close(fd);
     return error;
+}
+
+/* What the host has done with: closed before the request is looked at. */
+static void close_done(struct words *words) {
+    long long value;
+    char *text;
+    for (int at = 1; (text = next_value(words, "done", &at, NULL));)
+        if (!number(text, 10, &value)) handle_drop(handle_find(value), 1);
 }
 
 static void *work(void *argument) {
@@ -527,7 +607,11 @@ static void *work(void *argument) {
         if (count < (ssize_t)sizeof header) _exit(0); /* process 1 closed it */
         memcpy(&header, w->input, sizeof header);
         answer_begin(&w->answer);
-        int error = split_words(w->input + sizeof header, header.length, &w->words) ? EINVAL : serve(w);
+        int error = EINVAL;
+        if (!split_words(w->input + sizeof header, header.length, &w->words)) {
+            close_done(&w->words);
+            error = serve(w);
+        }
         if (error) answer_begin(&w->answer);
         uint32_t size = answer_end(&w->answer, header.stream, error);
         while (send(w->socket, w->answer.frame, size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
