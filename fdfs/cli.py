@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
+    if COMPLETING in os.environ:
+        import fdfs.cli_complete  # noqa: F401  # it has a bash of its own
     try:
         result = cli.main(args=None if argv is None else list(argv), prog_name="dutchman", standalone_mode=False)
         sys.stdout.flush()

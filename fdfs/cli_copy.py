@@ -106,10 +106,10 @@ def _stream(where: Mount, source: str, target: str) -> None:
                 cli_tar.read(opened(place.path), what)
                 return
             directory, name = _split(place.path)
-            if name:
+            if name and not place.path.endswith("/"):
                 cli_tar.write(opened(directory), name, name, what)
-            else:
-                cli_tar.write(opened(place.path), ".", ".", what)
+            else:  # of a link that ends in `/`: what it leads to
+                cli_tar.write(opened(place.path), ".", name or ".", what)
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -117,13 +118,38 @@ def test_logs_since_a_moment(engine: Dutchman) -> None:
         ("dutchman network inspect se", ["sea"]),
         ("dutchman volume rm di", ["disk"]),
         ("dutchman network connect sea we", ["web"]),
+        ("dutchman rmi demo : ", ["1", "2"]),  # as bash has it, which ends a word at `:`
+        ("dutchman cp talke", ["talker:"]),
+        ("dutchman cp . talker : /srv/h", ["/srv/hello.txt"]),
+        ("dutchman cp talker:/sr", ["talker:/srv/"]),  # as others have it
+        ("dutchman cp nobody:/", []),
     ],
 )
 def test_a_shell_completes_names(engine: Dutchman, words: str, names: list[str]) -> None:
+    assert completed(engine, words) == names
+
+
+def completed(engine: Dutchman, words: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-m", "fdfs"],
-        env=engine.env | {"_DUTCHMAN_COMPLETE": "bash_complete", "COMP_WORDS": words,
-                          "COMP_CWORD": str(words.count(" "))},
+        env=engine.env | {"_DUTCHMAN_COMPLETE": "bash_complete", "COMP_WORDS": words.rstrip(),
+                          "COMP_CWORD": str(words.rstrip().count(" "))},
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert [line.partition(",")[2] for line in done.stdout.split()] == names, done.stderr
+    assert not done.stderr
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+
+
+def test_paths_in_a_container_complete_without_leading_out(engine: Dutchman, tmp_path: Path) -> None:
+    root = engine.mount / "containers/talker/rootfs"
+    (tmp_path / "secret").touch()
+    (root / "odd").mkdir()
+    for name in ("two words", "new\nline", "\x1b[31mred", "sub's"):
+        (root / "odd" / name).touch()
+    (root / "odd/out").symlink_to(tmp_path)
+    (root / "odd/etc").symlink_to("/etc")
+    (root / "odd/host").symlink_to("/../../../../usr")
+    assert completed(engine, "dutchman cp talker : /odd/") == ["/odd/etc/", "/odd/host/", "/odd/out", "/odd/sub\\'s",
+                                                               "/odd/two\\ words"]  # fmt: skip
+    assert completed(engine, "dutchman cp talker : /odd/out/") == []
+    assert completed(engine, "dutchman cp talker : /odd/etc/gr") == ["/odd/etc/group"]

@@ -341,6 +341,10 @@ def test_cp_has_tars_on_pipes(engine: Dutchman, tmp_path: Path) -> None:
     assert sorted(members) == ["t", "t/f", "t/l", "t/sub", "t/sub/g"] and members["t"].mode == 0o700
     assert members["t/l"].linkname == "/etc/passwd"
     assert members["t/sub/g"].islnk() and members["t/sub/g"].linkname == "t/f"
+    piped(engine, "exec", "web", "ln", "-s", "t", "/root/to")
+    for path, name in (("to", "to"), ("to/", "to/f"), ("to/.", "./f")):
+        with tarfile.open(fileobj=io.BytesIO(piped(engine, "cp", f"web:/root/{path}", "-").stdout)) as archive:
+            assert name in archive.getnames(), path
     one = piped(engine, "cp", "web:/root/t/f", "-")
     with tarfile.open(fileobj=io.BytesIO(one.stdout)) as archive:
         assert archive.getnames() == ["f"]
