@@ -115,6 +115,8 @@ static void greet(uint32_t stream) {
 }
 
 /* ---- frames in */
+static char spare[MAX_FRAME + 1], *input = spare; /* the frame that comes: in a slot of the file workers, when one is free */
+
 static void request(uint32_t stream, char *frame, char *payload, uint32_t length) {
     if (stream_used(stream)) protocol_error("a REQ on a stream in use");
     if (files >= 0) { /* the words are checked there; here only the verb is looked at, the frame goes on as it is */
@@ -123,9 +125,9 @@ static void request(uint32_t stream, char *frame, char *payload, uint32_t length
         memcpy(&size, payload, 4);
         if (size < sizeof verb && size <= length - 4) memcpy(verb, payload + 4, size);
         if (is_file_verb(verb)) {
-            if (send(files, frame, sizeof(struct header) + length, MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {
-                respond(stream, fail(EAGAIN, "the guest's file workers are all busy"), NULL);
-            }
+            int given = files_give(files, frame, sizeof(struct header) + length);
+            if (given < 0) respond(stream, fail(EAGAIN, "the guest's file workers are all busy"), NULL);
+            if (given > 0) input = spare;
             return;
         }
     }
@@ -142,7 +144,8 @@ static void request(uint32_t stream, char *frame, char *payload, uint32_t length
     if (error >= 0) respond(stream, error, NULL);
 }
 
-static char input[MAX_FRAME + 1];
+#define SOON (8u << 10)
+#define SOON_MICROSECONDS 150
 static size_t input_have;
 
 static void input_frame(void) {
@@ -162,16 +165,25 @@ static void input_frame(void) {
     }
 }
 
-/* Reads what is there, while answers have room. 0: the channel was closed. */
+/* Reads what is there, while answers have room. 0: the channel was closed. The host's port brings 4 KiB at a time: of a
+   long frame some is let come together, for each turn through poll costs as much as to copy what it brought. */
 static int input_read(void) {
+    int moved = 1;
     for (int turns = 0; turns < 256 && queue_room() > 2 * MAX_FRAME; turns++) {
         size_t want = sizeof(struct header);
+        if (!input_have && input == spare && !(input = files_slot())) input = spare;
         if (input_have >= want) want += ((struct header *)input)->length;
         if (input_have < want) {
             ssize_t count = read(channel, input + input_have, want - input_have);
+            if (count < 0 && errno == EAGAIN && moved && want - input_have >= SOON) {
+                usleep(SOON_MICROSECONDS);
+                moved = 0;
+                continue;
+            }
             if (count < 0 && (errno == EAGAIN || errno == EINTR)) return 1;
             if (count <= 0) return 0;
             input_have += count;
+            moved = 1;
         }
         if (input_have == sizeof(struct header)) {
             const char *wrong = check_header((struct header *)input);
@@ -260,6 +272,7 @@ static void reap(int signals) {
         if (pid == files_pid) {
             say("agent: the file workers ended; new ones start");
             close(files);
+            files_forget(input);
             files = files_start();
         } else process_reaped(pid, status);
     }

@@ -129,6 +129,9 @@ void child_exec(struct child *child) __attribute__((noreturn));
 int files_start(void);               /* a socket; its frames are REQ and RESP */
 int is_file_verb(const char *verb);
 int files_root(const char *name, const char *path); /* errno */
+char *files_slot(void);              /* where a frame may be read so that it needs not be copied; NULL: none is free */
+int files_give(int socket, const char *frame, size_t length); /* -1: not taken; 1: the slot is no longer the caller's */
+void files_forget(const char *kept);                          /* slots of workers that ended, all but this one */
 extern pid_t files_pid;
 
 /* credentials.c */

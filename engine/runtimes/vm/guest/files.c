@@ -18,9 +18,13 @@
 #define MAX_NAMES 512 /* bytes of the names of xattrs that come with attributes */
 #define EARLY (64u << 10) /* most bytes that come with OPEN */
 
+#define SLOTS 9
+
 pid_t files_pid;
 static struct roots { /* shared with process 1, which writes it before a request that needs it goes out */
     char name[ROOTS][32], path[ROOTS][512];
+    int taken[SLOTS]; /* by process 1, which reads a frame into one; let go by the worker who has done what it says */
+    char slot[SLOTS][MAX_FRAME + 1];
 } *roots;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -52,6 +56,30 @@ int files_root(const char *name, const char *path) {
         return 0;
     }
     return ENOSPC;
+}
+
+/* ---- frames without copies: process 1's side */
+char *files_slot(void) {
+    for (int i = 0; roots && i < SLOTS; i++)
+        if (!__atomic_exchange_n(&roots->taken[i], 1, __ATOMIC_ACQUIRE)) return roots->slot[i];
+    return NULL;
+}
+
+static int slot_of(const char *frame) {
+    for (int i = 0; roots && i < SLOTS; i++)
+        if (frame == roots->slot[i]) return i;
+    return -1;
+}
+
+int files_give(int socket, const char *frame, size_t length) {
+    int slot = slot_of(frame);
+    const void *data = slot < 0 ? (const void *)frame : &slot;
+    return send(socket, data, slot < 0 ? length : sizeof slot, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -1 : slot >= 0;
+}
+
+void files_forget(const char *kept) {
+    for (int i = 0; roots && i < SLOTS; i++)
+        if (kept != roots->slot[i]) __atomic_store_n(&roots->taken[i], 0, __ATOMIC_RELEASE);
 }
 
 /* ---- handles */
@@ -602,16 +630,22 @@ static void *work(void *argument) {
     struct worker *w = argument;
     for (;;) {
         struct header header;
-        ssize_t count = recv(w->socket, w->input, MAX_FRAME, 0);
+        int slot = -1;
+        char *frame = w->input;
+        ssize_t count = recv(w->socket, frame, MAX_FRAME, 0);
         if (count < 0 && errno == EINTR) continue;
-        if (count < (ssize_t)sizeof header) _exit(0); /* process 1 closed it */
-        memcpy(&header, w->input, sizeof header);
+        if (count == sizeof slot) {
+            memcpy(&slot, frame, sizeof slot);
+            frame = roots->slot[slot];
+        } else if (count < (ssize_t)sizeof header) _exit(0); /* process 1 closed it */
+        memcpy(&header, frame, sizeof header);
         answer_begin(&w->answer);
         int error = EINVAL;
-        if (!split_words(w->input + sizeof header, header.length, &w->words)) {
+        if (!split_words(frame + sizeof header, header.length, &w->words)) {
             close_done(&w->words);
             error = serve(w);
         }
+        if (slot >= 0) __atomic_store_n(&roots->taken[slot], 0, __ATOMIC_RELEASE);
         if (error) answer_begin(&w->answer);
         uint32_t size = answer_end(&w->answer, header.stream, error);
         while (send(w->socket, w->answer.frame, size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
