@@ -25,8 +25,6 @@ from engine.runtimes.select import host_report, open_runtime
 from engine.stats import resources
 
 IN_A_VM = {
-    "test_create_then_start_then_end",
-    "test_sigkill_works_where_sigterm_is_ignored",
     "test_pause_and_resume",
     "test_oom_is_recorded",
     "test_logs_go_on_after_a_restart_of_the_container",

@@ -221,13 +221,13 @@ from engine.engine import Engine
 from engine.errors import EngineError
 from engine.images.archive import import_rootfs
 store, archive = Path(sys.argv[1]), Path(sys.argv[2])
-start, answer = time.monotonic(), ""
+start, answer = time.process_time(), ""
 with Engine(store, runtime="fake") as engine:
     try:
         import_rootfs(engine.images, archive, "bomb:1")
     except EngineError as error:
         answer = f"{type(error).__name__}: {error.reason}"
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start  # of CPU: the machine may be busy with others
     layers = len(engine.layers.all())
 status = Path("/proc/self/status")
 peak = int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else 0
@@ -236,7 +236,7 @@ print(json.dumps({"answer": answer, "peak": peak, "seconds": seconds, "layers": 
 
 
 def blow(tmp_path: Path, archive: Path) -> tuple[str, int, int, float]:
-    """(refusal or "", peak RSS in MiB, MiB of disk the store takes, seconds)."""
+    """(refusal or "", peak RSS in MiB, MiB of disk the store takes, seconds of CPU)."""
     store = tmp_path / "store"
     out = subprocess.check_output([sys.executable, "-c", RUN, store, archive], text=True, timeout=110)
     result = json.loads(out)
@@ -249,7 +249,7 @@ def blow(tmp_path: Path, archive: Path) -> tuple[str, int, int, float]:
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_file_of_zeros_takes_neither_memory_nor_disk(tmp_path: Path, suffix: str) -> None:
-    size = (10 if SLOW_TESTS else 1) << 30
+    size = (40 if SLOW_TESTS else 1) << 28
     archive = bombs.write(tmp_path / f"bomb{suffix}", bombs.zeros(size))
     assert archive.stat().st_size < size >> 9
     answer, peak, disk, _ = blow(tmp_path, archive)
