@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engines import eventually
 from runtimebench import Bench, no_oci, skip_or_fail
 
 from engine.errors import DeadlineExceeded
@@ -55,10 +58,34 @@ def test_its_deadline_ends_it_with_all_its_children(bench: Bench) -> None:
     before = marked()
     with pytest.raises(DeadlineExceeded):
         ask(bench, id, "sleep 98765 & (sh -c 'sleep 98765; :') & sleep 98765", 1.5)
-    assert marked() == before == set()
+    assert marked() == before == []
     assert not descendants(os.getpid()) or all("exec" not in line for line in commands(descendants(os.getpid())))
     assert list((bench.place / "containers" / id / "run").glob("probe-*")) == []
     assert ask(bench, id, "exit 0")[0] == 0
+
+
+def test_what_a_killed_daemon_was_asking_is_ended_by_the_next(bench: Bench) -> None:
+    id = bench.run("sleep")
+    script = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = {sys.path!r}
+from engine.runtimes.oci import OciRuntime
+place = Path({str(bench.place)!r})
+driver = OciRuntime(place / "containers", state=place / "state")
+driver.probe_exec({id!r}, ["sh", "-c", "sleep 98765 & sleep 98765"], deadline=600)
+"""
+    daemon = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    run = bench.place / "containers" / id / "run"
+    try:
+        eventually(lambda: len(marked()) == 2 or daemon.poll() is not None, 60)
+    finally:
+        daemon.kill()
+        _, said = daemon.communicate()
+    assert len(marked()) == 2 and len(list(run.glob("probe-*"))) == 1, said
+    assert ask(bench, id, "exit 3")[0] == 3
+    eventually(lambda: not marked(), 60)
+    assert list(run.glob("probe-*")) == []
 
 
 def commands(pids: list[int]) -> list[str]:
@@ -71,7 +98,7 @@ def commands(pids: list[int]) -> list[str]:
     return out
 
 
-def marked() -> set[str]:
-    """Processes of the host that run the sleep of the test above."""
+def marked() -> list[str]:
+    """Processes of the host that run the sleep of the tests above."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-    return {line for line in commands(pids) if line.startswith("sleep 98765")}
+    return [line for line in commands(pids) if line.startswith("sleep 98765")]

@@ -2,7 +2,8 @@
 
 `run` starts the runtime's own `exec` (runc, crun: `exec --process SPEC ID`) with the container's user, environment,
 directory and limits, keeps the first bytes of what is printed, and after the deadline kills the command with everything
-it started. Blocks its thread for at most the deadline and a few seconds; keeps nothing.
+it started. Blocks its thread for at most the deadline and a few seconds. What a killed daemon was asking a container is
+found by the file with its process, and ended before the next command begins.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from engine.runtimes import conmon
 from engine.upkeep import MAX_OUTPUT
 
 LAST_WORDS = 5.0  # seconds for the runtime to end once the command was killed
+_asking: set[str] = set()  # the files of this process's commands under way
 
 
 def run(
@@ -39,15 +40,18 @@ def run(
         process = json.loads((bundle / "config.json").read_bytes())["process"]
     except (OSError, ValueError, KeyError) as error:
         raise Busy("the container is not running") from error
-    with tempfile.NamedTemporaryFile("w", dir=place, prefix="probe-", suffix=".json") as file:
-        json.dump(_process(process, argv), file)
-        file.flush()
+    _end_strays(place)
+    file = place / f"probe-{os.urandom(8).hex()}.json"
+    _asking.add(str(file))
+    try:
+        with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as spec:
+            json.dump(_process(process, argv), spec)
         reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writing, True)
         try:
             try:
                 child = subprocess.Popen(
-                    [*runtime, "exec", "--process", file.name, id],
+                    [*runtime, "exec", "--process", str(file), id],
                     stdin=subprocess.DEVNULL,
                     stdout=writing,
                     stderr=writing,
@@ -61,6 +65,9 @@ def run(
             return _follow(child, reading, deadline)
         finally:
             os.close(reading)
+    finally:
+        file.unlink(missing_ok=True)
+        _asking.discard(str(file))
 
 
 def _process(process: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
@@ -107,15 +114,50 @@ def _take(reading: int, output: bytearray) -> bool:
     return True
 
 
+def _end_strays(place: Path) -> None:
+    """Kill what a killed daemon was asking: nobody counts its time any more."""
+    files = {os.fsencode(path) for path in place.glob("probe-*.json") if str(path) not in _asking}
+    if not files:
+        return
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        pid, started = int(name), conmon.start_time(int(name))
+        try:
+            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # ended meanwhile
+        pidfd = None
+        if started is not None and b"exec" in words and not files.isdisjoint(words):
+            pidfd = conmon.open_process(pid, started)
+        if pidfd is not None:
+            try:
+                _kill_below(pid)
+                _send(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+    for file in files:
+        Path(os.fsdecode(file)).unlink(missing_ok=True)
+
+
 def kill_tree(child: subprocess.Popen[bytes]) -> None:
-    """Kill everything below `child`, then `child` itself if it does not end with that.
+    """Kill everything below `child`, then `child` itself if it does not end with that."""
+    try:
+        child.wait(LAST_WORDS if _kill_below(child.pid) else 0)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _kill_below(root: int) -> bool:
+    """Kill everything below `root`; False when there is nothing.
 
     Stopped first, one generation after the other, so that none forks away meanwhile. A process that has made itself
     a daemon (its parent has ended) is the container's, and stays.
     """
     held: dict[int, int] = {}  # pid -> pidfd
     try:
-        while fresh := [pid for pid in descendants(child.pid) if pid not in held]:
+        while fresh := [pid for pid in descendants(root) if pid not in held]:
             for pid in fresh:
                 started = conmon.start_time(pid)
                 fd = None if started is None else conmon.open_process(pid, started)
@@ -127,11 +169,7 @@ def kill_tree(child: subprocess.Popen[bytes]) -> None:
         for fd in held.values():
             if fd >= 0:
                 os.close(fd)
-    try:
-        child.wait(LAST_WORDS if held else 0)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    return bool(held)
 
 
 def _send(pidfd: int, number: int) -> None:
