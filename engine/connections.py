@@ -25,7 +25,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -408,16 +408,14 @@ class Connections:
 
     def reconcile(self, alive: Set[str]) -> None:
         """Take down, aside, what belongs to containers that do not run; `alive` are the ids of those that do."""
-        for row in self._meta.query("SELECT container FROM connections"):
-            if row["container"] not in alive:
-                self.release_later(row["container"])
         known = {row["container"] for row in self._meta.query("SELECT container FROM connections")}
-        try:
-            there = [path for path in self._netns.iterdir() if path.name not in known]
-        except FileNotFoundError:
-            return
-        for path in there:
-            netns.remove(path)
+        for id in known - alive:
+            self.release_later(id)
+        with suppress(FileNotFoundError):  # no network was used in this boot
+            for path in [path for path in self._netns.iterdir() if path.name not in known]:
+                netns.remove(path)
+            if not known:  # else whoever goes last sees to it
+                self._idle_soon()
 
     def close(self) -> None:
         """Networks of running containers stay."""

@@ -32,7 +32,7 @@ from engine.errors import AccessDenied, Damaged, InvalidArgument, NotFound, TooL
 from engine.images.registry import is_loopback
 from engine.images.transport import Backoff, Policy, Retry, Transport
 from engine.jobs import Task
-from engine.kernels import Kernel, Kernels, platform_arch
+from engine.kernels import PART, Kernel, Kernels, platform_arch
 from engine.model import check_digest
 from engine.store.blobs import write_all
 from engine.store.inflate import inflate
@@ -213,7 +213,7 @@ class _Release:
             raise TooLarge(f"{asset.name} has {asset.size} bytes; at most {MAX_ASSET} are taken", at=asset.name)
         if _origin(asset.url) != _origin(self._base):
             raise Unreachable(f"{asset.name} is elsewhere than the API", at=asset.url[:200])
-        path = directory / f".fetch-{digest[7:]}"
+        path = directory / f"{PART}{digest[7:]}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -32,12 +33,15 @@ from engine.errors import AlreadyExists, Busy, Damaged, InvalidArgument, NotFoun
 from engine.kernelimage import KernelFile
 from engine.kernelmodules import Chosen
 from engine.runtimes.vm import initfs
+from engine.runtimes.vm.templates import MAKING
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+~-]{0,127}\Z")
 DEFAULT = "default"
 HINT = "echo 'import PATH' > kernels/ctl: a vmlinux, a vmlinuz with everything built in, or Debian's linux-image-….deb"
 KEPT_INITFS = 4  # made for agents of the past, per kernel
 ASIDE = ".import-"
+PART = ".fetch-"  # of a download that can be resumed, then its digest
+PART_SECONDS = 7 * 86400.0  # for which nobody went on with it
 Record = Callable[[str, str, Mapping[str, Any]], AbstractContextManager[None]]
 
 
@@ -206,9 +210,13 @@ class Kernels:
         return [kernel for kernel in self.all() if kernel.name != default and not self.users(kernel.name)]
 
     def clean(self) -> None:
-        """Remove what a daemon left that ended in the middle of an import."""
-        for path in self.directory.glob(f"{ASIDE}*"):
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        """Remove what a daemon left that ended in the middle of an import or of making a template, and downloads that
+        nobody went on with for a week."""
+        for path in [*self.directory.glob(f"{ASIDE}*"), *self.directory.glob(f"*/templates/{MAKING}*")]:
+            path.unlink() if path.is_symlink() else host.remove_tree(path)
+        for path in self.directory.glob(f"{PART}*"):
+            if time.time() - path.lstat().st_mtime > PART_SECONDS:
+                path.unlink()
 
     def import_(
         self,

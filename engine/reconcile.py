@@ -136,6 +136,7 @@ def _starting(containers: Containers, container: Container, found: Status) -> No
         reason="the daemon ended while it was starting; nothing of it had run",
         exit_code=container.exit_code if container.exit_code is not None else LOST,
         pid=None,
+        restarts=container.restarts - 1 if again else container.restarts,  # it is counted when it is taken up again
     )
     if again:
         containers.records.note_restart(container.id)

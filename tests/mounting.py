@@ -58,6 +58,7 @@ class Daemon:
         self._runtime = runtime
         self._more = ["--allow-other"] if allow_other else []
         self._within = within or []
+        self._program = ["-m", "fdfs.daemon"]
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), "DUTCHMAN_NO_BIND": "0" if binds else "1", **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.expect_errors = False  # tests that provoke a bug's traceback set this
@@ -66,7 +67,7 @@ class Daemon:
         self.mount.parent.mkdir(parents=True, exist_ok=True)
         self.store.mkdir(parents=True, exist_ok=True)
         reading, writing = os.pipe()
-        command = [*self._within, sys.executable, "-m", "fdfs.daemon"]
+        command = [*self._within, sys.executable, *self._program]
         command += ["--store", str(self.store), "--mount", str(self.mount)]
         command += ["--runtime", self._runtime, "--ready-fd", str(writing), *self._more]
         with open(self.store / "engine.log", "ab") as output:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import os
 import struct
 import subprocess
 import tarfile
@@ -180,6 +181,21 @@ def test_what_an_import_left_in_the_middle_is_no_kernel_and_goes(kernels: Kernel
     assert kernels.names() == ["6.9.1-test"]
     kernels.clean()
     assert not half.exists() and kernels.names() == ["6.9.1-test"]
+
+
+def test_what_nobody_goes_on_with_goes_and_what_can_be_resumed_stays(kernels: Kernels) -> None:
+    kernel = kernels.add(vmlinux(), "here", arch="x86_64")
+    parts = [kernels.directory / f".fetch-{name}" for name in ("old", "new")]
+    for path in parts:
+        path.write_bytes(b"half")
+    os.utime(parts[0], (0, 0))
+    making = kernel.directory / "templates" / ".making-x"
+    making.mkdir(parents=True)
+    (making / "ram").write_bytes(b"half")
+    (making.parent / "0a").mkdir()
+    kernels.clean()
+    assert [path.exists() for path in parts] == [False, True]
+    assert os.listdir(making.parent) == ["0a"]
 
 
 def test_a_kernel_without_what_guests_need_is_refused(kernels: Kernels) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from runtimebench import Bench, bench_of
 
-from engine.errors import Busy, InvalidArgument, RuntimeFailure
+from engine.errors import InvalidArgument, RuntimeFailure
 from engine.runtimes import conmon
 from engine.runtimes.base import State
 from engine.runtimes.resources import Resources
@@ -64,9 +64,12 @@ def test_an_accelerator_that_fails_with_a_guest_is_not_tried_again(bench: Bench)
     assert os.sched_getaffinity(pid) == {0}
     bench.runtime.pause(id)
     bench.runtime.update(id, Resources(memory=48 << 20, cpus=0.5, cpuset="0"))  # what it has
-    with pytest.raises(Busy, match="paused"):
-        bench.runtime.update(id, Resources())
+    with pytest.raises(RuntimeFailure, match=r"memory: \d+ bytes are in use"):  # it is asked, and sleeps on
+        bench.runtime.update(id, Resources(memory=16 << 20))
+    bench.runtime.update(id, Resources(memory=40 << 20, pids=50))
+    assert bench.runtime.status(id).state is State.PAUSED
     bench.runtime.resume(id)
+    assert said(bench, id, limits).split() == [str(40 << 20), "50", "max", "100000"]
     bench.runtime.update(id, Resources())
     assert said(bench, id, limits).split() == ["max", "max", "max", "100000"]
     assert plan["machine"]["accelerator"] == "hvf"  # what it was asked for

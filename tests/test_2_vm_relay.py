@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TypeVar
 import pytest
 
 from engine.errors import DeadlineExceeded, EngineError
-from engine.runtimes.vm import protocol
+from engine.runtimes.vm import protocol, pump
 from engine.runtimes.vm.client import AgentClient, Data, End, GuestError
 from engine.runtimes.vm.protocol import Frame, Parser, Side, Type
 from engine.runtimes.vm.relay import Relay
@@ -139,3 +141,22 @@ def test_pings_and_refusals_go_to_who_asked(guest: Guest, tmp_path: Path) -> Non
     first.close()
     second.close()
     assert alive(guest) and not guest.relay._owners
+
+
+def test_output_is_written_whole_to_a_pipe_that_somebody_made_not_to_wait(caplog: pytest.LogCaptureFixture) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    got: list[bytes] = []
+
+    def read() -> None:
+        with os.fdopen(reading, "rb") as pipe:
+            got.append(pipe.read())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    pump._write(writing, b"x" * (1 << 20))
+    os.close(writing)
+    reader.join(60)
+    assert got == [b"x" * (1 << 20)] and not caplog.records
+    pump._write(writing, b"lost")  # a closed descriptor is nobody's end
+    assert "4 bytes of output are lost" in caplog.text

@@ -2,7 +2,7 @@
 
 Floor 2. The runtime conmon calls is shim.py, which speaks runc's command line; so logs, exit codes, sessions, probes of
 health, attaching and what a later daemon finds are those of the `oci` driver. Only here: what a machine is made of (its
-plan, bundle/vm.json), pausing it by QMP, and which files of the host must be let go before a guest has them.
+plan, bundle/vm.json), and which files of the host must be let go before a guest has them.
 
     conmon ── owner (shim.py create: the container's pid) ── QEMU ── agent ── the container's processes
          └─── stand-in of each session (shim.py exec) ── run/vm/agent.sock ──┘
@@ -10,7 +10,6 @@ plan, bundle/vm.json), pausing it by QMP, and which files of the host must be le
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import hashlib
@@ -24,9 +23,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from engine import host, hostfiles, userids
+from engine import host, userids
 from engine.config import Namespace
-from engine.errors import Busy, DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
+from engine.errors import DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
 from engine.netconfig import HOST
 from engine.runtimes import conmon
@@ -41,11 +40,11 @@ from engine.runtimes.users import read_in_root
 from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, templates, virtiofs, vsock
 from engine.runtimes.vm.client import GuestError
 from engine.runtimes.vm.owner import MAIN
+from engine.runtimes.vm.pausing import Pausing
 from engine.runtimes.vm.templatemaker import Makers
 
 log = logging.getLogger(__name__)
 
-QMP_SECONDS = 10.0
 PING_SECONDS = 5.0
 KILL_SECONDS = 1.5  # for a guest to kill a process
 WRITTEN_SECONDS = 7.0  # for it to end after that, its disk written out; less than Execution waits
@@ -69,6 +68,7 @@ class VmRuntime(OciRuntime):
         self._kernels = Kernels(kernels or containers.parent / "kernels")
         self._accelerators = accel.Accelerators()
         self._makers = Makers()
+        self._pausing = Pausing(self._vm)
         self.sessions.before = self.ping  # of a mute machine it is said at once
 
     # --- probing ------------------------------------------------------------------------------------------------
@@ -212,13 +212,11 @@ class VmRuntime(OciRuntime):
 
     def pause(self, id: str) -> None:
         self._expect(id, State.RUNNING)
-        self._qmp(id, "stop")
-        (self._vm(id) / "paused").touch()
+        self._pausing.pause(id)
 
     def resume(self, id: str) -> None:
         self._expect(id, State.PAUSED)
-        self._qmp(id, "cont")
-        (self._vm(id) / "paused").unlink(missing_ok=True)
+        self._pausing.resume(id)
 
     def update(self, id: str, resources: Resources) -> None:
         """As every driver; InvalidArgument for more than its machine was made with."""
@@ -235,20 +233,23 @@ class VmRuntime(OciRuntime):
             )
         if resources.cpus is not None and math.ceil(resources.cpus) > (has := int(machine["cpus"])):
             raise InvalidArgument(f"cpus: its virtual machine has {has}", at="cpus", hint=again)
-        known, state = self._files(id).resources, self.status(id).state
-        if not known.exists() or known.read_text() != json.dumps(self._limits(resources)):
+        files, state = self._files(id), self.status(id).state
+        known, cut_short = files.resources, (files.bundle / "resources.new").exists()
+        awake: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if cut_short or not known.exists() or known.read_text() != json.dumps(self._limits(resources)):
             if state is State.PAUSED:
-                raise Busy("its virtual machine is paused, and sets no limits", hint="resume it first")
+                awake = self._pausing.awake(id)
             if state is State.RUNNING:
                 self.ping(id)  # else who asked would wait for several deadlines
-        super().update(id, resources)
+        with awake:
+            super().update(id, resources)
 
     def _limits(self, resources: Resources) -> dict[str, Any]:
         return resources.update(swap=self._cgroups.swap, cpus=online_cpus())
 
     def status(self, id: str) -> Status:
         found = super().status(id)
-        if found.state is State.RUNNING and (self._vm(id) / "paused").exists():
+        if found.state is State.RUNNING and self._pausing.paused(id):
             return Status(State.PAUSED, found.pid)
         return found
 
@@ -261,24 +262,6 @@ class VmRuntime(OciRuntime):
 
     def _vm(self, id: str) -> Path:
         return self._files(id).run / "vm"
-
-    def _qmp(self, id: str, command: str) -> None:
-        """One command to QEMU. RuntimeFailure with its words."""
-        from qemu.qmp import QMPClient, QMPError  # takes a while to import, and few need it
-
-        async def ask(path: str) -> None:
-            client = QMPClient(f"dutchman {id[:12]}")
-            await client.connect(path)
-            try:
-                await client.execute(command)
-            finally:
-                await client.disconnect()
-
-        try:
-            with hostfiles.socket_address(self._vm(id) / "qmp.sock") as path:
-                asyncio.run(asyncio.wait_for(ask(path), QMP_SECONDS))
-        except (QMPError, OSError, TimeoutError) as error:
-            raise RuntimeFailure(f"QEMU: {command}: {error or type(error).__name__}") from error
 
 
 @functools.lru_cache(16)

@@ -6,16 +6,17 @@ of the host per process in a guest; it ends as that one does.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import select
 import signal
 import socket
 import struct
 import termios
 import threading
 import tty
-from contextlib import suppress
 
 from engine.errors import EngineError
 from engine.runtimes.vm.client import AgentClient, Data, Exit, Stream
@@ -101,7 +102,20 @@ def drain(stream: Stream, out: int, err: int) -> Exit | None:
             return event
         if not isinstance(event, Data):
             continue
-        view = memoryview(event.data)
-        with suppress(BrokenPipeError, OSError):  # conmon is gone: what is printed goes nowhere, as to a closed pipe
-            while view:
-                view = view[os.write(err if event.flag == STDERR else out, view) :]
+        _write(err if event.flag == STDERR else out, event.data)
+
+
+def _write(fd: int, data: bytes) -> None:
+    """All of it. When conmon is gone, what is printed goes nowhere, as to a closed pipe."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:  # whoever shares the descriptor may have made it so
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            poll.poll()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal
+                log.error("%d bytes of output are lost: %s", len(view), error)
+            return

@@ -2,8 +2,8 @@
 
 Only here: streams of several clients on one connection. A client speaks protocol.py as if it were alone with the agent,
 HELLO included; its streams get numbers of the connection, and when it goes away, what it started (EXEC) is killed and
-what it froze goes on. A client that does not read what it asked for is cut off: the agent's window bounds what can be
-under way for it. The socket is 0600 in a 0700 directory.
+what it froze goes on, unless it said `keep`. A client that does not read what it asked for is cut off: the agent's
+window bounds what can be under way for it. The socket is 0600 in a 0700 directory.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Relay:
             if verb == "DIAL":
                 client.dialled[stream] = set()
             if verb == "FREEZE":
-                client.froze = values.text("state") != "0"
+                client.froze = values.text("state") != "0" and values.get("keep") is None
             if verb == "EXEC":
                 client.processes[stream] = values.text("id")
         link.forward(frame._replace(stream=stream).encode())

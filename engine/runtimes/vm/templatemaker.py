@@ -30,7 +30,7 @@ from engine import host
 from engine.errors import Busy, EngineError, RuntimeFailure
 from engine.runtimes.vm import network, qemu, templates
 from engine.runtimes.vm.client import AgentClient, GuestError
-from engine.runtimes.vm.templates import ABOUT, RAM, STATE, Kept
+from engine.runtimes.vm.templates import ABOUT, MAKING, RAM, STATE, Kept
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ SAVE_SECONDS = 30.0
 MOST = 16  # templates of a store
 MOST_BYTES = 4 << 30  # of them on disk
 NICE = 10
-ASIDE = ".making-"
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 
@@ -147,13 +146,13 @@ def make(directory: Path, request: Mapping[str, Any]) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy("another template is being made") from None
-        for left in store.glob(f"*/templates/{ASIDE}*"):
+        for left in store.glob(f"*/templates/{MAKING}*"):
             host.remove_tree(left)
         final = directory / request["key"]
         if final.exists():
             return
         directory.mkdir(exist_ok=True, mode=0o700)
-        aside = Path(tempfile.mkdtemp(dir=directory, prefix=ASIDE))
+        aside = Path(tempfile.mkdtemp(dir=directory, prefix=MAKING))
         try:
             _fill(aside, request)
             aside.rename(final)

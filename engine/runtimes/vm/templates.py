@@ -40,6 +40,7 @@ SAME = ("version", "build", "arch", "kernel")  # words of HELLO that a restored 
 REFUSED_SECONDS = 3600.0  # for which a template that did not work is not made again
 MAX_TEXT = 1 << 20
 RAM, STATE, ABOUT = "ram", "state", "template.json"
+MAKING = ".making-"  # what the directory of an unfinished one is called
 
 
 @dataclass(frozen=True, slots=True)

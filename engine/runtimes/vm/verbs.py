@@ -81,7 +81,10 @@ PROCESSES: Mapping[str, Mapping[str, str]] = {
     "KILLALL": {"signal?": "9; to every process of the container's cgroup"},
     "RESIZE": {"id": "", "rows": "", "columns": ""},
     "LIMITS": {"cgroup*": "as RUN"},
-    "FREEZE": {"state": "1 frozen, 0 thawed; answered when it is so"},
+    "FREEZE": {
+        "state": "1 frozen, 0 thawed; answered when it is so",
+        "keep?": "for the relay alone: frozen also when its client goes away",
+    },
     "STATS": {
         "->": "NAME=text of cgroup files (memory.current, cpu.stat, ...) and of uptime, loadavg, meminfo, net.dev"
     },

@@ -1,0 +1,260 @@
+"""`kill -9` of the daemon at each point of a virtual machine's life, through the mount: the next one finds out what is
+true, and nothing is left of what is not: no process, mount, loop device, network or file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from conftest import processes_at
+from guestkernel import copy_kernels
+from killing import Mortal
+from mounting import can_mount
+from runtimebench import SLOW, no_vm, skip_or_fail
+from test_7_networks import Harbour, missing
+
+from engine import host
+from engine.runtimes import conmon
+
+START = 120.0  # seconds for a machine to boot on a busy host
+LIFE = """trap 'echo bye; exit 6' TERM
+n=0
+while :; do
+    n=$((n+1))
+    echo $n > /count
+    [ -e /end ] && exit 7
+    sleep 0.1
+done"""
+DEAF = "trap '' TERM; while :; do sleep 0.1; done"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    verb: str  # what is going on when it is killed: shell commands, in the mount
+    point: str = ""  # where; empty: once the verb has been carried out
+    first: str = "start"  # what is done before
+    state: str = "running"  # afterwards, in the end
+    code: str = ""  # its exit code then
+    reason: str = ""  # part of what `error` or its events say of its end
+    command: str = LIFE
+    config: dict[str, object] = field(default_factory=dict)
+    then: str = ""  # a shell command that succeeds, sooner or later, afterwards
+    meanwhile: bool = False  # its machine ends while no daemon looks
+
+
+START_VERB = "echo start > containers/c/ctl"
+EXECUTION, DRIVER = "engine.execution:Execution", "engine.runtimes.vm.driver:VmRuntime"
+PAUSING = "engine.runtimes.vm.pausing:Pausing"
+MOUNTS, NETWORKS, RECORDS = "engine.mounts:RootfsMounts", "engine.connections:Connections", "engine.records:Records"
+SESSIONS = "engine.runtimes.oci_sessions:OciSessions"
+BOOTS = "here containers/*/run/vm/qemu.pid"
+ROLLED_BACK = "while it was starting"
+EXEC = (
+    """echo 'run sh -c "echo one; while ! [ -e /go ]; do sleep 0.1; done; echo two; exit 3"' > containers/c/exec/ctl"""
+)
+
+
+def starts(name: str, point: str, **more: object) -> Case:
+    more = {"state": "stopped", "reason": ROLLED_BACK} | more
+    return Case(f"starting-{name}", START_VERB, point, first="", **more)  # type: ignore[arg-type]
+
+
+CASES = [
+    Case("created", ":", first="", state="created"),
+    starts("disk-is-made", "after engine.mounts:make_upper"),
+    starts("disk-is-there", f"after {MOUNTS}.use_disk"),
+    starts("rootfs-is-mounted", f"after {MOUNTS}.ensure"),
+    starts("network-is-promised", f"after {NETWORKS}.begin"),
+    starts("network-is-made", "after engine.runtimes.netavark:Netavark.setup"),
+    starts("disk-is-given", f"after {MOUNTS}.give_disk"),
+    starts("plan-is-written", f"after {DRIVER}._ready"),
+    starts("it-boots", BOOTS),
+    starts("it-waits", f"after {DRIVER}.create"),
+    starts("it-is-watched", f"after {DRIVER}.watch"),
+    starts("it-is-restored", BOOTS, config={"fast_start": True}),
+    starts("restored-it-waits", f"after {DRIVER}.create", config={"fast_start": True}),
+    starts("it-runs", f"after {DRIVER}.start", state="running", reason=""),
+    starts("restored-it-runs", f"after {DRIVER}.start", state="running", reason="", config={"fast_start": True}),
+    Case("running", ":"),
+    Case("running-ended-meanwhile", "touch containers/c/rootfs/end", state="stopped", code="7", meanwhile=True),
+    Case("pausing", "echo pause > containers/c/ctl", f"before {PAUSING}._qmp"),
+    Case("pausing-done", "echo pause > containers/c/ctl", f"after {PAUSING}._qmp", state="paused"),
+    Case("paused-unrecorded", "echo pause > containers/c/ctl", f"after {DRIVER}.pause", state="paused"),
+    Case("paused", "echo pause > containers/c/ctl", state="paused"),
+    Case("resuming", "echo resume > containers/c/ctl", f"before {PAUSING}._qmp", "start pause", state="paused"),
+    Case("resuming-done", "echo resume > containers/c/ctl", f"after {PAUSING}._qmp", "start pause"),
+    Case("resumed-unrecorded", "echo resume > containers/c/ctl", f"after {DRIVER}.resume", "start pause"),
+    Case("stopping", "echo stop > containers/c/ctl", f"before {DRIVER}.signal", state="stopped", code="6"),
+    Case("stopping-signalled", "echo stop > containers/c/ctl", f"after {DRIVER}.signal", state="stopped", code="6"),
+    Case("stopping-in-grace", "echo 'stop 3' > containers/c/ctl", f"after {RECORDS}.note_stop", state="stopped",
+         code="137", command=DEAF),
+    Case("stopping-paused", "echo stop > containers/c/ctl", f"after {DRIVER}.signal", "start pause", state="stopped",
+         code="6"),
+    Case("stopping-killed", "echo 'stop 0' > containers/c/ctl", f"after {DRIVER}.signal", state="stopped", code="137",
+         command=DEAF),
+    Case("restarting", "echo 'restart 0' > containers/c/ctl", f"before {MOUNTS}.ensure",
+         then="test $(cat containers/c/restarts) = 1"),
+    Case("killed", "echo kill > containers/c/ctl", f"after {DRIVER}.signal", state="stopped", code="137"),
+    Case("exec-running", f"{EXEC}; while ! grep -q running containers/c/exec/1/state; do sleep 0.1; done",
+         then="touch containers/c/rootfs/go; test \"$(cat containers/c/exec/1/stdout)\" = $'one\\ntwo' && "
+              "test $(cat containers/c/exec/1/exit_code) = 3"),
+    Case("exec-made", EXEC, f"after {SESSIONS}.create"),
+    Case("exec-started", EXEC, f"after {SESSIONS}.start"),
+    Case("changes", "cat containers/c/changes", "before engine.runtimes.vm.guestupper:GuestUpper.walk"),
+    Case("commit", "echo 'commit mine:1' > containers/c/ctl", "before engine.runtimes.vm.guestupper:GuestUpper.walk",
+         then="! test -e images/mine:1"),
+    Case("update-paused", "echo 77 > containers/c/config/pids", f"after {PAUSING}._qmp", "start pause", state="paused",
+         config={"pids": 55}),
+    Case("update", "echo 77 > containers/c/config/pids", f"after {DRIVER}.update",
+         then="grep -q 'pids_limit 55' containers/c/stats", config={"pids": 55}),
+    Case("removing", "rmdir containers/c", f"before {DRIVER}.delete", "start kill", state=""),
+    Case("removing-cleared", "rmdir containers/c", f"after {DRIVER}.delete", "start kill", state=""),
+    Case("removing-unmounted", "rmdir containers/c", f"after {MOUNTS}.forget", "start kill", state=""),
+    Case("template-is-made", START_VERB, "here kernels/*/templates/.making-*/ram", "", config={"fast_start": True,
+         "memory": "80m"}),
+]  # fmt: skip
+
+
+class Killed(Mortal, Harbour):
+    """With kernels, in a network namespace of its own."""
+
+    def again(self) -> None:
+        self.start(START)
+
+    def waits(self, command: str, seconds: float = START) -> None:
+        until = time.monotonic() + seconds
+        while (done := self.run(command)).returncode:
+            assert time.monotonic() < until, f"{command}: {done.stdout}{done.stderr}\n{self.log()[-3000:]}"
+            time.sleep(0.1)
+
+    def machine(self, verb: str, state: str) -> None:
+        self.run(f"echo {verb} > containers/c/ctl", timeout=START)
+        self.waits(f"grep -qx {state} containers/c/state")
+
+    def lives(self) -> None:
+        """The machine answers, and its process goes on."""
+        self.waits("grep -q . containers/c/rootfs/count")
+        before = self.sh("cat containers/c/rootfs/count", timeout=60).strip()
+        self.waits(f"grep -vqx '{before}' containers/c/rootfs/count")
+
+    def stays(self) -> list[str]:
+        """Processes, devices, mounts and files there are on account of the store's containers."""
+        found = [line.replace("/", " ") for line in processes_at(f"{self.store}/") if str(self.mount) not in line]
+        for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+            with suppress(OSError):  # it went
+                name = path.read_text().strip()
+                found += [f"{path}: {name}"] if name.startswith(f"{self.store}/containers/") else []
+        found += [f"mount {point}" for point, _, _ in host.mounts() if point.startswith(f"{self.store}/containers/")]
+        found += [f"tmp/{name}" for name in os.listdir(self.store / "tmp")]
+        litter = [path for path in (self.store / "kernels").glob("**/.*") if path.name != ".templates"]
+        return found + [str(path) for path in litter]
+
+    def kept(self, id: str) -> list[str]:
+        """Files of this boot and of the store on account of one container."""
+        places = [host.runtime_dir() / "vm" / "runtime", host.runtime_dir() / "vm" / "exits", self.store / "containers"]
+        return [str(path) for place in places for path in place.glob(f"{id}*")]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
+    if (why := missing() or can_mount() or no_vm()) is not None:
+        skip_or_fail(why)
+    daemon = Killed(tmp_path_factory.mktemp("killed"), runtime="vm")
+    copy_kernels(daemon.store)
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture
+def mortal(daemon: Killed) -> Iterator[Killed]:
+    """The daemon, with no container."""
+    if daemon.process is None:
+        daemon.again()
+    yield daemon
+    if daemon.process is None:
+        daemon.again()
+    if (daemon.mount / "containers" / "c").exists():
+        daemon.run("echo kill > containers/c/ctl", timeout=START)
+        daemon.waits("grep -Eqx 'created|stopped' containers/c/state && rmdir containers/c")
+
+
+def killed(daemon: Killed, case: Case) -> None:
+    (daemon.mount / "containers" / "c").mkdir()
+    config = {"image": "busybox", "fast_start": False, "memory": "64m", "stop_grace_period": 20, **case.config}
+    (daemon.mount / "containers" / "c" / "config.yaml").write_text(
+        json.dumps({"command": ["sh", "-c", case.command], **config})
+    )
+    id = daemon.read("containers/c/id")
+    for verb in case.first.split():
+        daemon.machine(verb, {"start": "running", "pause": "paused", "kill": "stopped"}[verb])
+        if verb == "start" and case.command == LIFE:
+            daemon.lives()  # else a signal may come before its trap is set
+    qemu = daemon.store / "containers" / id / "run" / "vm" / "qemu.pid"
+    pid = int(qemu.read_text()) if qemu.exists() else 0
+    if case.point:
+        daemon.die_at(case.point)
+        daemon.run(case.verb, timeout=START)
+        daemon.await_death()
+    else:
+        daemon.sh(case.verb, timeout=START)
+        daemon.kill()
+    if case.meanwhile and pid:
+        ended(pid)
+    daemon.again()
+    if not case.state:
+        daemon.waits("! test -e containers/c")
+    else:
+        daemon.waits(f"grep -qx {case.state} containers/c/state")
+    if case.code:
+        assert daemon.read("containers/c/exit_code") == case.code
+    if case.reason:
+        assert case.reason in daemon.sh("grep stateChanged containers/c/events")
+    if case.then:
+        daemon.waits(case.then)
+    if case.state == "paused":
+        daemon.machine("resume", "running")
+    if case.state in ("paused", "running"):
+        if case.command == LIFE:
+            daemon.lives()
+        daemon.machine("'stop 0'", "stopped")
+    elif case.reason == ROLLED_BACK:
+        nothing(lambda: [found for found in daemon.stays() if "/containers/" not in found])  # its files can be read
+        daemon.machine("start", "running")
+        daemon.lives()
+        daemon.machine("kill", "stopped")
+    if case.state:
+        daemon.sh("rmdir containers/c", timeout=60)
+    nothing(daemon.stays)
+    nothing(lambda: daemon.kept(id))
+    daemon.left_nothing()
+    assert "could not be" not in daemon.log() and "Traceback" not in daemon.log(), daemon.log()[-5000:]
+
+
+def ended(pid: int) -> None:
+    until = time.monotonic() + START
+    while conmon.start_time(pid) is not None:
+        assert time.monotonic() < until, "the machine does not end"
+        time.sleep(0.05)
+
+
+def nothing(left: Callable[[], list[str]]) -> None:
+    until = time.monotonic() + 60
+    while found := left():
+        assert time.monotonic() < until, found
+        time.sleep(0.1)
+
+
+if SLOW:
+
+    @pytest.mark.timeout(600)
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_killed(mortal: Killed, case: Case) -> None:
+        killed(mortal, case)
