@@ -34,7 +34,7 @@ class Guests:
         if (self._execution.driver_of(container).name if starts else container.runtime) != "vm":
             return None
         if container.state is State.PAUSED:
-            raise Busy("its virtual machine is paused", hint="echo resume > ctl")
+            raise Busy("its virtual machine is paused", hint="resume it first: echo resume > ctl")
         if starts:
             raise Busy("its virtual machine starts", hint="try again in a moment")
         return self._machines.of(container.id)

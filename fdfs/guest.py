@@ -30,6 +30,8 @@ from fdfs.loopback import UTIME_NOW, UTIME_OMIT, Caller
 
 OVERLAY = b"trusted.overlay."
 WHOLE = 0o7777
+INODES = (1 << 39) - 1
+SPREAD = 0x9E3779B97F4A7C15  # of devices: /proc, /sys and every tmpfs of a guest begin with inode 1 (Knuth, 6.4)
 
 _lock = threading.Lock()
 _kept: dict[bytes, tuple[GuestFiles, tuple[int, int]]] = {}  # name libfuse made up -> the file, by its identity
@@ -40,7 +42,7 @@ def to_attr(found: Found, mix: int) -> Attr:
     return Attr(
         mode=found.mode,
         size=found.size,
-        ino=mix + (found.ino & (1 << 39) - 1),
+        ino=mix + ((found.ino ^ found.dev * SPREAD) & INODES),
         nlink=found.nlink,
         uid=uid,
         gid=gid,
@@ -123,7 +125,7 @@ class GuestGraft:
             return attr._replace(nlink=attr.nlink + 1)  # libfuse takes the name it made up off again
         found = self._files.stat(self._root, path)
         if not path:  # one number, whether or not the guest has told its own yet
-            return to_attr(found, self._mix)._replace(ino=self._mix + 1)
+            return to_attr(found, self._mix)._replace(ino=self._mix + INODES)
         if not self._shown(found):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
         return to_attr(found, self._mix)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from engine.errors import EngineError, Gone, NotFound
+from engine.errors import Busy, EngineError, Gone, NotFound
 from fdfs.declared import Context, Declared, errno_of
 from fdfs.entry import Attr, Dir, Found, Graft, Handle, Keys
 from fdfs.handles import Reader
@@ -145,12 +145,25 @@ class Operations:
 
     def readdir(self, path: bytes) -> Iterable[tuple[bytes, int, int]]:
         where = self.route(path)
+        if isinstance(where, Found):
+            self._refuse_busy(where)
         yield b".", 0, stat.S_IFDIR
         yield b"..", 0, stat.S_IFDIR
         if isinstance(where, Found):
             yield from self.declared.readdir(path, where)
         else:
             yield from where[0].readdir(where[1])
+
+    def _refuse_busy(self, found: Found) -> None:
+        """A graft that is there, but not now, is not listed as if it were empty: Busy."""
+        row = found.row
+        if isinstance(row, Dir) and row.graft is not None:
+            try:
+                row.graft(self._engine, *found.keys)
+            except Busy:
+                raise
+            except EngineError:
+                pass  # there is nothing to show yet
 
     def readdir_from(self, path: bytes, offset: int) -> Iterable[tuple[bytes, int, int, int]] | None:
         """A part of a listing that is too long to be held: (name, inode, mode, offset of the next); None for others."""

@@ -88,6 +88,21 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     held.close()
     daemon.sh("echo 'run echo goes on' > containers/m/exec/ctl", timeout=60)
     wait_for(lambda: daemon.run("grep . containers/m/exec/2/exit_code").returncode == 0, 60)
+    # its own directory by du(1), which takes two places of one inode number for a circle
+    done = daemon.run("du -s --exclude=proc --exclude=sys containers/m/diff containers/m/rootfs", timeout=60)
+    assert "ircular" not in done.stderr
+    sizes = [int(line.split()[0]) for line in done.stdout.splitlines()]
+    assert sizes[0] >= 3000000 // 1024 and sizes[1] >= sizes[0]
+    # paused: nobody has its files
+    daemon.sh("echo pause > containers/m/ctl", timeout=60)
+    for command in (
+        "ls containers/m/rootfs",
+        "cat containers/m/rootfs/new",
+        "ls containers/m/diff",
+        "cat containers/m/changes",
+    ):
+        daemon.refused(command, "Device or resource busy", timeout=60)
+    daemon.sh("ls -la containers/m; echo resume > containers/m/ctl; cat containers/m/rootfs/new", timeout=60)
     # a machine that hangs: an error within the deadline, and the rest of the mount goes on
     pid = int((directory / "run/vm/qemu.pid").read_text())
     os.kill(pid, signal.SIGSTOP)
