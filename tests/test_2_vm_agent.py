@@ -424,3 +424,12 @@ def test_the_parser_of_the_agent_withstands_mutated_frames() -> None:
     fuzzer = Path(__file__).parents[1] / "tools/fuzz/agent.py"
     done = subprocess.run([sys.executable, fuzzer, "--turns", "20000"], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_was_said_of_a_process_stays_while_more_is_said(agent: agents.Agent) -> None:
+    stream = agent.run(["sh", "-c", "echo said"])
+    for number in range(3):  # each as long as what RUN said, and where that was read
+        agent.client.call("PUT", {"path": agent.rootfs / "tmp/f", "data": b"%d" % number * 60_000}, deadline=WAIT)
+    agent.client.call("START", {"id": "main"}, deadline=WAIT)
+    ended, out, _ = stream.wait(deadline=WAIT)
+    assert (ended.code, out) == (0, b"said\n")

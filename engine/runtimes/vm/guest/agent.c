@@ -131,6 +131,9 @@ static void request(uint32_t stream, char *frame, char *payload, uint32_t length
             return;
         }
     }
+    if (frame != spare) { /* a slot is shared: a process that is forked from here needs the words to stay as they are */
+        payload = memcpy(spare, payload, length);
+    }
     const char *wrong = split_words(payload, length, &words);
     if (wrong) protocol_error(wrong);
     *step = 0;
