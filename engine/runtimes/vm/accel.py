@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 LIMIT = 3.0  # seconds for the probing guest; natively it takes about 10 ms
 LOOPS = 0x0131 << 16  # turns of its loop
 STATUS = 0x15  # what it writes to the exit device; QEMU ends with twice this and one more
+KEPT = 16  # programs of QEMU that are remembered
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 
@@ -220,16 +221,20 @@ class Accelerators:
             stamp = ""
         return [boot_id(), str(qemu), stamp, arch]
 
-    def _load(self, key: list[str]) -> str | None:
+    def _all(self) -> list[dict[str, object]]:
+        """What is known of this boot, of whichever QEMU."""
         try:
-            kept = json.loads(self._path.read_bytes()[:65536])
-            return str(kept["refused"]) if kept["key"] == key and key[0] else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return [item for item in json.loads(self._path.read_bytes()[:65536]) if item["key"][0] == boot_id()]
+        except (OSError, ValueError, LookupError, TypeError):
+            return []
+
+    def _load(self, key: list[str]) -> str | None:
+        return next((str(item.get("refused", "")) for item in self._all() if item["key"] == key and key[0]), None)
 
     def _save(self, key: list[str], refused: str) -> None:
+        known = [{"key": key, "refused": refused[:1000]}, *(item for item in self._all() if item["key"] != key)]
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            host.write_atomic(self._path, json.dumps({"key": key, "refused": refused[:1000]}).encode(), 0o600)
+            host.write_atomic(self._path, json.dumps(known[:KEPT]).encode(), 0o600)
         except OSError as error:
             log.warning("which accelerator works is not remembered: %s", error)
