@@ -22,6 +22,8 @@ from engine.runtimes import netns
 
 # containers of tests have loopback alone unless a test asks for networks: the host's stay as they are
 os.environ.setdefault("DUTCHMAN_DEFAULT_NETWORK", "none")
+# no machine stands by but in the tests of that: each takes a second of CPU to make
+os.environ.setdefault("DUTCHMAN_STANDBY", "0")
 
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else all we start ignores it too

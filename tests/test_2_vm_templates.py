@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,11 @@ import pytest
 from guestkernel import guest_kernels
 from runtimebench import SLOW, Bench, bench_of
 
-from engine.errors import Busy, Damaged
-from engine.runtimes.vm import templatemaker, templates
+from engine.errors import Busy, Damaged, RuntimeFailure
+from engine.runtimes.conmon import start_time
+from engine.runtimes.vm import agentbuild, driver, standby, standbys, templatemaker, templates
 from engine.runtimes.vm.driver import VmRuntime
+from engine.runtimes.vm.standbys import Standbys
 from engine.runtimes.vm.templatemaker import Makers
 from engine.runtimes.vm.templates import Kept
 
@@ -182,6 +185,7 @@ class Templated:
     def __init__(self, bench: Bench, kernels: Path) -> None:
         self.bench, self.kernels = bench, kernels
         self.plan: dict[str, Any] = {}
+        self.document: dict[str, Any] = {}
         bench.runtime.close()
         bench.runtime = VmRuntime(bench.place / "containers", state=bench.place / "state", kernels=kernels)
 
@@ -195,7 +199,8 @@ class Templated:
         """How it was started, and the lines it printed."""
         id = self.bench.run(("sh", "-c", script), memory="64m", **fields)
         how = self.how(id)
-        self.plan = json.loads((self.bench.place / "containers" / id / "bundle" / "vm.json").read_bytes())
+        bundle = self.bench.place / "containers" / id / "bundle"
+        self.plan, self.document = (json.loads((bundle / name).read_bytes()) for name in ("vm.json", "config.json"))
         assert self.bench.end(30).exit_code == 0
         out = self.bench.output(id).decode().splitlines()
         self.bench.runtime.delete(id)
@@ -236,6 +241,97 @@ def test_a_machine_is_booted_once_and_then_started_from_its_template(templated: 
     assert len(one) == 5 and not set(one[:3]) & set(two[:3])  # not a byte of chance in common
     assert before - 2 <= int(one[3]) <= int(two[3]) <= time.time() + 2
     assert (one[4], two[4]) == ("clone0", "clone1")
+
+
+@dataclass
+class StandingBy:
+    templated: Templated
+    standbys: Standbys
+
+    @property
+    def directory(self) -> Path:
+        return next(self.templated.kernels.glob("*/templates"))
+
+    def have(self) -> tuple[int, int]:
+        """The pids of a keeper and of its QEMU, whose machine is ready."""
+        plan = self.templated.plan
+        shim = next(self.templated.bench.place.glob("state/runtime/dutchman-vm-*"))
+        request = plan["template"] | {"machine": plan["machine"], "taps": plan["taps"]}
+        request |= {"agent": str(agentbuild.build(plan["machine"]["arch"], driver.agents()))}
+        request |= {"plan": {name: plan[name] for name in ("overlay", "capabilities", "seccomp")}}
+        request |= {"document": standbys.throwaway(self.templated.document)}
+        self.standbys.want([str(shim), "--root", "/nonexistent"], self.directory, request)
+        self.templated.bench.until(lambda: bool(standbys.listing(self.directory)), 100)
+        (line,) = standbys.listing(self.directory)
+        keeper = int(line.partition(" pid=")[2].split()[0])
+        (qemu,) = map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
+        return keeper, qemu
+
+    def gone(self, *pids: int) -> None:
+        for pid in pids:
+            self.templated.bench.until(lambda pid=pid: start_time(pid) is None, 30)
+
+
+@pytest.fixture
+def standing_by(templated: Templated, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandingBy]:
+    monkeypatch.setenv("DUTCHMAN_STANDBY", "1")
+    found = Standbys()
+    yield StandingBy(templated, found)
+    found.close()
+
+
+def test_a_machine_that_stands_by_is_taken_over_once(standing_by: StandingBy) -> None:
+    templated = standing_by.templated
+    keeper, qemu = standing_by.have()
+    how, out = templated.run(f"{CHANCE}; hostname; cat /etc/hostname; [ ! -e /warm ]", hostname="first")
+    assert how == f"standby {templated.plan['template']['key']}"
+    assert len(out) == 5 and out[3:] == ["first", "first"]  # nothing of what had run there before
+    assert standbys.listing(standing_by.directory) == []
+    standing_by.gone(keeper, qemu)
+    assert not list(standing_by.directory.glob(".standby-*"))
+
+
+def _test_whatever_is_killed_nothing_of_what_stands_by_is_left(standing_by: StandingBy) -> None:
+    templated, bench = standing_by.templated, standing_by.templated.bench
+    for victim in ("keeper", "qemu", "daemon", "forget"):
+        keeper, qemu = standing_by.have()
+        if victim == "daemon":
+            standing_by.standbys.close()  # as its end closes what it has open
+            standing_by.standbys = Standbys()
+        elif victim == "forget":
+            standbys.forget(standing_by.directory)
+        else:
+            os.kill(keeper if victim == "keeper" else qemu, signal.SIGKILL)
+        standing_by.gone(keeper, qemu)
+        how, out = templated.run("echo here")
+        assert out == ["here"] and how.startswith("template "), victim
+    for victim in ("keeper", "qemu", "owner"):
+        keeper, qemu = standing_by.have()
+        id = bench.run(("sleep", "1000"), memory="64m")
+        assert templated.how(id).startswith("standby")
+        os.kill({"keeper": keeper, "qemu": qemu, "owner": bench.runtime.status(id).pid or 0}[victim], signal.SIGKILL)
+        assert bench.end(30).exit_code == 137, victim
+        standing_by.gone(keeper, qemu)
+        bench.runtime.delete(id)
+
+
+if SLOW:  # seven machines
+    test_whatever_is_killed_nothing_of_what_stands_by_is_left = (
+        _test_whatever_is_killed_nothing_of_what_stands_by_is_left
+    )
+
+
+def test_what_does_not_stand_by_is_not_taken(tmp_path: Path) -> None:
+    assert standby.take(tmp_path, "k") is None
+    place = tmp_path / ".standby-k"
+    place.mkdir(mode=0o700)
+    assert standby.take(tmp_path, "k") is None
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(place / standby.SOCKET))
+    assert standby.take(tmp_path, "k") is None and standbys.listing(tmp_path) == []
+    place.chmod(0o755)
+    with pytest.raises(RuntimeFailure, match="not this user's alone"):
+        standby.take(tmp_path, "k")
 
 
 def test_a_template_that_does_not_work_is_given_up_and_the_machine_booted(templated: Templated) -> None:

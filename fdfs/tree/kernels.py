@@ -13,7 +13,7 @@ from engine.kernelfetch import KATA, Wanted
 from engine.kernelfetch import fetch as fetch_kernel
 from engine.kernels import check_kernel_name
 from engine.model import check_digest
-from engine.runtimes.vm import templates
+from engine.runtimes.vm import standbys, templates
 from fdfs.ctl import Call, Verb, table
 from fdfs.entry import STARTED_NS, Dir, File, Link, Row
 from fdfs.tree.errors import error_file
@@ -45,11 +45,14 @@ def modules(engine: Any, name: str) -> str:
 
 
 def templates_of(engine: Any, name: str) -> str:
-    return lines(templates.listing(engine.kernels.get(name).directory / "templates"))
+    directory = engine.kernels.get(name).directory / "templates"
+    return lines([*templates.listing(directory), *standbys.listing(directory)])
 
 
 def forget(engine: Any, name: str, call: Call) -> None:
-    templates.forget(engine.kernels.get(name).directory / "templates")
+    directory = engine.kernels.get(name).directory / "templates"
+    templates.forget(directory)
+    standbys.forget(directory)
 
 
 def used_by(engine: Any, name: str) -> str:
@@ -227,7 +230,7 @@ KERNEL = Dir(
         File(name="used_by", doc="containers that name it or run with it", show=used_by),
         File(
             name="templates",
-            doc="snapshots that machines start from, one per shape of machine; those that did not work, and why",
+            doc="snapshots that machines start from, one per shape; those that did not work; what stands by",
             show=templates_of,
         ),
         File(

@@ -37,7 +37,7 @@ from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
-from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, templates, virtiofs, vsock
+from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, standbys, templates, virtiofs, vsock
 from engine.runtimes.vm.client import GuestError
 from engine.runtimes.vm.owner import MAIN
 from engine.runtimes.vm.pausing import Pausing
@@ -69,6 +69,7 @@ class VmRuntime(OciRuntime):
         self._accelerators = accel.Accelerators()
         self._makers = Makers()
         self._pausing = Pausing(self._vm)
+        self._standbys = standbys.Standbys()
         self.sessions.before = self.ping  # of a mute machine it is said at once
 
     # --- probing ------------------------------------------------------------------------------------------------
@@ -173,7 +174,13 @@ class VmRuntime(OciRuntime):
         if wish := plan.get("template"):
             program = [self._tools()[0], "--root", str(self._state)]
             request = wish | {"machine": plan["machine"], "taps": plan["taps"]}
-            self._makers.want(program, Path(wish["directory"]), request)
+            directory = Path(wish["directory"])
+            self._makers.want(program, directory, request)
+            if (directory / wish["key"]).exists():
+                document = json.loads((self._files(id).bundle / "config.json").read_bytes())
+                request["agent"] = str(agentbuild.build(plan["machine"]["arch"], agents()))
+                request["plan"] = {name: plan[name] for name in ("overlay", "capabilities", "seccomp")}
+                self._standbys.want(program, directory, request | {"document": standbys.throwaway(document)})
 
     def signal(self, id: str, signum: int) -> None:
         """SIGKILL is for the container's process in the guest, whose file systems are then written out as after any
@@ -209,6 +216,7 @@ class VmRuntime(OciRuntime):
     def close(self) -> None:
         super().close()
         self._makers.close()
+        self._standbys.close()
 
     def pause(self, id: str) -> None:
         self._expect(id, State.RUNNING)

@@ -22,13 +22,14 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
-from engine.runtimes.vm import clock, faults, network, pump, qemu, templates, translate
+from engine.runtimes.vm import clock, faults, network, pump, qemu, standby, templates, translate
 from engine.runtimes.vm.accel import Accelerator, Accelerators
 from engine.runtimes.vm.client import AgentClient, GuestError, Stream
 from engine.runtimes.vm.protocol import Words, fields
@@ -51,6 +52,45 @@ LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)
 CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
 
 
+def preparation(plan: Mapping[str, Any], document: Mapping[str, Any]) -> list[tuple[str, Words]]:
+    """What a guest is asked before it runs a container: clock, chance, file systems."""
+    parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
+    devices = ",".join(f"device=/dev/vda{number}" for number in range(2, len(parts) + 1))
+    overlay = f"lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work{plan.get('overlay', '')}"
+    mounts = [
+        ("/dev/vda1", "/run/image", "erofs", 1, devices),
+        # what is never written need not be zeroed: that takes a thread of the guest's kernel, and room on the host
+        ("/dev/vdb", "/run/disk", "ext4", 0, "noinit_itable"),
+        ("overlay", ROOTFS, "overlay", 0, overlay),
+    ]
+    if translate.bind_sources(document):
+        # directio: what others write to a volume is seen at once (Linux 6.4; before, cache=mmap meant that)
+        options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap,directio"
+        kind, options = ("virtiofs", "") if plan.get("virtiofsd") else ("9p", options)
+        mounts.append(("shares", translate.SHARES, kind, 0, options))
+    requests: list[tuple[str, Words]] = [
+        ("CLOCK", {"ns": time.time_ns()}),
+        ("ENTROPY", {"seed": os.urandom(256)}),
+        ("PARTS", {"disk": "/dev/vda", "part": parts}),
+    ]
+    for source, target, kind, flags, data in mounts:
+        if kind == "overlay":
+            requests += [("MKDIR", {"path": f"/run/disk/{name}"}) for name in ("upper", "work")]
+        words: Words = {"source": source, "target": target, "type": kind, "flags": flags, "data": data}
+        requests.append(("MOUNT", words))
+    return requests
+
+
+def run_words(plan: Mapping[str, Any], document: Mapping[str, Any]) -> Words:
+    """Of RUN."""
+    sources = translate.bind_sources(document)
+    shared = {source: f"{translate.SHARES}/{number}" for number, source in enumerate(sources)}
+    words = translate.container_words(document, shared, plan["capabilities"])
+    if plan.get("seccomp"):
+        words["seccomp"] = bytes.fromhex(plan["seccomp"])
+    return {"id": MAIN, "rootfs": ROOTFS, **words}
+
+
 class Owner:
     def __init__(self, bundle: Path) -> None:
         self.document: dict[str, Any] = json.loads((bundle / "config.json").read_bytes())
@@ -60,9 +100,11 @@ class Owner:
         self.reason = bundle.parent / "run" / "reason"
         self._upper = -1
         self._shared = self.place / "shares"
+        self._before = ""  # what was tried before the machine was started as it was
+        self._keeper: socket.socket | None = None
         self._broken = ""  # QEMU's word for a machine that stopped for good
         self._console = bytearray()
-        self.qemu: subprocess.Popen[bytes] | None = None
+        self.qemu: subprocess.Popen[bytes] | standby.Machine | None = None
         self.link: AgentClient | None = None
         self.relay: Relay | None = None
         self.stream: Stream | None = None
@@ -73,8 +115,10 @@ class Owner:
         """The machine runs, its agent answers, and the container's process waits. Raises with all that is known."""
         try:
             self._own()
-            if not self._from_template():
-                self._cold()
+            if not self._from_standby():
+                self._shares()
+                if not self._from_template():
+                    self._cold()
         except (EngineError, GuestError) as error:
             self.end()
             said = " ".join(self._last_words().split())[-500:]
@@ -86,7 +130,6 @@ class Owner:
         self._upper = os.open(self.plan["machine"]["upper"], os.O_RDWR | os.O_CLOEXEC)
         hostfiles.share(self._upper, DISK_SECONDS)  # kept: while a guest has it, the host does not mount it
         self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._shares()
 
     def _cold(self) -> None:
         machine = self.plan["machine"]
@@ -98,6 +141,45 @@ class Owner:
         assert self.link is not None
         self._prepare(self.link)
         self._run(self.link)
+
+    def _from_standby(self) -> bool:
+        """Whether the container's process waits in a machine that stood by. Otherwise, whatever is wrong with that,
+        it is as if there had been none."""
+        wish = self.plan.get("template")
+        if wish is None or (taken := self._taken(Path(wish["directory"]), wish["key"])) is None:
+            return False
+        plan, refused = self.plan, None
+        self.qemu = taken.machine
+        try:
+            os.rename(Path(wish["directory"]) / f"{standby.NAME}{wish['key']}", self.place)  # which is empty
+            standby.give(taken, plan["netns"], plan["taps"], translate.bind_sources(self.document))
+            standby.go_on(taken.watch, plan["machine"]["image"], self._upper)
+            cpus = self.document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus")
+            standby.ordinary(taken.machine.pid, translate.cpu_numbers(cpus) if cpus else None)
+            self._keeper = taken.keeper  # open for as long as this process lives
+            link = self._meet(taken.agent, taken.console, taken.watch, b"", taken.hello)
+            self._prepare(link)
+            try:
+                self._run(link)
+            except GuestError as error:
+                refused = error
+        except (EngineError, OSError, ValueError) as error:
+            self._before = f"; what stood by does not work: {error}: {self._last_words()}"
+            taken.machine.kill()
+            self.end()
+            self._broken = ""
+            return False
+        self._tell(f"standby {wish['key']}")
+        if refused is not None:
+            raise refused
+        return True
+
+    def _taken(self, directory: Path, key: str) -> standby.Taken | None:
+        try:
+            return standby.take(directory, key)
+        except (EngineError, OSError, ValueError, KeyError) as error:
+            self._before = f"; what stood by does not work: {error}"
+            return None
 
     def _from_template(self) -> bool:
         """Whether the container's process waits in a machine started from a template. Whatever is wrong with that, the
@@ -135,7 +217,7 @@ class Owner:
 
     def _tell(self, how: str) -> bool:
         """For the driver, which has the log."""
-        (self.place / "how").write_text(how[:1000])
+        (self.place / "how").write_text((how + self._before)[:1000])
         return how.startswith("template")
 
     def _try_hardware(self) -> str:
@@ -169,7 +251,7 @@ class Owner:
         known = Accelerators(Path(self.plan["accelerators"]))
         known.refuse(Path(machine["qemu"]), machine["arch"], f"with a real guest: {why}")
 
-    def _breaks(self, process: subprocess.Popen[bytes], status: str) -> None:
+    def _breaks(self, process: subprocess.Popen[bytes] | standby.Machine, status: str) -> None:
         """QEMU's word on a machine that has stopped for good. On a thread of its own."""
         if self.qemu is process:
             self._broken = status
@@ -215,13 +297,19 @@ class Owner:
                 os.close(fd)
             for end in (guest_agent, guest_console, guest_watch):
                 end.close()
+        first, hello = (b"", b"") if template is None else (templates.load(template), template.hello)
+        return self._meet(agent, console, watch, first, hello)
+
+    def _meet(
+        self, agent: socket.socket, console: socket.socket, watch: socket.socket, first: bytes, hello: bytes
+    ) -> AgentClient:
+        """QEMU runs; from here on what it and its guest say is listened to."""
+        assert self.qemu is not None
         (self.place / "qemu.pid").write_text(str(self.qemu.pid))
         threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
-        faults.follow(watch, partial(self._breaks, self.qemu), b"" if template is None else templates.load(template))
+        faults.follow(watch, partial(self._breaks, self.qemu), first)
         self.relay = Relay()
-        self.relay.link = self.link = AgentClient(
-            agent, deadline=None, foreign=self.relay.took, hello=b"" if template is None else template.hello
-        )
+        self.relay.link = self.link = AgentClient(agent, deadline=None, foreign=self.relay.took, hello=hello)
         return self.link
 
     def _child(self) -> None:
@@ -262,42 +350,11 @@ class Owner:
 
     def _prepare(self, link: AgentClient) -> None:
         """The guest's clock, its generator of random numbers, its file systems."""
-        plan = self.plan
-        parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
-        devices = ",".join(f"device=/dev/vda{number}" for number in range(2, len(parts) + 1))
-        overlay = f"lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work{plan.get('overlay', '')}"
-        mounts = [
-            ("/dev/vda1", "/run/image", "erofs", 1, devices),
-            # what is never written need not be zeroed: that takes a thread of the guest's kernel, and room on the host
-            ("/dev/vdb", "/run/disk", "ext4", 0, "noinit_itable"),
-            ("overlay", ROOTFS, "overlay", 0, overlay),
-        ]
-        if translate.bind_sources(self.document):
-            # directio: what others write to a volume is seen at once (Linux 6.4; before, cache=mmap meant that)
-            options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap,directio"
-            kind, options = ("virtiofs", "") if plan.get("virtiofsd") else ("9p", options)
-            mounts.append(("shares", translate.SHARES, kind, 0, options))
-        requests: list[tuple[str, Words]] = [
-            ("CLOCK", {"ns": time.time_ns()}),
-            ("ENTROPY", {"seed": os.urandom(256)}),
-            ("PARTS", {"disk": "/dev/vda", "part": parts}),
-        ]
-        for source, target, kind, flags, data in mounts:
-            if kind == "overlay":
-                requests += [("MKDIR", {"path": f"/run/disk/{name}"}) for name in ("upper", "work")]
-            words: Words = {"source": source, "target": target, "type": kind, "flags": flags, "data": data}
-            requests.append(("MOUNT", words))
-        link.calls(requests, deadline=MOUNT_SECONDS)
+        link.calls(preparation(self.plan, self.document), deadline=MOUNT_SECONDS)
 
     def _run(self, link: AgentClient) -> None:
         """What runc does on a host before it waits for `start`."""
-        plan, document = self.plan, self.document
-        sources = translate.bind_sources(document)
-        shared = {source: f"{translate.SHARES}/{number}" for number, source in enumerate(sources)}
-        words = translate.container_words(document, shared, plan["capabilities"])
-        if plan.get("seccomp"):
-            words["seccomp"] = bytes.fromhex(plan["seccomp"])
-        self.stream, _ = link.open("RUN", {"id": MAIN, "rootfs": ROOTFS, **words}, deadline=30.0)
+        self.stream, _ = link.open("RUN", run_words(self.plan, self.document), deadline=30.0)
 
     # --- start and after -----------------------------------------------------------------------------------------
 

@@ -169,6 +169,7 @@ class Machine:
     owners: bool = True  # of shared files, may be changed by the guest: QEMU has the ids for it
     ram: str = ""  # a template's (templates.py)
     making: bool = False  # of a template: its disks are placeholders
+    standby: bool = False  # (standbys.py) its disks are plain files, to be replaced by a container's
     virtiofs: bool = False  # what is shared is served by a daemon at VIRTIOFS, not by QEMU's 9p
     append: str = ""
     qemu: str = ""  # the program; empty: by its usual name
@@ -183,7 +184,7 @@ SHARED = "shared"  # the memory that a vhost-user daemon sees
 def command(machine: Machine) -> list[str]:
     """The command line of a container's machine."""
     platform = Platform(machine.arch, Accelerator(machine.accelerator), machine.acpi, machine.tsc_khz)
-    kinds = ("null-co", "null-co") if machine.making else ("vmdk", "raw")
+    kinds = ("null-co", "null-co") if machine.making else ("raw" if machine.standby else "vmdk", "raw")
     socket = VIRTIOFS if machine.virtiofs else ""
     guest = Guest(
         kernel=Path(machine.kernel),

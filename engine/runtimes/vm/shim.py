@@ -260,6 +260,10 @@ def main(argv: list[str]) -> int:
                 from engine.runtimes.vm import templatemaker  # few need it
 
                 return templatemaker.main(sys.stdin)
+            case "standby":  # no container: `id` is a template's key, the request is on standard input
+                from engine.runtimes.vm import standbykeeper  # few need it
+
+                return standbykeeper.main()
             case _:
                 print(f"unknown command {verb}", file=sys.stderr)
                 return 2

@@ -35,6 +35,7 @@ SETUP: Mapping[str, Mapping[str, str]] = {
     },
     "SYSCTL": {"set*": "NAME\\0VALUE, dots or slashes in the name"},
     "ROOT": {"name": "a root for the file verbs", "path": "a directory of the guest"},
+    "RESET": {"disk*": "whose parts and cached blocks are dropped; as if there had been no RUN (which has ended)"},
     "SYNC": {},
     "POWEROFF": {"off?": "1: by ACPI or PSCI; absent: a reset, which ends a QEMU run with -no-reboot"},
 }

@@ -2,6 +2,7 @@
 #include "agent.h"
 #include <ctype.h>
 #include <linux/blkpg.h>
+#include <linux/fs.h>
 #include <linux/random.h>
 #include <poll.h>
 #include <sys/ioctl.h>
@@ -186,6 +187,56 @@ static void unmount_all(void) {
     }
 }
 
+/* What is mounted below /run, last first; the errno of the last that cannot be. */
+static int unmount_run(void) {
+    static char table[65536];
+    static char *targets[512];
+    int count = 0, error = 0;
+    if (read_file("/proc/self/mounts", table, sizeof table) < 0) return errno;
+    for (char *line = strtok(table, "\n"); line && count < 512; line = strtok(NULL, "\n")) {
+        char *target = strchr(line, ' ');
+        if (target && !strncmp(target + 1, "/run/", 5)) targets[count++] = target + 1;
+    }
+    while (count--) {
+        targets[count][strcspn(targets[count], " ")] = 0;
+        if (umount2(targets[count], 0)) error = fail(errno, "umount %.200s", targets[count]);
+    }
+    return error;
+}
+
+/* The disk with no partition, nothing of it in memory. EBUSY while a filesystem has it. */
+static int disk_forget(const char *disk) {
+    int error = 0, fd = open(disk, O_RDONLY | O_EXCL | O_CLOEXEC);
+    if (fd < 0) return fail(errno, "%.200s", disk);
+    for (int number = 1; !error; number++) {
+        struct blkpg_partition partition = {.pno = number};
+        struct blkpg_ioctl_arg arg = {BLKPG_DEL_PARTITION, 0, sizeof partition, &partition};
+        if (ioctl(fd, BLKPG, &arg)) {
+            if (errno == ENXIO) break;
+            error = fail(errno, "part %d of %.100s", number, disk);
+        }
+    }
+    if (!error && ioctl(fd, BLKFLSBUF, 0)) error = fail(errno, "flushing %.100s", disk);
+    close(fd);
+    return error;
+}
+
+/* As before RUN: for a program that was run to warm the guest up, not for a container. */
+static int reset(struct words *words) {
+    char *disk;
+    int error = EBUSY;
+    if (container_pid()) return fail(EBUSY, "the container of this guest");
+    process_forget();
+    for (int tries = 0; error && tries < 200; tries++) { /* what ended lets go a little later */
+        if (tries) usleep(5000);
+        error = unmount_run();
+        if (!error && rmdir(CGROUP) && errno != ENOENT) error = fail(errno, "the guest's cgroup");
+        for (int at = 1; !error && (disk = next_value(words, "disk", &at, NULL));) error = disk_forget(disk);
+    }
+    cgroup_prepare();
+    return error;
+}
+
 void end_guest(int off) {
     kill(-1, SIGKILL);
     for (int turns = 0; turns < 500; turns++) { /* what hangs in the kernel is left to it */
@@ -245,6 +296,7 @@ int verb_setup(uint32_t stream, struct words *words) {
         text = value_of(words, "name", &length);
         return !text ? fail(EINVAL, "HOSTNAME name") : sethostname(text, length) ? fail(errno, "setting the hostname") : 0;
     }
+    if (!strcmp(verb, "RESET")) return reset(words);
     if (!strcmp(verb, "SYNC")) {
         sync();
         return 0;

@@ -1,0 +1,191 @@
+"""Machines that stand by: started from a template before anybody asks for one, warmed up, stopped. Floor 2.
+
+Only here: the daemon's side. standbykeeper.py is the process that keeps one, standby.py takes one over.
+
+An emulated CPU runs everything slowly once: so a program of ours has been run, on disks of ours that are gone, in the
+way a container's will be. A machine that has run a container is never one of these. It takes no CPU while it waits,
+only the memory it has written to. There is one per daemon, of the template used last (DUTCHMAN_STANDBY=0 in the
+daemon's environment: none), not while memory is low, and not for long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import host
+from engine.errors import EngineError
+from engine.runtimes.vm import disks, standby
+from engine.runtimes.vm.standbykeeper import ASIDE, PROGRAM, SHARED, alive, enough
+from engine.store import erofs
+from engine.store.merge import Node
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "DUTCHMAN_STANDBY"
+AGAIN_SECONDS = 600.0  # for which none is made of a template with which it did not work
+
+
+class Standbys:
+    """Asks for one. Thread-safe; never waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key = ""  # of the one there is, or that is being made
+        self._ready = False
+        self._handle = -1  # its keeper's standard input
+        self._failed: dict[str, float] = {}
+        self._closed = os.environ.get(VARIABLE, "1") == "0"
+
+    def want(self, program: Sequence[str], directory: Path, request: Mapping[str, Any]) -> None:
+        """Have one made of this template, unless there is one, or one is being made. `program` is the shim with its
+        options; `request`: keep()."""
+        key = str(request["key"])
+        with self._lock:
+            if self._closed or self._key == key or (self._key and not self._ready):
+                return
+            if time.monotonic() - self._failed.get(key, -AGAIN_SECONDS) < AGAIN_SECONDS or not enough(request):
+                return
+            self._give_up()
+            process = subprocess.Popen(
+                [*program, "standby", key],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd="/",
+                start_new_session=True,
+            )
+            assert process.stdin is not None
+            self._key, self._ready, self._handle = key, False, os.dup(process.stdin.fileno())
+            arguments = (key, self._handle, process, dict(request) | {"directory": str(directory)})
+            threading.Thread(target=self._follow, args=arguments, name="standby", daemon=True).start()
+
+    def _follow(self, key: str, handle: int, process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            line = self._request(request)
+        except (EngineError, OSError) as error:
+            log.warning("no machine of template %s stands by: %s", key, error)
+            line = b""
+        process.wait()  # it has left another behind
+        with contextlib.suppress(BrokenPipeError):  # which was killed
+            process.stdin.write(line)
+            process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()  # `handle` is a duplicate
+        if not line:
+            with self._lock:
+                if self._handle == handle:
+                    self._give_up()
+        words = b""
+        with process.stdout as said:
+            while data := os.read(said.fileno(), 4096):
+                words = (words + data)[-2000:]
+                if words == b"ready\n":
+                    log.info("a machine of template %s stands by", key)
+                    with self._lock:
+                        self._ready = self._ready or self._handle == handle
+        with self._lock:
+            if self._handle == handle:
+                self._give_up()
+                if not words.startswith(b"ready\n"):
+                    self._failed[key] = time.monotonic()
+        log.info("the machine of template %s: %s", key, " ".join(words.decode(errors="replace").split())[-500:])
+
+    def _request(self, request: dict[str, Any]) -> bytes:
+        """The line for its keeper: `request` with the disks made, which needs more than a keeper has."""
+        place = Path(tempfile.mkdtemp(dir=request["directory"], prefix=ASIDE))
+        try:
+            parts = make_disks(place, Path(request["agent"]))
+        except BaseException:
+            host.remove_tree(place)
+            raise
+        request |= {"place": str(place), "plan": request["plan"] | {"parts": parts}}
+        return json.dumps(request).encode() + b"\n"
+
+    def _give_up(self) -> None:
+        """The lock is held."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._key, self._handle = "", -1
+
+    def close(self) -> None:
+        """Its keeper ends now, and the machine with it."""
+        with self._lock:
+            self._closed = True
+            self._give_up()
+
+
+def make_disks(place: Path, agent: Path) -> list[list[int]]:
+    """`image` and `upper`, as a container's, with the agent as PROGRAM: where the image's parts lie."""
+    program = agent.read_bytes()
+    digest = hashlib.sha256(program).digest()
+    root, file = Node(stat.S_IFDIR | 0o755, 0, None), Node(stat.S_IFREG | 0o755, 0, None)
+    file.size, file.sha256, file.data = len(program), digest, f"sha256:{digest.hex()}"
+    assert root.kids is not None
+    root.kids[PROGRAM.removeprefix("/").encode()] = file
+    blocks = -(-len(program) // erofs.BLOCK)
+    with open(place / "image", "w+b") as image:
+        _, size = erofs.write(root, image, None, [file.data], bytes(16), lambda _: blocks)
+        image.seek(size)
+        image.write(program.ljust(blocks * erofs.BLOCK, b"\0"))
+    disks.make_upper(place / "upper", 64 << 20)
+    return [[0, size], [size, blocks * erofs.BLOCK]]
+
+
+def throwaway(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What is run for warming up: a program of ours, in the way `document`, a container's, is."""
+    process = document["process"]
+    kept = {name: process[name] for name in ("capabilities", "rlimits", "noNewPrivileges") if name in process}
+    mounts = [mount for mount in document.get("mounts", ()) if mount.get("type") in _KINDS]
+    mounts = [mount for mount in mounts if str(mount["destination"]).startswith(("/proc", "/dev", "/sys"))]
+    shared = [
+        {"destination": f"/etc/{name}", "type": "bind", "source": name, "options": ["rbind", "rprivate", "rw"]}
+        for name in SHARED
+    ]
+    linux = document.get("linux", {})
+    return {
+        "process": {"args": [PROGRAM, "warm"], "env": ["PATH=/"], "cwd": "/", "user": {"uid": 0, "gid": 0}} | kept,
+        "mounts": [*mounts, *shared],
+        "linux": {name: linux[name] for name in ("maskedPaths", "readonlyPaths") if name in linux},
+        "hostname": "standby",
+    }
+
+
+_KINDS = {"proc", "tmpfs", "devpts", "sysfs", "cgroup", "mqueue"}
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def listing(directory: Path) -> list[str]:
+    """A line for the machine that stands by, of a kernel."""
+    lines = []
+    for place in sorted(directory.glob(f"{standby.NAME}*")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            known = json.loads((place / "lock").read_bytes())
+            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(known["since"]))
+            if alive(place):
+                key = place.name.removeprefix(standby.NAME)
+                lines.append(f"{key} standby memory={known['memory']}M pid={known['pid']} since={when}")
+    return lines
+
+
+def forget(directory: Path) -> None:
+    """End it: as if somebody had taken it over, and had ended."""
+    for place in directory.glob(f"{standby.NAME}*"):
+        with contextlib.suppress(OSError, EngineError, ValueError):
+            taken = standby.take(directory, place.name.removeprefix(standby.NAME))
+            if taken is not None:
+                taken.keeper.close()
+                taken.machine.wait(standby.SECONDS)
