@@ -63,6 +63,11 @@ def check_mounts(config: ContainerConfig) -> None:
         if item.target in (tmpfs(text)[0] for text in config.tmpfs):
             raise InvalidArgument(f"tmpfs: {item.target}: volumes has a mount there", at=item.target)
         if item.type is MountKind.VOLUME and not item.anonymous:
+            if "/" in item.source:
+                raise InvalidArgument(
+                    f"volumes: {item.source} is no name of a volume", at=item.source,
+                    hint=f"a directory of the host is said by its whole path, or ./{item.source} to `run -v`",
+                )  # fmt: skip
             check_name(item.source, "volume")
         elif item.type is MountKind.BIND and not Path(item.source).expanduser().is_absolute():
             raise InvalidArgument(f"volumes: {item.source}: an absolute path expected", at=item.source)

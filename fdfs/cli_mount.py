@@ -145,7 +145,8 @@ class Mount:
         try:
             fd = os.open(self.path(*directory, "ctl"), os.O_RDWR)
         except FileNotFoundError:
-            raise Failure(f"{what}: there is no {'/'.join(directory) or 'ctl'}") from None
+            hint = (f"hint: ls {self.path(*directory[:-1])}",) if directory else ()
+            raise Failure(f"{what}: there is no {'/'.join(directory) or 'ctl'}", *hint) from None
         try:
             os.write(fd, line.encode() + b"\n")
             return os.read(fd, 64 << 10).decode(errors="replace").splitlines()

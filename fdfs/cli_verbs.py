@@ -196,7 +196,10 @@ def wait_command(mount: str | None, names: tuple[str, ...]) -> None:
 def top_command(mount: str | None, name: str) -> None:
     """The processes of a container: pid on the host and inside, user, CPU time, memory, command."""
     where = Mount.find(mount)
-    click.echo(where.read("containers", where.container(name), "top"))
+    text = where.read("containers", where.container(name), "top")
+    if not text:
+        raise Failure(f"top: {name} does not run", f"hint: dutchman start {name}")
+    click.echo(text)
 
 
 @click.command("diff")

@@ -73,6 +73,8 @@ def rm(mount: str | None, names: tuple[str, ...]) -> int:
     def remove(name: str) -> None:
         try:
             os.rmdir(where.path("volumes", name))
+        except FileNotFoundError:
+            raise Failure(f"there is no volume {name!r}", "hint: dutchman volume ls lists them") from None
         except OSError as error:
             raise where.failure(error, ("volumes", name), ("volumes",), what=f"volume rm {name}") from None
 

@@ -153,3 +153,17 @@ def test_paths_in_a_container_complete_without_leading_out(engine: Dutchman, tmp
                                                                "/odd/two\\ words"]  # fmt: skip
     assert completed(engine, "dutchman cp talker : /odd/out/") == []
     assert completed(engine, "dutchman cp talker : /odd/etc/gr") == ["/odd/etc/group"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("volume rm nosuch", ["no volume 'nosuch'", "volume ls"]),
+        ("network connect nosuch web", ["no networks/nosuch", "hint: ls "]),
+        ("top web", ["web does not run", "dutchman start web"]),
+        ("create -v some/where:/d demo:1", ["some/where is no name of a volume", "./some/where"]),
+    ],
+)
+def test_a_refusal_says_what_to_do_next(engine: Dutchman, command: str, words: list[str]) -> None:
+    said = engine.cli(*command.split(), code=1).stderr
+    assert all(word in said for word in words), said
