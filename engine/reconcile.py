@@ -143,8 +143,8 @@ def _starting(containers: Containers, container: Container, found: Status) -> No
 
 
 def _ended(containers: Containers, container: Container, found: Status) -> None:
-    absent = found.state is not base.State.STOPPED or found.exit_code is None
-    reason = "it ended while no daemon looked, and nothing tells how" if absent else ""
+    told = found.state is base.State.STOPPED and found.exit_code is not None and found.finished_ns is not None
+    reason = "" if told else "it ended while no daemon looked, and nothing tells how: the host was restarted, say"
     containers.monitor.before_exit(container.id)
     containers.records.move(
         container.id,

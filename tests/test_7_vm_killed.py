@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,7 +22,7 @@ from runtimebench import SLOW, no_vm, skip_or_fail
 from test_7_networks import Harbour, missing
 
 from engine import host
-from engine.runtimes import conmon
+from engine.runtimes import conmon, netns
 
 START = 120.0  # seconds for a machine to boot on a busy host
 LIFE = """trap 'echo bye; exit 6' TERM
@@ -258,3 +259,40 @@ if SLOW:
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_killed(mortal: Killed, case: Case) -> None:
         killed(mortal, case)
+
+    @pytest.mark.timeout(600)
+    def test_the_host_is_started_anew(mortal: Killed) -> None:
+        """What ran in another boot is told to have ended, and its policy starts it again: seen as far as files go, for
+        its processes, mounts and namespaces are ended here by hand, and the boot it is noted with is another's."""
+        daemon = mortal
+        (daemon.mount / "containers" / "c").mkdir()
+        config = {"image": "busybox", "fast_start": False, "memory": "64m", "restart": "always"}
+        text = json.dumps({"command": ["sh", "-c", LIFE], **config})
+        (daemon.mount / "containers" / "c" / "config.yaml").write_text(text)
+        daemon.machine("start", "running")
+        daemon.lives()
+        run = daemon.store / "containers" / daemon.read("containers/c/id") / "run"
+        id = run.parent.name
+        facts = json.loads((run / "facts.json").read_text())
+        qemu = int((run / "vm" / "qemu.pid").read_text())
+        daemon.kill()
+        for pid in (facts["conmon"], facts["pid"]):  # QEMU goes with its owner
+            os.kill(pid, signal.SIGKILL)
+        ended(qemu)
+        facts["boot"] = "00000000-0000-0000-0000-000000000000"
+        (run / "facts.json").write_text(json.dumps(facts))
+        daemon.unmount()
+        netns.remove(daemon.state / "netns" / id)
+        host.remove_tree(host.runtime_dir() / "vm" / "runtime" / id)
+        daemon.again()
+        daemon.waits("test $(cat containers/c/restarts) = 1 && grep -qx running containers/c/state")
+        daemon.lives()
+        told = [json.loads(line) for line in daemon.sh("grep stateChanged containers/c/events").splitlines()]
+        (over,) = [event for event in told if event["to"] == "stopped"]
+        assert over["exit_code"] == 255 and "the host was restarted" in over["reason"]
+        daemon.sh("echo no > containers/c/config/restart")
+        daemon.machine("kill", "stopped")
+        daemon.sh("rmdir containers/c", timeout=60)
+        nothing(daemon.stays)
+        nothing(lambda: daemon.kept(id))
+        daemon.left_nothing()
