@@ -53,8 +53,12 @@ def connect(
         resolv = containers.logs(name).current.parents[1] / "resolv.conf"
         connections.connect(container.id, name, network, after.networks[network], resolv, after)
         try:
+            for interface in _interfaces(connections, container, network):
+                containers.execution.driver_of(container).plug(container.id, interface)
             containers.records.configure(container.id, lambda now: _more(now, network, item))
         except BaseException:
+            with suppress(EngineError, OSError):  # what it lacks cannot be taken from it
+                _unplug(containers, networks, connections, container, network)
             with suppress(NotFound, Busy):  # it has ended meanwhile, and its connections with it
                 connections.disconnect(container.id, name, network, resolv, container.config)
             raise
@@ -68,16 +72,36 @@ def disconnect(containers: Containers, networks: Networks, connections: Connecti
     networks.get(network)
     if network not in _named(container.config):
         raise NotFound(f"{name} is not connected to {network}", at=network)
-    _leave(containers, connections, container, network)
+    _leave(containers, networks, connections, container, network)
 
 
-def _leave(containers: Containers, connections: Connections, container: Container, network: str) -> None:
+def _interfaces(connections: Connections, container: Container, network: str) -> list[str]:
+    """The one a running container has in a network."""
+    return [item.interface for item in connections.addresses(container.id) if item.network == network]
+
+
+def _unplug(
+    containers: Containers, networks: Networks, connections: Connections, container: Container, network: str
+) -> None:
+    """Have whatever runs it let go of its interface there."""
+    lengths = [subnet.partition("/")[2] for subnet, _ in networks.get(network).subnets]
+    for item in connections.addresses(container.id):
+        if item.network == network:
+            there = zip(filter(None, (item.address, item.address6)), lengths, strict=False)
+            addresses = [f"{address}/{length}" for address, length in there]
+            containers.execution.driver_of(container).unplug(container.id, item.interface, addresses)
+
+
+def _leave(
+    containers: Containers, networks: Networks, connections: Connections, container: Container, network: str
+) -> None:
     """Noted first: `finish` goes on where a killed daemon stopped."""
     records = containers.records
     if _runs(container):
         resolv = containers.logs(container.name).current.parents[1] / "resolv.conf"
         records.note_leaving(container.id, network)
         try:
+            _unplug(containers, networks, connections, container, network)
             connections.disconnect(container.id, container.name, network, resolv, _less(container, network))
         except Exception:
             records.forget_leaving(container.id, network)
@@ -86,7 +110,7 @@ def _leave(containers: Containers, connections: Connections, container: Containe
     records.forget_leaving(container.id, network)
 
 
-def finish(containers: Containers, connections: Connections) -> None:
+def finish(containers: Containers, networks: Networks, connections: Connections) -> None:
     """After a restart: what `disconnect` had begun. The host may have let go while the config still names the network,
     which nobody but the note could tell from one that was added for the next start. And a connection that was made, but
     not recorded, was never acknowledged: it is undone."""
@@ -95,7 +119,7 @@ def finish(containers: Containers, connections: Connections) -> None:
             container = containers.records.by_id(id)
             if network in _named(container.config):
                 try:
-                    _leave(containers, connections, container, network)
+                    _leave(containers, networks, connections, container, network)
                 except (NotFound, Busy):  # the host had let go, or the container is ending
                     containers.records.configure(id, partial(_less, network=network))
                 log.warning("container %s leaves network %s, as was begun", container.name, network)
@@ -107,6 +131,7 @@ def finish(containers: Containers, connections: Connections) -> None:
             container = containers.records.by_id(id)
             if network not in _named(container.config):
                 resolv = containers.logs(container.name).current.parents[1] / "resolv.conf"
+                _unplug(containers, networks, connections, container, network)
                 connections.disconnect(id, container.name, network, resolv, container.config)
                 log.warning("container %s: joining network %s was begun, and is undone", container.name, network)
         except (EngineError, OSError) as error:
@@ -140,8 +165,6 @@ def _runs(container: Container) -> bool:
         return False
     if container.state not in ALIVE or container.state is State.STOPPING:
         raise Busy(f"the container is {container.state}", at=container.name)
-    if container.runtime == "vm":
-        raise Busy("a virtual machine keeps the networks it was started with", at=container.name, hint="stop it first")
-    if container.runtime != "oci":
+    if container.runtime == "fake":
         raise InvalidArgument(f"the {container.runtime} driver has no networks", at=container.name)
     return True

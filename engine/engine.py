@@ -182,7 +182,7 @@ class Engine:
         self.volumes.remove_orphans()
         self.containers.execution.attachments.settle_all()
         self.connections.reconcile({container.id for container in self.containers.all() if container.state in ALIVE})
-        connecting.finish(self.containers, self.connections)
+        connecting.finish(self.containers, self.networks, self.connections)
         if self.drivers.default != "fake" and self.connections.usable:
             self.networks.ensure_default()
         self.history.adopt()

@@ -145,6 +145,15 @@ class Runtime(Protocol):
         RuntimeFailure when the kernel refuses, as for less memory than is in use. Then it has the limits it had."""
         ...
 
+    def plug(self, id: str, interface: str) -> None:
+        """An interface was set up in the namespace a running container has joined: see that the container has it.
+        Busy when it cannot; then nothing is changed."""
+        ...
+
+    def unplug(self, id: str, interface: str, addresses: Sequence[str]) -> None:
+        """The opposite, before the interface goes; `addresses` it has, with their prefix lengths. Idempotent."""
+        ...
+
     def status(self, id: str) -> Status:
         """What really runs, from the runtime and its files. An unknown id is `absent`, never an error."""
         ...
@@ -175,6 +184,16 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Stop watching. Containers go on running."""
         ...
+
+
+class Joined:
+    """Part of drivers whose processes are in the namespace themselves: what is set up there is theirs."""
+
+    def plug(self, id: str, interface: str) -> None:
+        pass
+
+    def unplug(self, id: str, interface: str, addresses: Sequence[str]) -> None:
+        pass
 
 
 def command_line(config: ContainerConfig, image: ImageConfig) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
 from engine.logformat import log_line
 from engine.logs import mend
-from engine.runtimes.base import Exit, Probe, RunSpec, State, Status
+from engine.runtimes.base import Exit, Joined, Probe, RunSpec, State, Status
 from engine.runtimes.fake_sessions import FakeSessions
 from engine.runtimes.resources import Resources
 from engine.upkeep import MAX_OUTPUT
@@ -57,7 +57,7 @@ class _Run:
     input_ended: bool = False
 
 
-class FakeRuntime:
+class FakeRuntime(Joined):
     name = "fake"
 
     def __init__(self) -> None:

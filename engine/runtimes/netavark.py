@@ -130,12 +130,12 @@ class Netavark:
             for port in ports
         ]
         networks, info = {}, {}
-        for place, link in enumerate(links):
+        for link in links:
             networks[link.network] = {
                 "interface_name": link.interface,
                 "static_ips": list(link.addresses),
                 "aliases": list(link.aliases),
-                **({"static_mac": link.mac} if link.mac else {}),
+                "static_mac": link.mac or _mac_of(link.addresses[0]),
             }
             info[link.network] = {
                 "name": link.network,
@@ -147,8 +147,8 @@ class Netavark:
                 "internal": link.internal,
                 "dns_enabled": self.resolves,
                 "ipam_options": {"driver": "host-local"},
-                # of two default routes the first network's counts
-                "options": {} if link.internal else {"metric": str(100 + place)},
+                # of several default routes that of the first interface counts
+                "options": {} if link.internal else {"metric": str(100 + int(link.interface.removeprefix("eth")))},
             }
         out: dict[str, Any] = {"container_id": id, "container_name": name, "networks": networks, "network_info": info}
         return {**out, "port_mappings": mappings, "dns_servers": list(dns)}
@@ -272,6 +272,12 @@ class Netavark:
         )
         if code:
             raise RuntimeFailure(f"{program}-restore: {_words(b'', said)}")
+
+
+def _mac_of(address: str) -> str:
+    """A hardware address for an IPv4 address, as Docker has it: whoever gets the address next has that one, too, so
+    what others know of the one before is still true."""
+    return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *map(int, address.split("."))))
 
 
 def _foreign(line: str) -> bool:

@@ -31,7 +31,7 @@ from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
 from engine.runtimes import cgroups, conmon, probing, spec, stdio, unprivileged
-from engine.runtimes.base import Exit, Probe, RunSpec, State, Status, make_spec
+from engine.runtimes.base import Exit, Joined, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.calls import call, find_conmon, first_line, search_path, words
 from engine.runtimes.conmon import Facts, Files
 from engine.runtimes.oci_sessions import OciSessions
@@ -46,7 +46,7 @@ LIVE = (State.CREATED, State.RUNNING, State.PAUSED)
 UNKNOWN = 255  # exit code when nobody saw it
 
 
-class OciRuntime:
+class OciRuntime(Joined):
     name = "oci"
     create_deadline = conmon.CREATE_DEADLINE
     host_limits = True  # limits are those of cgroups here

@@ -20,12 +20,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine import host, userids
 from engine.config import Namespace
-from engine.errors import DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
+from engine.errors import Busy, DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
 from engine.netconfig import HOST
 from engine.runtimes import conmon
@@ -37,7 +38,7 @@ from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
-from engine.runtimes.vm import accel, agentbuild, bpf, disks, qemu, shim, standbys, templates, virtiofs, vsock
+from engine.runtimes.vm import accel, agentbuild, bpf, disks, network, qemu, shim, standbys, templates, virtiofs, vsock
 from engine.runtimes.vm.client import GuestError
 from engine.runtimes.vm.owner import MAIN
 from engine.runtimes.vm.pausing import Pausing
@@ -49,6 +50,8 @@ PING_SECONDS = 5.0
 KILL_SECONDS = 1.5  # for a guest to kill a process
 WRITTEN_SECONDS = 7.0  # for it to end after that, its disk written out; less than Execution waits
 START_SECONDS = 60.0  # with the networks to be set up
+NET_SECONDS = 15.0  # for one interface of a running guest
+NICS = 4  # of a machine in networks, at least: one that runs takes no more; microvm without ACPI has room for these
 SHIM = """#!{python} -SE
 import sys
 sys.path.insert(0, {root!r})
@@ -106,9 +109,9 @@ class VmRuntime(OciRuntime):
         place = spec_.directory / "vm"
         place.mkdir(exist_ok=True, mode=0o700)
         parts = disks.describe(spec_.layers, place / "image.vmdk")
-        taps = 0
-        if spec_.network.mode is NetworkMode.JOINED:
-            taps = max(1, len(settings.networks))
+        joined = spec_.network.mode is NetworkMode.JOINED
+        networks = max(1, len(settings.networks)) if joined else 0
+        taps = max(networks, NICS) if joined else 0
         seccomp = config.get("linux", {}).pop("seccomp", None)
         cpuinfo = Path("/proc/cpuinfo")
         initfs = kernel.initfs(agentbuild.build(arch, agents()))
@@ -135,6 +138,7 @@ class VmRuntime(OciRuntime):
             "overlay": "" if userids.rootless() is None else ",userxattr",
             "netns": str(spec_.network.path or ""),
             "taps": taps,
+            "networks": networks,  # those it starts with
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},
             "seccomp": "" if seccomp is None else _filter(json.dumps(seccomp), arch),
         }
@@ -170,7 +174,7 @@ class VmRuntime(OciRuntime):
                 link.close()
         except GuestError as error:
             raise RuntimeFailure(shim.as_runc(error)) from error
-        plan = json.loads((self._files(id).bundle / "vm.json").read_bytes())
+        plan = self._plan(id)
         if wish := plan.get("template"):
             program = [self._tools()[0], "--root", str(self._state)]
             request = wish | {"machine": plan["machine"], "taps": plan["taps"]}
@@ -228,10 +232,7 @@ class VmRuntime(OciRuntime):
 
     def update(self, id: str, resources: Resources) -> None:
         """As every driver; InvalidArgument for more than its machine was made with."""
-        try:
-            machine = json.loads((self._files(id).bundle / "vm.json").read_bytes())["machine"]
-        except FileNotFoundError:
-            raise NotFound("the runtime has no such container") from None
+        machine = self._plan(id)["machine"]
         again = "stop it, set it, start it: its virtual machine is made anew"
         if resources.memory is not None and qemu.memory_of(resources.memory) > (has := int(machine["memory"])):
             raise InvalidArgument(
@@ -254,6 +255,47 @@ class VmRuntime(OciRuntime):
 
     def _limits(self, resources: Resources) -> dict[str, Any]:
         return resources.update(swap=self._cgroups.swap, cpus=online_cpus())
+
+    def plug(self, id: str, interface: str) -> None:
+        """As every driver; Busy when the machine has no interface left for it."""
+        plan, number = self._plan(id), int(interface.removeprefix("eth"))
+        has = int(plan["taps"]) if "networks" in plan else 0  # those of older releases have none to spare
+        if number >= has:
+            raise Busy(f"its virtual machine was started with {has} network interfaces", hint="restart it")
+        namespace = Path(plan["netns"])
+        try:
+            (found,) = network.join(namespace, 1, number)
+            self._net(id, network.words(found))
+        except BaseException:
+            network.part(namespace, number)
+            raise
+
+    def unplug(self, id: str, interface: str, addresses: Sequence[str]) -> None:
+        plan = self._plan(id)
+        if "networks" not in plan:
+            raise Busy("its virtual machine keeps the networks it was started with", hint="stop it first")
+        self._net(id, network.empty_words(interface, addresses))
+        network.part(Path(plan["netns"]), int(interface.removeprefix("eth")))
+
+    def _plan(self, id: str) -> dict[str, Any]:
+        try:
+            plan: dict[str, Any] = json.loads((self._files(id).bundle / "vm.json").read_bytes())
+        except FileNotFoundError:
+            raise NotFound("the runtime has no such container") from None
+        return plan
+
+    def _net(self, id: str, words: dict[str, Any]) -> None:
+        """What an interface of the running guest is to be."""
+        if self.status(id).state is State.PAUSED:
+            raise Busy("its virtual machine is paused", hint="resume it first")
+        try:
+            link = shim.connect(self._vm(id))
+            try:
+                link.call("NET", words, deadline=NET_SECONDS)
+            finally:
+                link.close()
+        except GuestError as error:
+            raise RuntimeFailure(f"its virtual machine: {error}") from error
 
     def status(self, id: str) -> Status:
         found = super().status(id)

@@ -7,7 +7,9 @@ namespace of runtimes/rootless.py).
 
     netavark's veth ── eth0 ── guest0 (bridge) ── tap0 ── QEMU ── eth0 of the guest
 
-Nothing is to be taken down: the tap ends with QEMU, everything else with the namespace. Stateless.
+A machine has more taps than networks, for microvm takes no further device while it runs: a network that is connected
+later gets the next one. At the end nothing is to be taken down: the tap ends with QEMU, everything else with the
+namespace. Stateless.
 """
 
 from __future__ import annotations
@@ -74,14 +76,13 @@ def make_taps(namespace: Path, count: int) -> list[int]:
     return made
 
 
-def join(namespace: Path, count: int) -> list[Interface]:
-    """Join eth0…, which are set up, with tap0… of the namespace: what the guest's interfaces are to have.
-
-    Called again it finds what it made. RuntimeFailure with the words of `ip`.
+def join(namespace: Path, count: int, first: int = 0) -> list[Interface]:
+    """Join `count` of eth0…, which are set up, with tap0… of the namespace, from number `first` on: what the guest's
+    interfaces are to have. RuntimeFailure with the words of `ip`.
     """
-    found = [_read(namespace, f"eth{number}") for number in range(count)]
+    found = [_read(namespace, f"eth{number}") for number in range(first, first + count)]
     commands = []
-    for number, interface in enumerate(found):
+    for number, interface in enumerate(found, first):
         port, bridge, tap = interface.name, f"guest{number}", f"tap{number}"
         commands += [
             f"link add {bridge} type bridge mcast_snooping 0 forward_delay 0",
@@ -97,6 +98,13 @@ def join(namespace: Path, count: int) -> list[Interface]:
         ]
     _ip(namespace, ["-batch", "-"], "\n".join(commands) + "\n")
     return found
+
+
+def part(namespace: Path, number: int) -> None:
+    """Undo `join` for one: its tap is free for another. Idempotent."""
+    links = json.loads(_ip(namespace, ["-json", "link", "show"]))
+    if any(link["ifname"] == f"guest{number}" for link in links):
+        _ip(namespace, ["link", "del", f"guest{number}"])
 
 
 def _read(namespace: Path, name: str) -> Interface:
@@ -147,7 +155,12 @@ def words(interface: Interface) -> dict[str, Any]:
         "up": 1,
         "addr": list(interface.addresses),
         "route": [
-            f"{anywhere[':' in route.via] if route.to == 'default' else route.to}\0{route.via}".encode()
+            f"{anywhere[':' in route.via] if route.to == 'default' else route.to}\0{route.via}\0{route.metric}".encode()
             for route in interface.routes
         ],
     }
+
+
+def empty_words(name: str, addresses: Sequence[str]) -> dict[str, Any]:
+    """Of NET for an interface whose network goes: down, without the addresses it had (with their prefix lengths)."""
+    return {"iface": name, "mac": _random_mac(), "gone": list(addresses)}

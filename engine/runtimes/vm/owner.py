@@ -364,7 +364,7 @@ class Owner:
 
         def before_start() -> None:
             if self.plan["taps"]:
-                for interface in network.join(Path(self.plan["netns"]), self.plan["taps"]):
+                for interface in network.join(Path(self.plan["netns"]), self.plan["networks"]):
                     assert self.link is not None
                     self.link.call("NET", network.words(interface))
             start_fifo.unlink(missing_ok=True)

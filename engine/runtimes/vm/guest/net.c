@@ -83,13 +83,27 @@ static int add_address(int fd, unsigned index, char *text) {
     return error ? fail(error, "the address %.60s", text) : 0;
 }
 
-static int add_route(int fd, unsigned index, char *value, uint32_t length) {
+/* One that is not there is gone already. */
+static int remove_address(int fd, unsigned index, char *text) {
     struct message message;
-    struct part part[2];
-    unsigned char to[16], by[16];
+    unsigned char bytes[16];
     long long prefix;
     int family;
-    if (parts_of(value, length, part, 2) != 2 || address(part[0].at, &family, to, &prefix) ||
+    if (address(text, &family, bytes, &prefix)) return fail(EINVAL, "the address %.60s", text);
+    struct ifaddrmsg *body = begin(&message, RTM_DELADDR, 0, sizeof *body);
+    *body = (struct ifaddrmsg){family, prefix, 0, 0, index};
+    attribute(&message, IFA_LOCAL, bytes, family == AF_INET ? 4 : 16);
+    int error = talk(fd, &message);
+    return error && error != EADDRNOTAVAIL ? fail(error, "the address %.60s", text) : 0;
+}
+
+static int add_route(int fd, unsigned index, char *value, uint32_t length) {
+    struct message message;
+    struct part part[3];
+    unsigned char to[16], by[16];
+    long long prefix, metric = 0;
+    int family, count = parts_of(value, length, part, 3);
+    if (count < 2 || (count > 2 && (number(part[2].at, 10, &metric) || metric < 0 || metric > UINT32_MAX)) || address(part[0].at, &family, to, &prefix) ||
         (part[1].length && inet_pton(family, part[1].at, by) != 1))
         return fail(EINVAL, "a route");
     int size = family == AF_INET ? 4 : 16;
@@ -100,6 +114,8 @@ static int add_route(int fd, unsigned index, char *value, uint32_t length) {
     if (prefix) attribute(&message, RTA_DST, to, size);
     if (part[1].length) attribute(&message, RTA_GATEWAY, by, size);
     attribute(&message, RTA_OIF, &index, 4);
+    uint32_t priority = metric;
+    if (metric) attribute(&message, RTA_PRIORITY, &priority, 4);
     int error = talk(fd, &message);
     return error ? fail(error, "the route %.60s by %.60s", part[0].at, part[1].at) : 0;
 }
@@ -121,6 +137,8 @@ static int interface(int fd, struct words *words, unsigned index) {
     }
     if ((text || mtu) && (error = change_link(fd, index, 0, text ? mac : NULL, mtu))) return fail(error, "its mac or mtu");
     if (up && (error = change_link(fd, index, 1, NULL, 0))) return fail(error, "taking the interface up");
+    for (at = 1; (value = next_value(words, "gone", &at, NULL));)
+        if ((error = remove_address(fd, index, value))) return error;
     for (at = 1; (value = next_value(words, "addr", &at, NULL));)
         if ((error = add_address(fd, index, value))) return error;
     for (at = 1; (value = next_value(words, "route", &at, &length));)
