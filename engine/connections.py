@@ -421,10 +421,12 @@ class Connections:
         """Networks of running containers stay."""
         with self._guard:
             self._closed = True
+            ending = bool(self._releasing)  # the last of these sets no timer any more
             self._guard.wait_for(lambda: not self._releasing, 1.0)
             timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
+        if timer is not None or ending:
             self._clear_if_idle()
         netns.leave(self._netns)
 
