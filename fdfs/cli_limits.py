@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from engine.config import ContainerConfig
+from engine.model import parse_size
 from fdfs.cli_mount import absolute
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,6 +45,9 @@ SPEC = (
     click.option("--uts", metavar="MODE", help="host: the host's name."),
     click.option("--stop-signal", metavar="SIGNAL"),
     click.option("--stop-timeout", "stop_grace_period", metavar="SECONDS", help="From the stop signal to SIGKILL."),
+    click.option(
+        "--log-opt", multiple=True, metavar="KEY=VALUE", help="What is kept of its output: max-size, max-file, max-age."
+    ),
 )
 
 
@@ -67,7 +72,25 @@ def fields_of(options: dict[str, Any]) -> dict[str, Any]:
         given["env_file"] = [str(absolute(path)) for path in given["env_file"]]
     if "security_opt" in given:
         given["security_opt"] = [_security(option) for option in given["security_opt"]]
+    if "log_opt" in given:
+        given |= _kept(dict(option.partition("=")[::2] for option in given.pop("log_opt")))
     return given
+
+
+def _kept(options: dict[str, str]) -> dict[str, Any]:
+    """Docker's options of its json-file driver; a number of files is a total here, for segments differ in size."""
+    fields = {"max-size": "log_max_size", "max-total": "log_max_total", "max-age": "log_max_age"}
+    if unknown := sorted(options.keys() - fields.keys() - {"max-file"}):
+        raise click.UsageError(f"--log-opt {unknown[0]}: not known; there are {', '.join(fields)} and max-file")
+    if "max-file" in options:
+        try:
+            size = parse_size(options.get("max-size", ContainerConfig.model_fields["log_max_size"].default))
+            options["max-total"] = str(int(options["max-file"]) * size)
+        except (ValueError, TypeError):  # the latter: size is `max`
+            raise click.UsageError(
+                "--log-opt max-file: a number of files of max-size bytes each, such as max-size=10m and max-file=3"
+            ) from None
+    return {field: options[key] for key, field in fields.items() if key in options}
 
 
 def _security(option: str) -> str:
