@@ -76,7 +76,7 @@ def test_leaving_a_network_goes_on_where_a_killed_daemon_stopped(
     assert records.leaving() == [(records.get("c").id, "a")]
     with monkeypatch.context() as patch:  # the host has let go already
         patch.setattr(connecting, "_runs", lambda container: True)
-        connecting.finish(engine.containers, connections)
+        connecting.finish(engine.containers, engine.networks, connections)
     assert set(records.get("c").config.networks) == {"b"} and records.leaving() == []
 
 
