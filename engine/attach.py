@@ -19,38 +19,37 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from engine import host, volumeusers
 from engine.config import ContainerConfig
-from engine.errors import AccessDenied, EngineError, InvalidArgument, NotFound, TooLarge, Unsupported
+from engine.errors import AccessDenied, EngineError, InvalidArgument, NotFound
+from engine.giving import check_ours, give, relabel, shares
 from engine.model import ImageConfig, check_name
 from engine.mounts import mount_of
-from engine.mountspec import MountKind, MountSpec, Propagation, parse_from
+from engine.mountspec import MountKind, MountSpec, Propagation, SELinux, parse_from
 from engine.options import tmpfs
 from engine.records import Container, Records
 from engine.runtimes.base import Mount
+from engine.runtimes.selinux import Labels
 from engine.runtimes.users import identify, make_directory
 from engine.staging import RESOLVE, Staging
 from engine.treecopy import copy_metadata, copy_tree
 from engine.volumefill import OURS, empty, fill
 from engine.volumes import Volumes
-from engine.walk import FLAGS, walk
 
 log = logging.getLogger(__name__)
-
-MAX_OWNED = 1_000_000  # entries whose owner `U` changes
-# directories of the host that `U` never gives away, nor `z` relabels (podman refuses the same)
-_SYSTEM = """/ /bin /boot /dev /etc /home /lib /lib64 /media /mnt /opt /proc /root /run /sbin /srv /sys /tmp /usr
-    /usr/bin /usr/lib /usr/local /usr/sbin /usr/share /var /var/cache /var/lib /var/log /var/run /var/tmp"""
-NOT_OURS = frozenset(_SYSTEM.split())
-CONTAINER_LABEL = b"system_u:object_r:container_file_t:s0\0"
 
 
 @dataclass(slots=True)
 class Attached:
     mounts: list[Mount] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was asked for and does nothing here
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 def check_mounts(config: ContainerConfig) -> None:
@@ -150,16 +149,18 @@ class Attachments:
     # --- a start ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self, container: Container, image: ImageConfig, rootfs: Path, user: str) -> Iterator[Attached]:
+    def attached(
+        self, container: Container, image: ImageConfig, rootfs: Path, user: str, labels: Labels
+    ) -> Iterator[Attached]:
         """The mounts of a start, ready to be used while the block runs. Errors name the path that is at fault.
 
         A path inside a volume is bound to a place of our own while the block runs: whoever writes to the volume cannot
-        exchange it between the look and the mount. So is what has its owners mapped.
+        exchange it between the look and the mount. So is what has its owners mapped, or is given away.
         """
         out = Attached()
         with ExitStack() as stack:
             for item in self.specs(container, image):
-                mount = self._mount(container, item, rootfs, user, out, stack)
+                mount = self._mount(container, item, rootfs, user, labels, out, stack)
                 out.mounts.append(mount)
                 _make_target(rootfs, mount, [other.target for other in out.mounts[:-1]])
             for note in out.notes:
@@ -167,7 +168,14 @@ class Attachments:
             yield out
 
     def _mount(
-        self, container: Container, item: MountSpec, rootfs: Path, user: str, out: Attached, stack: ExitStack
+        self,
+        container: Container,
+        item: MountSpec,
+        rootfs: Path,
+        user: str,
+        labels: Labels,
+        out: Attached,
+        stack: ExitStack,
     ) -> Mount:
         if item.type is MountKind.TMPFS:
             return Mount(item.type, None, item.target, item.read_only, _tmpfs_options(item))
@@ -175,15 +183,19 @@ class Attachments:
             source = bind_source(item)
             if item.propagation is not None:
                 _check_propagation(source, item.propagation)
-            label = item.selinux is not None and _selinux(out)
-            if host.LINUX and (item.own or label):  # what is changed is what is mounted, by one look
-                what = "U" if item.own else "z and Z"
+            if item.selinux is not None and not labels.private:
+                out.note(f"z and Z do nothing: {labels.note}")
+            changes = ["U"] if item.own else []
+            changes += [item.selinux] if item.selinux is not None and labels.private else []
+            for change in changes:
+                check_ours(change, os.path.realpath(source))
+            if changes and host.LINUX:  # what is changed is what is mounted, by one look
                 shared = item.propagation in (Propagation.SHARED, Propagation.RSHARED)
-                source = stack.enter_context(
-                    self._places.held(source, lambda path: _check_ours(path, what), shared=shared)
-                )
-            if label:
-                _label(source)
+                check = partial(check_ours, changes[-1])  # of labels more is kept than of owners
+                source = stack.enter_context(self._places.held(source, check, shared=shared))
+            if item.selinux is not None and labels.private:
+                context = labels.private if item.selinux is SELinux.PRIVATE else labels.shared
+                self._label(source, context, item.source, out)
             if item.own:
                 give(source, rootfs, user)
             if item.idmap:
@@ -203,6 +215,9 @@ class Attachments:
             with self._volumes.changing(item.source):  # two starts with one new volume
                 first_use(volume.path, rootfs, item.target)
         source = volume.path
+        # what a driver mounted may be anything of the host's
+        if labels.shared and not self._volumes.mounts(volume) and not shares(volume.path, labels.shared):
+            self._label(source, labels.shared, f"volume {item.source}", out)
         if item.own:
             give(source, rootfs, user)
         if options and options.subpath:
@@ -211,6 +226,10 @@ class Attachments:
             who = identify(rootfs, user)
             source = stack.enter_context(self._places.mapped(source, item.idmap, who, f"volume {item.source}"))
         return Mount(item.type, source, item.target, item.read_only or volume.read_only)
+
+    def _label(self, source: Path, context: str, name: str, out: Attached) -> None:
+        if not relabel(source, context):
+            out.note(f"z and Z do nothing: the file system of {name} has no SELinux labels")
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -295,76 +314,6 @@ def _check_propagation(source: Path, wanted: Propagation) -> None:
             f"volumes: {source} lies on the mount {point}, which is not a {kind} mount", at=str(source),
             hint=f"mount --make-rshared {point}",
         )  # fmt: skip
-
-
-# --- owners and labels ------------------------------------------------------------------------------------------------
-
-
-def _selinux(out: Attached) -> bool:
-    """Whether labels mean something here; noted where they do not."""
-    if Path("/sys/fs/selinux/enforce").exists():
-        return True
-    note = "z and Z do nothing: SELinux is not enabled on this host"
-    if note not in out.notes:
-        out.notes.append(note)
-    return False
-
-
-def _label(source: Path) -> None:
-    _each(source, lambda name, fd: os.setxattr(_place(name, fd), "security.selinux", CONTAINER_LABEL,
-                                               follow_symlinks=False))  # fmt: skip
-
-
-def _place(name: bytes, fd: int) -> bytes:
-    return b"/proc/self/fd/%d/" % fd + name
-
-
-def _each(source: Path, change: Callable[[bytes, int], None]) -> None:
-    """`change(name, directory)` for `source` and everything below it on its file system; links are not followed."""
-    parent = os.open(source.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        name = os.fsencode(source.resolve().name)
-        info = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if stat.S_ISDIR(info.st_mode):
-            top = os.open(name, FLAGS, dir_fd=parent)
-            try:
-                for _, fd, entries in walk(top, MAX_OWNED):
-                    for below, _ in entries:
-                        try:
-                            change(below, fd)
-                        except FileNotFoundError:
-                            continue
-            finally:
-                os.close(top)
-        change(name, parent)
-    finally:
-        os.close(parent)
-
-
-def _check_ours(path: str, what: str) -> None:
-    if path in NOT_OURS:
-        raise InvalidArgument(
-            f"volumes: {what}: {path} belongs to the system and stays its own", at=path,
-            hint="mount a directory of your own below it",
-        )  # fmt: skip
-
-
-def give(source: Path, rootfs: Path, user: str) -> None:
-    """`U`: make the container's user the owner of all of `source`. InvalidArgument for a directory of the system."""
-    _check_ours(str(source.resolve()), "U")
-    who = identify(rootfs, user)
-
-    def change(name: bytes, fd: int) -> None:
-        info = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if (info.st_uid, info.st_gid) != (who.uid, who.gid):
-            os.chown(name, who.uid, who.gid, dir_fd=fd, follow_symlinks=False)
-
-    try:
-        _each(source, change)
-    except TooLarge as error:
-        raise TooLarge(f"volumes: U: {error.reason}", at=str(source), hint="chown -R it yourself") from error
-    except OSError as error:
-        raise Unsupported(f"volumes: U: {source}: {error.strerror}", at=str(source)) from error
 
 
 # --- volumes ----------------------------------------------------------------------------------------------------------

@@ -26,13 +26,15 @@ from engine.attach import Attachments
 from engine.connections import Connections
 from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, InvalidArgument, NoSpace, NotFound, RuntimeFailure, Unsupported
+from engine.giving import relabel
 from engine.images.catalog import Image, Images
 from engine.lifecycle import ALIVE, State
 from engine.model import ImageConfig
 from engine.mounts import RootfsMounts
 from engine.records import Container, Records
-from engine.runtimes import base
+from engine.runtimes import base, selinux
 from engine.runtimes.base import Exit, Runtime, make_spec, parse_signal
+from engine.runtimes.selinux import Labels
 from engine.store.meta import Meta
 from engine.store.trees import Trees
 from engine.volumes import Volumes
@@ -163,10 +165,10 @@ class Execution:
         """Of the image it was started from."""
         return self._images.config(self.image_of(container).digest)
 
-    def rootfs(self, id: str, chain_id: str, driver: Runtime | None = None) -> Path:
+    def rootfs(self, id: str, chain_id: str, driver: Runtime | None = None, label: str | None = None) -> Path:
         """The merged root filesystem, mounted. The fake driver does without one where this host cannot mount."""
         try:
-            return self._mounts.ensure(id, chain_id)
+            return self._mounts.ensure(id, chain_id, label)
         except Unsupported:
             if driver is None or driver.name != "fake":
                 raise
@@ -213,10 +215,16 @@ class Execution:
             self._drivers.get(container.runtime).delete(id)  # what an earlier run left there
         if driver.name == "vm":
             self._mounts.use_disk(id, image.chain_id, container.config.disk_size)
-        rootfs = self.rootfs(id, image.chain_id, driver)
+        # a guest's kernel has a policy of its own, or none
+        labels = Labels() if driver.name == "vm" else selinux.of(self._directory / id, container.config)
+        if labels.private and self._mounts.label(id) != labels.private:  # what was written before it had one
+            self._mounts.release(id)
+            if (upper := self._mounts.upper(id)).exists():
+                relabel(upper, labels.private)
+        rootfs = self.rootfs(id, image.chain_id, driver, labels.private)
         config = self._images.config(image.digest)
         user = container.config.user or config.runtime.user
-        with self.attachments.attached(container, config, rootfs, user) as attached:
+        with self.attachments.attached(container, config, rootfs, user, labels) as attached:
             spec = make_spec(
                 id=id,
                 name=container.name,
@@ -226,6 +234,7 @@ class Execution:
                 image=config,
                 mounts=attached.mounts,
                 layers=(self._trees.meta_path(image.chain_id), *self._trees.devices(image.chain_id)),
+                labels=labels,
                 release=lambda: self._mounts.give_disk(id),
             )
             handle.run += 1

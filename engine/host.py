@@ -252,10 +252,11 @@ def _fs_messages(context: int) -> str:
     return f" ({'; '.join(out)})" if out else ""
 
 
-def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: bool = False) -> None:
+def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: bool = False, label: str = "") -> None:
     """Mount the EROFS image `meta`, read-only, over its data `devices` in device-table order.
 
-    `inert`: setuid bits and device nodes in it do nothing (for looking at it, not for running it).
+    `inert`: setuid bits and device nodes in it do nothing (for looking at it, not for running it). `label`: the SELinux
+    context of all its files.
 
     Straight from the files from Linux 6.12 on (an option is at most 255 bytes: longer paths by /proc/self/fd), through
     read-only autoclear loop devices before, and on a file system EROFS cannot read files of, as tmpfs (ENOTBLK).
@@ -266,6 +267,7 @@ def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: boo
 
     def mount(names: Sequence[bytes]) -> None:
         options = [("source", names[0]), *(("device", name) for name in names[1:])]
+        options += [("context", label.encode())] if label else []
         _fs_mount(b"erofs", options, target, read_only=True, inert=inert)
 
     try:
@@ -290,8 +292,10 @@ def mount_erofs(meta: Path, devices: Sequence[Path], target: Path, *, inert: boo
             os.close(fd)
 
 
-def mount_overlay(lower: Sequence[Path], upper: Path | None, work: Path | None, target: Path) -> None:
-    """Mount an overlay: `lower` topmost first, writable `upper`, its `work`; without these two it is read-only."""
+def mount_overlay(lower: Sequence[Path], upper: Path | None, work: Path | None, target: Path, label: str = "") -> None:
+    """Mount an overlay: `lower` topmost first, writable `upper`, its `work`; without these two it is read-only.
+
+    `label`: the SELinux context of all its files; '' for each its own."""
     if not LINUX:
         raise Unsupported("overlay mounts need a Linux host")
 
@@ -302,6 +306,8 @@ def mount_overlay(lower: Sequence[Path], upper: Path | None, work: Path | None, 
     data = f"lowerdir={lowers}"
     if upper is not None and work is not None:
         data += f",upperdir={escaped(upper)},workdir={escaped(work)}"
+    if label:
+        data += f',context="{label}"'  # quoted: a level has commas (mount(8), SELinux)
     mount("overlay", target, "overlay", 0, data + ("" if userids.rootless() is None else ",userxattr"))
 
 

@@ -33,6 +33,7 @@ from engine import host, userids
 from engine.errors import Busy, Unsupported
 from engine.hostfiles import share
 from engine.model import hex_of
+from engine.runtimes import selinux
 from engine.runtimes.vm.disks import UPPER_SIZE, grow_upper, make_upper, mount_upper
 from engine.store.trees import Trees
 from engine.treecopy import copy_tree
@@ -108,6 +109,13 @@ class RootfsMounts:
         """What the overlay of `id` lies (or last lay) on; '' when unknown."""
         try:
             return (self._containers / id / "chain").read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def label(self, id: str) -> str:
+        """The SELinux context all files of the overlay have; '' for each its own."""
+        try:
+            return (self._containers / id / "label").read_text().strip()
         except FileNotFoundError:
             return ""
 
@@ -260,17 +268,18 @@ class RootfsMounts:
                 hint="`dutchman doctor` says what is missing",
             )
 
-    def ensure(self, id: str, chain_id: str) -> Path:
+    def ensure(self, id: str, chain_id: str, label: str | None = None) -> Path:
         """The merged root filesystem of container `id` on the tree `chain_id`, mounted. Idempotent.
 
-        A container that moved to another image is mounted anew, its changes kept. Unsupported where this host cannot;
-        NotFound or Damaged from the tree; OSError from the kernel names the path.
+        A container that moved to another image is mounted anew, its changes kept; so is one whose files get another
+        SELinux context, `label` (None: as before). Unsupported where this host cannot; NotFound or Damaged from the
+        tree; OSError from the kernel names the path.
         """
         hex_of(chain_id)
         merged = self.merged(id)
         with self._lock(id):
             if mounted_at(merged):
-                if self._chain(id) == chain_id:
+                if self._chain(id) == chain_id and label in (None, self.label(id)):
                     return merged
                 self._release(id, forget=True)
             self.supported()
@@ -284,11 +293,13 @@ class RootfsMounts:
                 if not shown and not any((top / "upper").iterdir()):
                     _copy_root(tree, top / "upper")
                 host.write_atomic(directory / "chain", chain_id.encode() + b"\n")
+                if label is not None and label != self.label(id):
+                    host.write_atomic(directory / "label", label.encode() + b"\n")
                 try:
                     if shown:
                         host.mount_overlay([top / "upper", tree], None, None, merged)
                     else:
-                        host.mount_overlay([tree], top / "upper", top / "work", merged)
+                        host.mount_overlay([tree], top / "upper", top / "work", merged, self.label(id))
                 except OSError as error:
                     if not self._users.get(chain_id):
                         self._drop_tree(chain_id)
@@ -313,7 +324,7 @@ class RootfsMounts:
         meta, devices = self._trees.meta_path(chain_id), self._trees.devices(chain_id)
         target.mkdir(exist_ok=True)
         try:
-            host.mount_erofs(meta, devices, target)
+            host.mount_erofs(meta, devices, target, label=selinux.of_images())
         except OSError as error:
             os.rmdir(target)
             if error.errno in (errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTBLK, errno.ENOSYS):

@@ -276,7 +276,7 @@ class Security:
     no_new_privileges: bool = False
     seccomp: str = ""
     apparmor: str = ""
-    labels: tuple[str, ...] = ()  # disable, or user: role: type: level: of an SELinux context
+    labels: tuple[str, ...] = ()  # disable, or user: role: type: level: of an SELinux context, filetype: of its files
     unmasked: bool = False  # systempaths=unconfined
 
 
@@ -291,8 +291,8 @@ def security(options: tuple[str, ...]) -> Security:
                 raise ValueError(f"{item}: true or false expected")
             value = value or "true"
         elif key == "label":
-            if not re.fullmatch(r"disable|(user|role|type|level):\S+|nested", value):
-                raise ValueError(f"{item}: disable or user:, role:, type: or level: expected")
+            if not re.fullmatch(r"disable|(user|role|type|level|filetype):\S+|nested", value):
+                raise ValueError(f"{item}: disable or user:, role:, type:, level: or filetype: expected")
             labels.append(value)
             continue
         elif key == "seccomp":

@@ -245,20 +245,15 @@ def test_a_bad_profile_is_named_with_its_fault(tmp_path: Path, text: str, word: 
 
 def test_confinement_that_this_host_has_or_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confine, "APPARMOR", tmp_path / "profiles")
-    monkeypatch.setattr(confine, "SELINUX", tmp_path / "enforce")
-    named, labelled = Security(apparmor="mine"), Security(labels=("type:my_t", "level:s0:c1,c2"))
+    named = Security(apparmor="mine")
     with pytest.raises(Unsupported, match="apparmor=mine: this host has no AppArmor"):
         confine.apparmor_of(named)
     assert confine.apparmor_of(Security(apparmor="unconfined")) is None
-    assert confine.selinux_of(labelled) is None
     (tmp_path / "profiles").write_text("other (enforce)\n")
     with pytest.raises(InvalidArgument, match="no such profile"):
         confine.apparmor_of(named)
     (tmp_path / "profiles").write_text("other (enforce)\nmine (complain)\n")
-    (tmp_path / "enforce").write_text("1")
     assert confine.apparmor_of(named) == "mine"
-    assert confine.selinux_of(labelled) == "system_u:system_r:my_t:s0:c1,c2"
-    assert confine.selinux_of(Security(labels=("disable",))) is None
 
 
 # --- env_file ---------------------------------------------------------------------------------------------------------

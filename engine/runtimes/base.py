@@ -22,6 +22,7 @@ from engine.model import ImageConfig
 from engine.netconfig import HOST
 from engine.runtimes.netfiles import RunNetwork
 from engine.runtimes.resources import Resources
+from engine.runtimes.selinux import Labels
 
 if TYPE_CHECKING:
     from engine.runtimes.sessions import Console, Sessions
@@ -68,6 +69,7 @@ class RunSpec:
     mounts: tuple[Mount, ...] = ()
     layers: tuple[Path, ...] = ()  # the image as EROFS, and the data it refers to, in the order of its device table
     network: RunNetwork = dataclasses.field(default_factory=RunNetwork)
+    labels: Labels = dataclasses.field(default_factory=Labels)  # of SELinux
     # lets go of `rootfs` and what it lies on: called, once, by a driver whose guest gets the disk. Busy while in use
     release: Callable[[], None] = dataclasses.field(default=lambda: None, compare=False)
 
@@ -244,6 +246,7 @@ def make_spec(
     image: ImageConfig | None = None,
     mounts: Sequence[Mount] = (),
     layers: Sequence[Path] = (),
+    labels: Labels | None = None,
     release: Callable[[], None] = lambda: None,
 ) -> RunSpec:
     """The run of `config` on `image`. InvalidArgument names the field that makes it impossible."""
@@ -270,6 +273,7 @@ def make_spec(
         image=image,
         mounts=tuple(mounts),
         layers=tuple(layers),
+        labels=labels or Labels(),
         release=release,
     )
 

@@ -1,12 +1,11 @@
-"""`security_opt` for one process: its seccomp profile, AppArmor profile and SELinux context. Floor 2, stateless.
+"""`security_opt` for one process: its seccomp profile and AppArmor profile. Floor 2, stateless.
 
 Only here: what of them this host can do. A profile that cannot be applied is an error (the process would be less
-confined than asked for); SELinux labels mean nothing on a host without SELinux and are ignored there, as Docker does.
+confined than asked for). SELinux contexts are in selinux.py.
 """
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Collection
 from pathlib import Path
@@ -18,11 +17,7 @@ from engine.errors import InvalidArgument, Unsupported
 from engine.options import Security
 from engine.runtimes import seccomp
 
-log = logging.getLogger(__name__)
-
 APPARMOR = Path("/sys/kernel/security/apparmor/profiles")
-SELINUX = Path("/sys/fs/selinux/enforce")
-CONTEXT = ("system_u", "system_r", "container_t", "s0")  # container-selinux's
 
 
 def seccomp_of(config: ContainerConfig, options: Security, capabilities: Collection[str]) -> dict[str, Any] | None:
@@ -54,18 +49,3 @@ def apparmor_of(options: Security) -> str | None:
             hint="apparmor_parser loads one",
         )
     return options.apparmor
-
-
-def selinux_of(options: Security) -> str | None:
-    """The SELinux context of the process; None where there is nothing to set."""
-    if not options.labels or "disable" in options.labels:
-        return None
-    if not SELINUX.exists():
-        log.info("security_opt: label= has no effect: this host has no SELinux")
-        return None
-    parts = dict(zip(("user", "role", "type", "level"), CONTEXT, strict=True))
-    for label in options.labels:
-        key, _, value = label.partition(":")
-        if key in parts:
-            parts[key] = value
-    return ":".join(parts.values())

@@ -28,6 +28,7 @@ from typing import Any
 
 from engine import host
 from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
+from engine.runtimes import selinux
 
 CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
 log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def launch(
     until = time.monotonic() + deadline
     with os.fdopen(read_end, "rb", buffering=0) as sync:
         try:
-            with (files.run / "conmon.log").open("ab") as words:
+            with (files.run / "conmon.log").open("ab") as words, selinux.lowered():
                 process = subprocess.Popen(
                     argv,
                     cwd=files.run,  # conmon also writes `oom` where it stands

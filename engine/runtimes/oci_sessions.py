@@ -30,7 +30,7 @@ from pathlib import Path
 
 from engine import host
 from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
-from engine.runtimes import cgroups, conmon, stdio
+from engine.runtimes import cgroups, conmon, selinux, stdio
 from engine.runtimes.base import Exit, State, Status
 from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.conmon import Facts, Files
@@ -229,7 +229,7 @@ class OciSessions:
         started, starting = os.pipe()
         try:
             try:
-                with (files.run / "conmon.log").open("ab") as words:
+                with (files.run / "conmon.log").open("ab") as words, selinux.lowered():
                     process = subprocess.Popen(
                         argv,
                         cwd=files.run,

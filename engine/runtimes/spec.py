@@ -22,6 +22,7 @@ from engine.runtimes.base import RunSpec
 from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.netfiles import NetworkMode, hosts_text, resolv_text
 from engine.runtimes.resources import Resources
+from engine.runtimes.selinux import label_file
 from engine.runtimes.unprivileged import adapt
 from engine.runtimes.users import identify, make_directory, with_extra_groups
 
@@ -272,8 +273,10 @@ def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, 
         process["rlimits"] = [{"type": kind, "soft": soft, "hard": hard} for kind, soft, hard in limits]
     if (apparmor := confine.apparmor_of(options)) is not None:
         process["apparmorProfile"] = apparmor
-    if (selinux := confine.selinux_of(options)) is not None:
-        process["selinuxLabel"] = selinux
+    if spec.labels.process and not guest:
+        process["selinuxLabel"] = spec.labels.process
+    if spec.labels.private and not guest:
+        linux["mountLabel"] = spec.labels.private
     argv = [INIT, "--", *spec.argv] if config.init else list(spec.argv)
     asked = {option for mount in spec.mounts for option in mount.options}
     if asked & {"shared", "rshared"}:  # the runtime makes all mounts slaves unless told (moby oci_linux.go WithMounts)
@@ -312,6 +315,8 @@ def prepare(spec: RunSpec) -> None:
         path = spec.directory / name
         path.write_bytes(data)
         path.chmod(0o644)
+        if spec.labels.private:
+            label_file(path, spec.labels.private)
     if spec.cwd != "/" and not any(_within(spec.cwd, mount.target) for mount in spec.mounts):
         make_directory(spec.rootfs, spec.cwd)
 

@@ -1,16 +1,18 @@
 """Tests on another host: a Debian system of its own in QEMU, with what the machine at hand may not have.
 
 The guest has cgroup v2 and nothing else, AppArmor, btrfs and xfs (files that share blocks), an NFS server, runc and
-crun, and Debian's own kernel. It is emulated where there is no /dev/kvm, so a run takes a quarter of an hour or more.
-What it writes is thrown away with it; the project is copied into it as it lies here.
+crun, and Debian's own kernel. Another boot of it has SELinux in place of AppArmor (enforcing, with the types for
+containers that Debian's policy lacks: containers.cil). It is emulated where there is no /dev/kvm,
+so a run takes a quarter of an hour or more. What it writes is thrown away with it; the project is copied into it as it
+lies here.
 
 The first run makes the system with debootstrap, in .cache/systemtest (about 2 GB; some minutes), later ones reuse it
 until the list of packages, pyproject.toml or the kernel changes. Needs root, and the packages debootstrap,
 qemu-system-x86, e2fsprogs and busybox-static; Debian's kernel package comes from `tools/setup test`.
 
-Usage: python tools/systemtest/systemtest.py [--minutes 60] [--memory 3072] [PYTEST'S ARGUMENTS]
-Without arguments it runs tests/system/guest_*.py. Exit status: that of pytest in the guest; 70 when the guest did not
-get there.
+Usage: python tools/systemtest/systemtest.py [--minutes 60] [--memory 3072] [--kind KIND] [PYTEST'S ARGUMENTS]
+Without arguments it runs tests/system/guest_*.py, each file in the kind of guest it is for (KINDS).
+Exit status: that of pytest in the guest; 70 when the guest did not get there.
 """
 
 from __future__ import annotations
@@ -75,12 +77,28 @@ PACKAGES = [
     "netbase",
     "iputils-ping",
 ]
+# put in by apt, which finds what they need by itself
+MORE_PACKAGES = [
+    "selinux-policy-default",
+    "policycoreutils",
+    "selinux-utils",
+    "systemd",
+    "systemd-sysv",
+    "dbus",
+    "dbus-user-session",
+    "libpam-systemd",
+]
 TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "jsonschema")
 SITE = "usr/local/lib/python3.11/dist-packages"
 ROOT_SIZE, PROJECT_SIZE = 8 << 30, 512 << 20  # bytes, of sparse files
-ARGUMENTS = (
-    "console=ttyS0 panic=-1 quiet cgroup_no_v1=all apparmor=1 security=apparmor mitigations=off random.trust_cpu=on"
-)
+ARGUMENTS = "console=ttyS0 panic=-1 quiet cgroup_no_v1=all mitigations=off random.trust_cpu=on"
+APPARMOR = "apparmor=1 security=apparmor"
+# the kind of guest -> (words for its kernel, the files of tests/system that are for it)
+KINDS = {
+    "plain": (APPARMOR, ("guest_root.py", "guest_rootless.py", "guest_volumes.py")),
+    "selinux": ("selinux=1 security=selinux", ("guest_selinux.py",)),
+}
+SELINUX = Path(__file__).parent / "containers.cil"
 ENDED = re.compile(rb"SYSTEMTEST ENDED WITH (\d+)")
 NO_GUEST = 70  # EX_SOFTWARE
 
@@ -124,7 +142,7 @@ def system(cache: Path) -> Path:
     if sys.version_info[:2] != PYTHON:
         sys.exit(f"systemtest: run it with Python {PYTHON[0]}.{PYTHON[1]}, which is what {SUITE} has")
     package = kernel()
-    about = repr([SUITE, PACKAGES, requirements(), package.name, ROOT_SIZE])
+    about = repr([SUITE, PACKAGES, MORE_PACKAGES, SELINUX.read_text(), requirements(), package.name, ROOT_SIZE])
     disk = cache / f"system-{hashlib.sha256(about.encode()).hexdigest()[:16]}.ext4"
     if disk.exists():
         return disk
@@ -142,7 +160,12 @@ def system(cache: Path) -> Path:
                 SUITE,
             ]
             run("debootstrap", *words, tree, stdout=log, stderr=log)
-        say("the kernel's modules, Python's packages, the disk")
+        shutil.copy("/etc/resolv.conf", tree / "etc/resolv.conf")
+        apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-y", "-qq"]
+        with open(cache / "apt.log", "wb") as log:
+            run("chroot", tree, *apt, "update", stdout=log, stderr=log)
+            run("chroot", tree, *apt, "install", "--no-install-recommends", *MORE_PACKAGES, stdout=log, stderr=log)
+        say("the kernel's modules, Python's packages, SELinux labels, the disk")
         run("dpkg-deb", "-x", package, Path(place) / "kernel")  # aside: it has a /lib, which is a symlink here
         modules = next((Path(place) / "kernel/lib/modules").iterdir())
         version = modules.name
@@ -172,10 +195,23 @@ def system(cache: Path) -> Path:
             "var/lib/apt/lists",
         ):
             shutil.rmtree(tree / name, ignore_errors=True)
+        label(tree)
         made = Path(place) / "disk"
         make_disk(made, tree, ROOT_SIZE)
         made.rename(disk)
     return disk
+
+
+def label(tree: Path) -> None:
+    """Let the policy know containers, and every file have its SELinux context. The others' kernels do not look."""
+    shutil.copy(SELINUX, tree / "tmp")
+    run("chroot", tree, "semodule", "-n", "-s", "default", "-i", f"/tmp/{SELINUX.name}")
+    run("mount", "--bind", "/proc", tree / "proc")  # setfiles writes by /proc/self/fd
+    try:
+        contexts = "/etc/selinux/default/contexts/files/file_contexts"
+        run("chroot", tree, "setfiles", "-F", "-e", "/proc", "-e", "/sys", "-e", "/dev", contexts, "/")
+    finally:
+        run("umount", tree / "proc")
 
 
 def make_disk(image: Path, tree: Path, size: int) -> None:
@@ -215,7 +251,7 @@ def initial(place: Path) -> tuple[Path, Path]:
     return place / "vmlinuz", place / "initfs"
 
 
-def command(place: Path, disk: Path, memory: int, arguments: Sequence[str]) -> list[str]:
+def command(place: Path, disk: Path, memory: int, kind: str, arguments: Sequence[str]) -> list[str]:
     machine, first = initial(place)
     project(place / "project.ext4", place)
     accelerator = Accelerators().choose(find_qemu("x86_64"), "x86_64").accelerator  # it tries them: some do not work
@@ -229,7 +265,7 @@ def command(place: Path, disk: Path, memory: int, arguments: Sequence[str]) -> l
     words = ["qemu-system-x86_64", "-M", "q35", "-accel", platform.accel, "-cpu", cpu]
     words += ["-m", str(memory), "-smp", "2", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
     words += ["-kernel", str(machine), "-initrd", str(first)]
-    words += ["-append", f"{ARGUMENTS} {clock} systemtest={tests}", "-serial", "stdio"]
+    words += ["-append", f"{ARGUMENTS} {KINDS[kind][0]} {clock} systemtest={tests}", "-serial", "stdio"]
     for path, snapshot in ((disk, "on"), (place / "project.ext4", "off")):
         words += ["-drive", f"file={path},format=raw,if=virtio,cache=unsafe,snapshot={snapshot}"]
     return words
@@ -239,19 +275,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="after which the guest is ended")
     parser.add_argument("--memory", type=int, default=3072, help="MiB of the guest")
+    parser.add_argument("--kind", choices=list(KINDS), help="of guest; by default what the first test is for, or all")
     known, arguments = parser.parse_known_args()
     if os.geteuid() != 0:
         sys.exit("systemtest: debootstrap needs root")
-    arguments = arguments or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/system").glob("guest_*.py"))
     disk = system(ROOT / ".cache/systemtest")
+    fitting = [kind for kind, (_, files) in KINDS.items() if any(file in " ".join(arguments) for file in files)]
+    kinds = [known.kind] if known.kind else fitting[:1] if arguments else list(KINDS)
+    codes = []
+    for kind in kinds or ["plain"]:
+        tests = arguments or [f"tests/system/{name}" for name in KINDS[kind][1]]
+        codes.append(boot(disk, kind, tests, known.minutes, known.memory))
+    return max(codes)
+
+
+def boot(disk: Path, kind: str, tests: Sequence[str], minutes: float, memory: int) -> int:
+    """Run these tests in a guest of this kind: their exit status, or NO_GUEST."""
     with tempfile.TemporaryDirectory(prefix="running-", dir=ROOT / ".cache/systemtest") as place:
-        words = command(Path(place), disk, known.memory, arguments)
-        say("booting")
+        words = command(Path(place), disk, memory, kind, tests)
+        say(f"booting: {kind}")
         started, code = time.monotonic(), NO_GUEST
         guest = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=os.environ | {"TMPDIR": place}
         )
-        over = threading.Timer(known.minutes * 60, guest.kill)
+        over = threading.Timer(minutes * 60, guest.kill)
         over.start()
         try:
             assert guest.stdout is not None
