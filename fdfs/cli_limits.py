@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 import click
 
-from engine.config import ContainerConfig
-from engine.model import parse_size
 from fdfs.cli_mount import absolute
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,6 +81,9 @@ def _kept(options: dict[str, str]) -> dict[str, Any]:
     if unknown := sorted(options.keys() - fields.keys() - {"max-file"}):
         raise click.UsageError(f"--log-opt {unknown[0]}: not known; there are {', '.join(fields)} and max-file")
     if "max-file" in options:
+        from engine.config import ContainerConfig  # takes a while; other commands do without
+        from engine.model import parse_size
+
         try:
             size = parse_size(options.get("max-size", ContainerConfig.model_fields["log_max_size"].default))
             options["max-total"] = str(int(options["max-file"]) * size)
