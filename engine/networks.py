@@ -20,10 +20,12 @@ from ipaddress import IPv6Network as V6
 from pathlib import Path
 from typing import Any
 
+from engine import userids
 from engine.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
 from engine.events import Journal
 from engine.model import check_name
 from engine.netconfig import HOST, NONE
+from engine.runtimes import slirp
 from engine.store.meta import Meta
 from engine.volumes import check_labels
 
@@ -241,6 +243,8 @@ class Networks:
     # --- subnets ------------------------------------------------------------------------------------------------
 
     def _taken(self, db: sqlite3.Connection, but: str = "") -> Iterator[tuple[str, V4]]:
+        if userids.rootless() is not None:
+            yield "slirp4netns, the way out without root", V4(slirp.NETWORK)
         for row in db.execute("SELECT name, subnet FROM networks"):
             if row["name"] != but:
                 yield f"network {row['name']}", V4(row["subnet"])

@@ -13,6 +13,7 @@ import pytest
 
 from engine import connections as attaching
 from engine import networks as networking
+from engine import userids
 from engine.config import ContainerConfig
 from engine.connections import Connections
 from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
@@ -296,6 +297,14 @@ def test_hosts_and_resolv_conf() -> None:
     with pytest.raises(InvalidArgument, match="extra_hosts: out:host-gateway"):
         hosts_text(RunNetwork(), "abc", config)
     assert "127.0.1.1\tabc\n" in hosts_text(RunNetwork(), "abc", ContainerConfig())
+
+
+def test_without_root_the_way_out_keeps_its_subnet(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.networks.create("a", subnets=("10.0.2.0/25",))
+    monkeypatch.setattr(userids, "rootless", lambda: (1000, 1000))
+    with pytest.raises(Busy, match=r"overlaps 10\.0\.2\.0/24 of slirp4netns"):
+        place.networks.create("b", subnets=("10.0.2.128/25",))
+    assert place.networks.names() == ["a"]
 
 
 def test_ipv6_subnets_do_not_overlap_either(place: Place) -> None:
