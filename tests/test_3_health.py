@@ -48,7 +48,8 @@ def clock() -> ManualClock:
 @pytest.fixture
 def engine(tmp_path: Path, clock: ManualClock) -> Iterator[Engine]:
     with Engine(tmp_path / "store", runtime="fake", clock=clock) as engine:
-        engine.meta._writer.execute("PRAGMA synchronous=OFF")
+        with engine.meta._lock:  # its threads have transactions of their own
+            engine.meta._writer.execute("PRAGMA synchronous=OFF")
         add_image(engine, IMAGE)
         add_image(engine, CHECKED, Cmd=["sleep", "inf"], Healthcheck=CHECK)
         yield engine

@@ -62,7 +62,8 @@ def machine(base: Path) -> type[RuleBasedStateMachine]:
 
         def open(self) -> None:
             self.engine = Engine(self.store, runtime="fake")
-            self.engine.meta._writer.execute("PRAGMA synchronous=OFF")
+            with self.engine.meta._lock:  # its threads have transactions of their own
+                self.engine.meta._writer.execute("PRAGMA synchronous=OFF")
 
         def expect(self, name: str, verb: Verb) -> Model | None:
             """The model when `verb` is legal; else check that it is refused the right way."""
