@@ -270,7 +270,7 @@ class Owner:
             if program := plan.get("virtiofsd"):
                 from engine.runtimes.vm import virtiofs  # few need it
 
-                virtiofs.serve(program, self.place, self._shared, self._child)
+                virtiofs.serve(program, self.place, self._shared, partial(self._child, os.getpid()))
             machine = qemu.Machine(
                 **values,
                 agent=guest_agent.fileno(),
@@ -288,7 +288,7 @@ class Owner:
                     stderr=words,
                     cwd=self.place,
                     pass_fds=[guest_agent.fileno(), guest_console.fileno(), guest_watch.fileno(), *taps, *state],
-                    preexec_fn=self._child,
+                    preexec_fn=partial(self._child, os.getpid()),
                 )
         except OSError as error:
             raise RuntimeFailure(f"QEMU cannot be started: {error}", hint="apt-get install qemu-system-x86") from error
@@ -312,9 +312,11 @@ class Owner:
         self.relay.link = self.link = AgentClient(agent, deadline=None, foreign=self.relay.took, hello=hello)
         return self.link
 
-    def _child(self) -> None:
+    def _child(self, parent: int) -> None:
         if host.LINUX:
             self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it was killed before it could be asked for that signal
+                os._exit(1)
             if cpus := self.document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus"):
                 os.sched_setaffinity(0, translate.cpu_numbers(cpus))  # of the host: the guest has CPUs of its own
         signal.pthread_sigmask(signal.SIG_SETMASK, [])

@@ -192,8 +192,12 @@ class _Kept:
             standby=True,
         )
 
+        parent = os.getpid()
+
         def child() -> None:
             self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it was killed before
+                os._exit(1)
             os.setsid()
 
         with open(self.place / "qemu.log", "wb") as words:

@@ -186,10 +186,14 @@ def _fill(aside: Path, request: Mapping[str, Any]) -> None:
         making=True,
     )
 
+    parent = os.getpid()
+
     def child() -> None:
         if host.LINUX:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             os.umask(0o077)
+        if os.getppid() != parent:  # it was killed before it could be asked for that signal
+            os._exit(1)
 
     state = os.open(aside / STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(aside / "qemu.log", "w+b") as words:
