@@ -63,6 +63,12 @@ def kernel_version() -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
+def move_mount(tree: int, target: Path) -> None:
+    """Attach the detached mount that the fd `tree` is at `target`."""
+    path = ctypes.c_char_p(os.fsencode(target))
+    _check(_syscall(_SYS_MOVE_MOUNT, tree, ctypes.c_char_p(b""), _AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH), target)
+
+
 def is_root() -> bool:
     return os.geteuid() == 0
 
@@ -226,15 +232,7 @@ def _fs_mount(
             attributes |= _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV
         made = _check(_syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes), target)
         try:
-            moved = _syscall(
-                _SYS_MOVE_MOUNT,
-                made,
-                ctypes.c_char_p(b""),
-                _AT_FDCWD,
-                ctypes.c_char_p(os.fsencode(target)),
-                _MOVE_MOUNT_F_EMPTY_PATH,
-            )
-            _check(moved, target)
+            move_mount(made, target)
         finally:
             os.close(made)
     finally:
@@ -372,10 +370,13 @@ def is_mounted(path: Path) -> bool:
 # --- processes --------------------------------------------------------------------------------------------------
 
 
-def die_with_parent() -> None:
-    """Ask for SIGTERM when the parent goes (Linux prctl PR_SET_PDEATHSIG); elsewhere the caller watches a pipe."""
+def die_with_parent(number: int = 15, parent: int = 0) -> None:
+    """Ask for a signal when the parent goes (Linux prctl PR_SET_PDEATHSIG); elsewhere the caller watches a pipe.
+    End now when `parent`, the pid of who forked this process, went before it could be asked for."""
     if LINUX:
-        _check(_libc.prctl(1, ctypes.c_ulong(15), 0, 0, 0))
+        _check(_libc.prctl(1, ctypes.c_ulong(number), 0, 0, 0))
+    if parent and os.getppid() != parent:
+        os._exit(1)
 
 
 def process_alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from engine.errors import DeadlineExceeded, EngineError
 from engine.runtimes.vm import protocol, pump
-from engine.runtimes.vm.client import AgentClient, Data, End, GuestError
+from engine.runtimes.vm.client import AgentClient, Data, End, GuestError, Stream
 from engine.runtimes.vm.protocol import Frame, Parser, Side, Type
 from engine.runtimes.vm.relay import Relay
 
@@ -82,11 +82,17 @@ def alive(guest: Guest) -> bool:
     return not guest.link.lost
 
 
-def test_a_dialled_port_whose_client_went_away(guest: Guest, tmp_path: Path) -> None:
+def dialled(guest: Guest, tmp_path: Path) -> tuple[AgentClient, Stream, int]:
+    """A client, its line to a port of the guest, and the line's number there."""
     client = connect(tmp_path)
     dialling = in_background(lambda: client.open("DIAL", {"port": 80, "kind": "tcp"}, deadline=WAIT))
     stream = guest.answer("DIAL")
     line, _ = dialling.result(WAIT)
+    return client, line, stream
+
+
+def test_a_dialled_port_whose_client_went_away(guest: Guest, tmp_path: Path) -> None:
+    client, line, stream = dialled(guest, tmp_path)
     guest.send(Type.DATA, stream, b"first", protocol.STDOUT)
     assert line.next(deadline=WAIT) == Data(protocol.STDOUT, b"first")
     client.close()
@@ -100,10 +106,7 @@ def test_a_dialled_port_whose_client_went_away(guest: Guest, tmp_path: Path) -> 
 
 
 def test_a_dialled_port_that_ends_from_both_sides_is_forgotten(guest: Guest, tmp_path: Path) -> None:
-    client = connect(tmp_path)
-    dialling = in_background(lambda: client.open("DIAL", {"port": 80, "kind": "tcp"}, deadline=WAIT))
-    stream = guest.answer("DIAL")
-    line, _ = dialling.result(WAIT)
+    client, line, stream = dialled(guest, tmp_path)
     guest.send(Type.END, stream, b"", protocol.STDOUT)
     assert line.next(deadline=WAIT) == End(protocol.STDOUT)
     line.end_input()

@@ -28,9 +28,9 @@ from engine.runtimes.users import Identity
 SECONDS = 10.0  # for the namespace to be made
 
 # <linux/mount.h>, <linux/fcntl.h>; the numbers of these calls are the same on every architecture since Linux 5.2
-_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH, _MOUNT_ATTR_IDMAP, _MS_SLAVE = 1, 4, 1 << 20, 1 << 19
-_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
-_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE_CLONE, _MOUNT_ATTR_IDMAP, _MS_SLAVE = 1, 1 << 20, 1 << 19
+_AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
+_SYS_OPEN_TREE, _SYS_MOUNT_SETATTR = 428, 442
 
 
 def exchanged(one: int, other: int) -> tuple[IdRange, ...]:
@@ -97,7 +97,7 @@ def bind_tree(source: int, target: Path, namespace: int | None, *, shared: bool 
         attributes = 0 if namespace is None else _MOUNT_ATTR_IDMAP
         change = struct.pack("<QQQQ", attributes, 0, 0 if shared else _MS_SLAVE, namespace or 0)  # struct mount_attr
         _call(_SYS_MOUNT_SETATTR, tree, _AT_EMPTY_PATH | _AT_RECURSIVE, change, len(change))
-        _call(_SYS_MOVE_MOUNT, tree, _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        host.move_mount(tree, target)
     finally:
         os.close(tree)
 

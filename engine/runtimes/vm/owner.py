@@ -47,7 +47,6 @@ CONTAINERS = re.compile("/containers/[0-9a-f]{64}/")  # in a path: of a containe
 ROOTFS = "/run/rootfs"  # in the guest
 MAIN = "main"  # the agent's name of the container's first process
 GONE = 137  # exit code when the machine ended under the container: as if it had been killed
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)  # same as MS_*
 CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
 
@@ -313,12 +312,10 @@ class Owner:
         return self.link
 
     def _child(self, parent: int) -> None:
-        if host.LINUX:
-            self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it was killed before it could be asked for that signal
-                os._exit(1)
-            if cpus := self.document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus"):
-                os.sched_setaffinity(0, translate.cpu_numbers(cpus))  # of the host: the guest has CPUs of its own
+        host.die_with_parent(signal.SIGKILL, parent)
+        cpus = self.document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus")
+        if cpus and host.LINUX:
+            os.sched_setaffinity(0, translate.cpu_numbers(cpus))  # of the host: the guest has CPUs of its own
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.setsid()  # a terminal's ^C is for the guest's process
 

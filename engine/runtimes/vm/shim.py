@@ -8,7 +8,6 @@ Source: runc's man pages; conmon's src/conmon.c for which options are used.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -26,7 +25,7 @@ from engine import host, hostfiles
 from engine.errors import EngineError, NotFound, RuntimeFailure, Unreachable
 from engine.runtimes.vm import pump, translate
 from engine.runtimes.vm.client import AgentClient, GuestError
-from engine.runtimes.vm.owner import MAIN, PR_SET_PDEATHSIG, Owner
+from engine.runtimes.vm.owner import MAIN, Owner
 
 GREETING = 10.0  # seconds for the owner to answer
 WITH_VALUE = {"--root", "--bundle", "-b", "--pid-file", "--console-socket", "--process", "-p", "--resources", "-r"}
@@ -59,11 +58,6 @@ def connect(place: Path) -> AgentClient:
         client.close()
         raise NotFound("the virtual machine does not run") from error
     return AgentClient(client, deadline=GREETING)
-
-
-def end_with_parent() -> None:
-    if host.LINUX:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_with_reader(pipe: int) -> Callable[[], None]:
@@ -112,7 +106,7 @@ class Shim:
         fifo = self.state / "exec.fifo"
         fifo.touch()
         pump.block_signals()
-        end_with_parent()  # a killed conmon leaves nobody who waits for a machine that boots
+        host.die_with_parent(signal.SIGKILL)  # a killed conmon leaves nobody who waits for a machine that boots
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:

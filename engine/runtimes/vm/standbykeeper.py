@@ -38,9 +38,7 @@ LOOK_SECONDS = 5.0
 NICE = 10
 PROGRAM = "/warm"  # the agent, as a container's program
 SHARED = ("resolv.conf", "hostname", "hosts")
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 CLONE_NEWNS, CLONE_NEWNET, MS_SLAVE = 0x20000, 0x40000000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
-SYS_MOVE_MOUNT, MOVE_MOUNT_F_EMPTY_PATH, AT_FDCWD = 429, 4, -100  # <linux/mount.h>
 LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)  # same as MS_*
 
 
@@ -195,9 +193,7 @@ class _Kept:
         parent = os.getpid()
 
         def child() -> None:
-            self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it was killed before
-                os._exit(1)
+            host.die_with_parent(signal.SIGKILL, parent)
             os.setsid()
 
         with open(self.place / "qemu.log", "wb") as words:
@@ -295,11 +291,10 @@ class _Kept:
         else:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=shares))
         target = Path(f"/proc/self/fd/{shares}/{name}")
-        words: list[int | bytes] = [SYS_MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH]
-        wide = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in words]
-        if self._libc.syscall(*wide) < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"attaching what is shared: {os.strerror(number)}")
+        try:
+            host.move_mount(tree, target)
+        except OSError as error:
+            raise OSError(error.errno, f"attaching what is shared: {error.strerror}") from error
         host.mount("none", target, "none", host.MS_REC | MS_SLAVE)
         if not writable:  # whatever the guest says
             kept = os.statvfs(target).f_flag & LOCKED  # without root the kernel refuses to drop them

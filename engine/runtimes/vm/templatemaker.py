@@ -40,7 +40,6 @@ SAVE_SECONDS = 30.0
 MOST = 16  # templates of a store
 MOST_BYTES = 4 << 30  # of them on disk
 NICE = 10
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 
 
@@ -189,11 +188,9 @@ def _fill(aside: Path, request: Mapping[str, Any]) -> None:
     parent = os.getpid()
 
     def child() -> None:
+        host.die_with_parent(signal.SIGKILL, parent)
         if host.LINUX:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             os.umask(0o077)
-        if os.getppid() != parent:  # it was killed before it could be asked for that signal
-            os._exit(1)
 
     state = os.open(aside / STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(aside / "qemu.log", "w+b") as words:
