@@ -173,8 +173,7 @@ class Engine:
         self.volumes.reconcile()
         self.kernels.clean()
         book.reconcile(self.kernels)
-        name, probe = self.drivers.probe()
-        self._runtime = f"{name}: {probe.reason}" if probe.ok else f"{name}, not usable here: {probe.reason}"
+        self.probe()
         self.journal.append(
             "engineStarted", "engine", {"version": self.version, "pid": os.getpid(), "runtime": self._runtime}
         )
@@ -254,6 +253,11 @@ class Engine:
         for layer in self.layers.all():
             if not self.layers.data_path(layer.diff_id).exists():
                 log.warning("layer %s has lost its data file: pull its images again", layer.diff_id)
+
+    def probe(self) -> None:
+        """Look what the default runtime can do here, for `status`. Takes seconds the first time after a boot."""
+        name, probe = self.drivers.probe()
+        self._runtime = f"{name}: {probe.reason}" if probe.ok else f"{name}, not usable here: {probe.reason}"
 
     # --- what people read ---------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ SPEC = (
     click.option("--uts", metavar="MODE", help="host: the host's name."),
     click.option("--stop-signal", metavar="SIGNAL"),
     click.option("--stop-timeout", "stop_grace_period", metavar="SECONDS", help="From the stop signal to SIGKILL."),
+    click.option("--storage-opt", multiple=True, metavar="size=SIZE", help="Of what it writes in a virtual machine."),
     click.option(
         "--log-opt", multiple=True, metavar="KEY=VALUE", help="What is kept of its output: max-size, max-file, max-age."
     ),
@@ -70,6 +71,10 @@ def fields_of(options: dict[str, Any]) -> dict[str, Any]:
         given["env_file"] = [str(absolute(path)) for path in given["env_file"]]
     if "security_opt" in given:
         given["security_opt"] = [_security(option) for option in given["security_opt"]]
+    for option in given.pop("storage_opt", ()):
+        key, _, given["disk_size"] = option.partition("=")
+        if key != "size":
+            raise click.UsageError(f"--storage-opt {option}: there is size=SIZE, of a virtual machine's disk")
     if "log_opt" in given:
         given |= _kept(dict(option.partition("=")[::2] for option in given.pop("log_opt")))
     return given

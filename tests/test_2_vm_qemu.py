@@ -117,6 +117,7 @@ def test_a_containers_machine() -> None:
 def test_memory() -> None:
     assert qemu.memory_of(None) == qemu.DEFAULT and qemu.memory_of(1 << 20) == qemu.LEAST
     assert qemu.memory_of((256 << 20) + 1) == 257 + qemu.OVERHEAD
+    assert qemu.memory_of(1 << 60) == qemu.memory_of(1 << 50) < 1 << 28  # the host's own, in MiB
 
 
 def test_clock() -> None:

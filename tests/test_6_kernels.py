@@ -30,11 +30,13 @@ def test_kernels_are_imported_chosen_used_and_removed_through_files(tmp_path: Pa
     for version in ("6.9.1", "6.10.0"):
         (tmp_path / version).write_bytes(vmlinux(version))
     (tmp_path / "text").write_text("no kernel\n")
-    with Daemon(tmp_path, runtime="fake") as daemon:
+    with Daemon(tmp_path, runtime="vm") as daemon:
         top = daemon.mount / "kernels"
         assert os.listdir(top) == ["ctl", "error", "plan"]
+        assert "no guest kernel is here" in (daemon.mount / "status").read_text()
         first = dutchman(daemon, "kernels", "import", "--arch=x86_64", str(tmp_path / "6.9.1"))
         assert first.stdout.strip() == "6.9.1", first.stderr
+        assert "no guest kernel is here" not in (daemon.mount / "status").read_text()  # nor anything else of before
         dutchman(daemon, "kernels", "import", "--arch=x86_64", str(tmp_path / "6.10.0"), "new")
         assert (top / "6.9.1" / "vmlinux").read_bytes() == vmlinux("6.9.1")
         assert (top / "new" / "version").read_text() == "6.10.0\n" and os.readlink(top / "default") == "new"

@@ -56,7 +56,7 @@ def inside(engine: Dutchman) -> dict[str, list[str]]:
         "--ulimit nofile=1024:2048 --ulimit core=0 --shm-size 8m --oom-score-adj 300 "
         "--device /dev/fuse:/dev/readable:r --security-opt no-new-privileges "
         "--sysctl net.core.somaxconn=77 --sysctl kernel.msgmax=9000 --tmpfs /run:size=1m,mode=700 --tmpfs /x:exec "
-        "--log-opt max-size=2m --log-opt max-file=3 --log-opt max-age=2h "
+        "--storage-opt size=128m --log-opt max-size=2m --log-opt max-file=3 --log-opt max-age=2h "
         "--read-only demo:1 sh -c"
     )
     done = subprocess.run(
@@ -81,12 +81,17 @@ def inside(engine: Dutchman) -> dict[str, list[str]]:
     return sections
 
 
-def test_log_options(engine: Dutchman, inside: dict[str, list[str]]) -> None:
+def test_options_of_logs_and_storage(engine: Dutchman, inside: dict[str, list[str]]) -> None:
     config = engine.mount / "containers" / "web" / "config"
     kept = [(config / f"log_max_{name}").read_text().strip() for name in ("size", "total", "age")]
     assert kept == [str(2 << 20), str(6 << 20), "7200"] and inside["oom"]
-    for option, reason in (("max-files=3", "max-files: not known"), ("max-file=few", "a number of files")):
-        done = engine.cli("create", "--log-opt", option, "demo:1", code=2)
+    assert (config / "disk_size").read_text().strip() == str(128 << 20)
+    for option, value, reason in (
+        ("--log-opt", "max-files=3", "max-files: not known"),
+        ("--log-opt", "max-file=few", "a number of files"),
+        ("--storage-opt", "dm.size=1", "there is size=SIZE"),
+    ):
+        done = engine.cli("create", option, value, "demo:1", code=2)
         assert reason in done.stderr, done.stderr
 
 

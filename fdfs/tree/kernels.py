@@ -11,7 +11,7 @@ from engine import kernelplan
 from engine.errors import AlreadyExists, Damaged, NotFound
 from engine.kernelfetch import KATA, Wanted
 from engine.kernelfetch import fetch as fetch_kernel
-from engine.kernels import check_kernel_name
+from engine.kernels import Kernel, check_kernel_name
 from engine.model import check_digest
 from engine.runtimes.vm import standbys, templates
 from fdfs.ctl import Call, Verb, table
@@ -130,7 +130,7 @@ def import_(engine: Any, call: Call) -> str:
     arch = call.options.get("arch") or None
 
     def work(task: Any) -> str:
-        return str(engine.kernels.import_(path, name, arch, task.check, digest).name)
+        return _usable(engine, engine.kernels.import_(path, name, arch, task.check, digest))
 
     return job_reply(engine.jobs.start(f"kernels import {path}", work))
 
@@ -143,9 +143,15 @@ def fetch(engine: Any, call: Call) -> str:
         raise AlreadyExists(f"a kernel {wanted.name} is here", at=wanted.name)
 
     def work(task: Any) -> str:
-        return str(fetch_kernel(engine.kernels, wanted, task).name)
+        return _usable(engine, fetch_kernel(engine.kernels, wanted, task))
 
     return job_reply(engine.jobs.start(f"kernels fetch {wanted.tag}", work))
+
+
+def _usable(engine: Any, kernel: Kernel) -> str:
+    """A first kernel may be all the runtime was waiting for: `status` is to say so."""
+    engine.probe()
+    return kernel.name
 
 
 def choose(engine: Any, call: Call) -> None:

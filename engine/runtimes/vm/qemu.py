@@ -14,6 +14,7 @@ ends); without `reboot=t` a stop takes 3 s; -no-reboot makes a panic the end of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,10 +207,12 @@ def command(machine: Machine) -> list[str]:
 
 
 def memory_of(limit: int | None) -> int:
-    """MiB of the guest for a container limited to `limit` bytes."""
+    """MiB of the guest for a container limited to `limit` bytes; a limit above what the host has is no reason for more
+    than that, for QEMU would not start."""
     if limit is None:
         return DEFAULT
-    return max(LEAST, -(-limit // (1 << 20)) + OVERHEAD)
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(LEAST, -(-min(limit, has) // (1 << 20)) + OVERHEAD)
 
 
 def quoted(value: object) -> str:
