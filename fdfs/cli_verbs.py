@@ -215,6 +215,7 @@ def diff_command(mount: str | None, name: str) -> None:
 
 @click.command("stats")
 @mount_option
+@click.option("--no-stream", is_flag=True, expose_value=False, help="Once; it is never more than that.")
 @click.argument("names", nargs=-1)
 def stats_command(mount: str | None, names: tuple[str, ...]) -> None:
     """What containers use: CPU over a second, memory, network and disk since their start, processes."""

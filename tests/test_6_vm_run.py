@@ -146,3 +146,16 @@ if SLOW:
             os.kill(qemu, signal.SIGCONT)
         daemon.until("cat containers/web/health | grep -v un", "healthy", seconds=60)
         daemon.until("cat containers/web/stats", "memory_bytes", seconds=30)
+
+    def test_a_mute_machine_that_is_killed_tells_why(daemon: Daemon) -> None:
+        daemon.until("cat containers/web/state", "running", seconds=START)
+        daemon.sh("echo no > containers/web/config/restart")
+        qemu = qemu_of(daemon)
+        os.kill(qemu, signal.SIGSTOP)
+        daemon.sh("echo kill > containers/web/ctl")
+        daemon.until("cat containers/web/state", "stopped", seconds=60)
+        assert daemon.sh("cat containers/web/exit_code").strip() == "137"
+        assert "killed with its virtual machine" in daemon.sh("cat containers/web/reason")
+        daemon.sh("echo start > containers/web/ctl")
+        daemon.until("cat containers/web/state", "running", seconds=START)
+        assert daemon.sh("cat containers/web/reason") == ""

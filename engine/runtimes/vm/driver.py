@@ -201,6 +201,8 @@ class VmRuntime(OciRuntime):
                 link.close()
         except (EngineError, OSError) as error:
             log.info("container %s: its machine is killed: %s", id[:12], error)
+            with contextlib.suppress(OSError):  # a full disk: it is in the daemon's log
+                self._files(id).reason.write_text(f"killed with its virtual machine, which did not do it: {error}")
             super().signal(id, signum)
             return
 

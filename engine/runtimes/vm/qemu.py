@@ -211,8 +211,8 @@ def memory_of(limit: int | None) -> int:
     than that, for QEMU would not start."""
     if limit is None:
         return DEFAULT
-    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(LEAST, -(-min(limit, has) // (1 << 20)) + OVERHEAD)
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (1 << 20)
+    return max(LEAST, min(-(-limit // (1 << 20)) + OVERHEAD, has - OVERHEAD))
 
 
 def quoted(value: object) -> str:
