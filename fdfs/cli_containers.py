@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from fdfs.cli_images import pull
 from fdfs.cli_limits import fields_of, spec_options
 from fdfs.cli_mount import Failure, Follower, Mount, explain, tail_offset
 from fdfs.cli_mounts import MOUNT_WORDS, long_mount, mount_options, short_mount
@@ -28,6 +29,9 @@ from fdfs.cli_options import columns, mount_option, network_options
 
 POLL = 0.05, 0.5  # seconds between two looks at a log: at first, and when nothing happens
 PATIENCE = 10.0  # seconds of the first kind, for a start
+PULL = ("missing", "always", "never")
+NO_IMAGE = "no such image"  # the engine's words
+ID = re.compile(r"(sha256:)?[0-9a-f]{12,64}")  # what no registry is asked for
 NOT_EXECUTED = ("126", "127")  # exit codes of a program that cannot be executed, and of one that is not there
 NOT_STARTED = ("125", *NOT_EXECUTED)
 ENDED = ("created", "stopped", "removing", "removed", "")
@@ -83,6 +87,7 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.option("--health-start-interval", metavar="TIME", help="Between two checks in that time (5s).")
 @click.option("--no-healthcheck", is_flag=True, help="Not the image's health check either.")
 @network_options
+@click.option("--pull", "policy", type=click.Choice(PULL), default="missing", help="Fetch the image first.")
 @click.option("--kernel", metavar="NAME", help="The kernel of its virtual machine, instead of the default.")
 @click.option("--runtime", metavar="NAME", help="oci, vm or fake, instead of the engine's default.")
 @click.argument("image")
@@ -100,6 +105,7 @@ def run_command(
     label: tuple[str, ...],
     image: str,
     argv: tuple[str, ...],
+    policy: str = "never",
     starts: bool = True,
     **fields: Any,
 ) -> int:
@@ -135,20 +141,21 @@ def run_command(
     what = f"{'run' if starts else 'create'} {image}"
     if tty and interactive and not detach and not os.isatty(0):
         raise Failure(f"{what}: the input is not a terminal", "hint: leave out -t")
+    if policy == "always":
+        pull(where, image)
     chosen = _create(where, name, what)
     container = ("containers", chosen)
     try:
         where.write(container, "config.yaml", json.dumps(config, ensure_ascii=False).encode(), what=what)
         if starts:
-            where.command(container, "start", what=what)
-            await_start(where, chosen, what)
+            _start(where, chosen, what, image if policy == "missing" else "")
     except Failure as failure:
         ended = where.field(*container, "exit_code")
         with contextlib.suppress(OSError):  # it never ran: nothing is kept of it
             os.rmdir(where.path(*container))
         if ended in NOT_EXECUTED:
             raise Failure(failure.reason, *failure.more, code=int(ended)) from None
-        if not where.has("images", image) and "image" in failure.reason:
+        if NO_IMAGE in failure.reason:
             more = [line for line in failure.more if not line.startswith("hint: pull")]  # said in the CLI's own words
             raise Failure(failure.reason, *more, f"hint: dutchman pull {image}") from None
         raise
@@ -168,6 +175,18 @@ def run_command(
     return code
 
 
+def _start(where: Mount, name: str, what: str, missing: str) -> None:
+    """`missing` is the image to pull if that is what the start is refused for."""
+    try:
+        where.command(("containers", name), "start", what=what)
+        await_start(where, name, what)
+    except Failure as failure:
+        if not missing or NO_IMAGE not in failure.reason or ID.fullmatch(missing):
+            raise
+        pull(where, missing)
+        _start(where, name, what, "")
+
+
 @click.pass_context
 def _create_only(context: click.Context, /, **given: Any) -> int:
     assert run_command.callback is not None
@@ -178,7 +197,7 @@ def _create_only(context: click.Context, /, **given: Any) -> int:
 create_command = click.Command(
     "create",
     callback=_create_only,
-    params=[option for option in run_command.params if option.name not in ("detach", "remove")],
+    params=[option for option in run_command.params if option.name not in ("detach", "remove", "policy")],
     help="Create a container from IMAGE as `run` does, and do not start it.",
     context_settings=run_command.context_settings,
 )

@@ -91,10 +91,14 @@ def follow(mount: Mount, reply: list[str], what: str) -> str:
 @click.argument("reference")
 def pull_command(mount: str | None, platform: str | None, reference: str) -> None:
     """Fetch an image from a registry."""
-    where = Mount.find(mount)
+    pull(Mount.find(mount), reference, platform)
+    click.echo(reference)
+
+
+def pull(where: Mount, reference: str, platform: str | None = None) -> None:
+    """Fetch an image and wait for it, with a bar for each layer. Failure."""
     line = f"pull {shlex.quote(reference)}" + (f" platform={shlex.quote(platform)}" if platform else "")
     follow(where, where.command(("images",), line, what=f"pull {reference}"), f"pull {reference}")
-    click.echo(reference)
 
 
 def names_of_images(mount: Mount) -> dict[str, str]:

@@ -314,7 +314,7 @@ def test_logs_follow_ends_with_the_container(engine: Dutchman) -> None:
 
 
 def test_what_could_not_start_is_not_kept(engine: Dutchman) -> None:
-    missing = engine.cli("run", "nowhere:9", code=1)
+    missing = engine.cli("run", "--pull=never", "nowhere:9", code=1)
     assert "nowhere" in missing.stderr and "dutchman pull nowhere:9" in missing.stderr
     command = engine.cli("run", "demo:1", "--", "/no/such/program", code=127)
     assert "/no/such/program" in command.stderr
@@ -376,7 +376,16 @@ def test_pull_from_a_registry(engine: Dutchman, tmp_path: Path) -> None:
         registry.push_archive(f"{demo_archive()}:demo:2", "pulled:1")
         name = registry.name("pulled:1")
         assert engine.cli("pull", name).stdout == f"{name}\n"
-        assert engine.cli("run", "--rm", name, "--", "cat", "/srv/new.txt").stdout == "This file is new.\n"
+        words = "--rm", name, "--", "cat", "/srv/new.txt"
+        assert engine.cli("run", *words).stdout == "This file is new.\n"
+        engine.cli("rmi", name)
+        assert "no such image" in engine.cli("run", "--pull=never", *words, code=1).stderr
+        assert engine.cli("run", *words).stdout == "This file is new.\n"  # pulled first
+        absent = engine.cli("run", registry.name("absent:1"), code=1)
+        assert "pull" in absent.stderr and "absent" in absent.stderr
+        registry.push_archive(f"{demo_archive()}:demo:1", "pulled:1")
+        assert engine.cli("run", *words).stdout == "This file is new.\n"
+        assert "srv/new.txt" in engine.cli("run", "--pull=always", *words, code=1).stderr  # it is another one now
         absent = engine.cli("pull", registry.name("absent:1"), code=1)
         assert "absent" in absent.stderr
     engine.cli("rmi", name)
