@@ -23,7 +23,9 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 def test_events_and_the_options_of_run(daemon: Daemon) -> None:
     command = f"{shlex.quote(sys.executable)} -m fdfs"
-    done = daemon.run(f"{command} run -d --pull=never --name c --restart on-failure:3 --health-cmd 'x y' --health-interval 1m nix:1")
+    done = daemon.run(
+        f"{command} run -d --pull=never --name c --restart on-failure:3 --health-cmd 'x y' --health-interval 1m nix:1"
+    )
     assert done.returncode == 1  # there is no such image, and so no container is left
     daemon.refused(f"{command} run --no-healthcheck --health-cmd x nix:1", "exclude each other")
     daemon.sh("mkdir containers/c; echo on-failure:3 > containers/c/config/restart")
