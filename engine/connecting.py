@@ -50,8 +50,8 @@ def connect(
         raise one_line(error, "connect") from error
     after = _more(container, network, item)
     if _runs(container):
-        resolv = containers.logs(name).current.parents[1] / "resolv.conf"
-        connections.connect(container.id, name, network, after.networks[network], resolv, after)
+        place = containers.logs(name).current.parents[1]
+        connections.connect(container.id, name, network, after.networks[network], place, after)
         try:
             for interface in _interfaces(connections, container, network):
                 containers.execution.driver_of(container).plug(container.id, interface)
@@ -60,7 +60,7 @@ def connect(
             with suppress(EngineError, OSError):  # what it lacks cannot be taken from it
                 _unplug(containers, networks, connections, container, network)
             with suppress(NotFound, Busy):  # it has ended meanwhile, and its connections with it
-                connections.disconnect(container.id, name, network, resolv, container.config)
+                connections.disconnect(container.id, name, network, place, container.config)
             raise
         return
     containers.records.configure(container.id, lambda now: _more(now, network, item))
@@ -98,11 +98,11 @@ def _leave(
     """Noted first: `finish` goes on where a killed daemon stopped."""
     records = containers.records
     if _runs(container):
-        resolv = containers.logs(container.name).current.parents[1] / "resolv.conf"
+        place = containers.logs(container.name).current.parents[1]
         records.note_leaving(container.id, network)
         try:
             _unplug(containers, networks, connections, container, network)
-            connections.disconnect(container.id, container.name, network, resolv, _less(container, network))
+            connections.disconnect(container.id, container.name, network, place, _less(container, network))
         except Exception:
             records.forget_leaving(container.id, network)
             raise
@@ -130,9 +130,9 @@ def finish(containers: Containers, networks: Networks, connections: Connections)
         try:
             container = containers.records.by_id(id)
             if network not in _named(container.config):
-                resolv = containers.logs(container.name).current.parents[1] / "resolv.conf"
+                place = containers.logs(container.name).current.parents[1]
                 _unplug(containers, networks, connections, container, network)
-                connections.disconnect(id, container.name, network, resolv, container.config)
+                connections.disconnect(id, container.name, network, place, container.config)
                 log.warning("container %s: joining network %s was begun, and is undone", container.name, network)
         except (EngineError, OSError) as error:
             log.warning("container %s, network %s: joining it was begun and is not undone: %s", id, network, error)

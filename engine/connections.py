@@ -39,7 +39,7 @@ from engine.ports import choose_ports, read_ports
 from engine.runtimes import netns
 from engine.runtimes.base import RunSpec, Runtime
 from engine.runtimes.netbase import Backend, Link
-from engine.runtimes.netfiles import NetworkMode, RunNetwork, resolv_text
+from engine.runtimes.netfiles import NetworkMode, RunNetwork, refresh
 from engine.store.meta import Meta
 
 log = logging.getLogger(__name__)
@@ -342,8 +342,8 @@ class Connections:
 
     # --- while it runs ------------------------------------------------------------------------------------------
 
-    def connect(self, id: str, name: str, network: str, item: Endpoint, resolv: Path, config: ContainerConfig) -> None:
-        """One more network for a container that runs; `resolv` is its resolv.conf, which learns of it."""
+    def connect(self, id: str, name: str, network: str, item: Endpoint, place: Path, config: ContainerConfig) -> None:
+        """One more network for a container that runs; its resolv.conf and hosts, in `place`, learn of it."""
         with self._locked(id):
             row = self._attached(id)
             with self._meta.tx() as db:
@@ -360,16 +360,17 @@ class Connections:
             except BaseException:
                 self._drop(row, network)
                 raise
-            self._write_resolv(id, resolv, config)
+            self._refresh(row, place, config, come=link.addresses)
 
-    def disconnect(self, id: str, name: str, network: str, resolv: Path, config: ContainerConfig) -> None:
+    def disconnect(self, id: str, name: str, network: str, place: Path, config: ContainerConfig) -> None:
         """Take a container that runs out of a network; ports published there go with it."""
         with self._locked(id):
             row = self._attached(id)
-            if all(there["network"] != network for there in self._rows(id)):
+            gone = [there for there in self._rows(id) if there["network"] == network]
+            if not gone:
                 raise NotFound(f"{name} is not connected to {network}", at=network)
             self._drop(row, network)
-            self._write_resolv(id, resolv, config)
+            self._refresh(row, place, config, gone=self._link(gone[0]).addresses)
 
     def _attached(self, id: str) -> sqlite3.Row:
         row = self._meta.row("SELECT * FROM connections WHERE container = ?", (id,))
@@ -393,13 +394,10 @@ class Connections:
         except EngineError as error:
             log.info("network of container %s: %s", row["container"], error.reason)
 
-    def _write_resolv(self, id: str, resolv: Path, config: ContainerConfig) -> None:
-        """In place: the container has this very file."""
-        if not self._backend.resolves:
-            return
-        links = [self._link(item) for item in self._rows(id)]
-        gateways = tuple(gateway for link in links for _, gateway in link.subnets)
-        resolv.write_text(resolv_text(replace(RunNetwork(), resolvers=gateways), config))
+    def _refresh(self, row: sqlite3.Row, place: Path, config: ContainerConfig, **moved: Sequence[str]) -> None:
+        id, links = row["container"], [self._link(item) for item in self._rows(row["container"])]
+        network = RunNetwork(names=(row["name"],), resolvers=tuple(at for link in links for _, at in link.subnets))
+        refresh(place, network, config.hostname or id[:12], config, resolves=self._backend.resolves, **moved)
 
     def added(self) -> list[tuple[str, ...]]:  # (container, network) of connections made while it ran
         return [*map(tuple, self._meta.query("SELECT container, network FROM endpoints WHERE NOT started"))]

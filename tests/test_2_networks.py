@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from engine.fields import validated
 from engine.netconfig import PortSpec
 from engine.networks import Networks, host_routes
 from engine.runtimes.netbase import Link
-from engine.runtimes.netfiles import NetworkMode, RunNetwork, hosts_text, resolv_text
+from engine.runtimes.netfiles import MAX_HOSTS, NetworkMode, RunNetwork, hosts_text, refresh, resolv_text
 from engine.runtimes.usernet import UserNetworks
 from engine.store.meta import Meta
 
@@ -297,6 +299,25 @@ def test_hosts_and_resolv_conf() -> None:
     with pytest.raises(InvalidArgument, match="extra_hosts: out:host-gateway"):
         hosts_text(RunNetwork(), "abc", config)
     assert "127.0.1.1\tabc\n" in hosts_text(RunNetwork(), "abc", ContainerConfig())
+
+
+def test_hosts_and_resolv_conf_change_in_place_and_keep_what_the_container_wrote(tmp_path: Path) -> None:
+    hosts, resolv, config = tmp_path / "hosts", tmp_path / "resolv.conf", validated({"dns": ["9.9.9.9"]})
+    hosts.write_bytes(b"10.0.0.2\tabc web\n10.0.0.9 db \xff\r\n10.0.1.2 abc web other")
+    resolv.write_text("nameserver 10.0.0.1\nnameserver 10.0.1.1\n")
+    files = [os.stat(path).st_ino for path in (hosts, resolv)]
+    network = RunNetwork(names=("web",), resolvers=("10.0.0.1",))
+    refresh(tmp_path, network, "abc", config, resolves=True, come=("10.0.1.2", "10.0.0.2"))
+    whole = b"10.0.0.2\tabc web\n10.0.0.9 db \xff\r\n10.0.1.2 abc web other\n10.0.1.2\tabc web\n"
+    assert hosts.read_bytes() == whole and resolv.read_text() == "nameserver 10.0.0.1\n"
+    refresh(tmp_path, replace(network, resolvers=()), "abc", config, resolves=True, gone=("10.0.0.2", "10.0.1.2"))
+    assert hosts.read_bytes() == b"10.0.0.9 db \xff\r\n10.0.1.2 abc web other\n"
+    assert resolv.read_text() == "nameserver 9.9.9.9\n"
+    hosts.write_text("#" * (MAX_HOSTS + 1))
+    resolv.write_text("")
+    refresh(tmp_path, network, "abc", config, resolves=False, come=("10.0.1.2",))
+    assert hosts.stat().st_size == MAX_HOSTS + 1 and not resolv.read_text()
+    assert files == [os.stat(path).st_ino for path in (hosts, resolv)]
 
 
 def test_without_root_the_way_out_keeps_its_subnet(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,8 +242,13 @@ def test_networks_keep_apart_what_is_not_in_both(sea: Harbour) -> None:
     assert sea.read("containers/f/config/networks").startswith("front: null\nback:\n")
     assert sea.fetch(back, "f") == "b\n"
     assert sea.inside("f", "busybox cat /etc/resolv.conf").stdout.count("nameserver") == 3
+    own = sea.read("containers/f/id")[:12] + " f"
+    there = sea.inside("f", "echo 10.1.2.3 mine >> /etc/hosts; busybox cat /etc/hosts").stdout.splitlines()
+    came = [f"{address}\t{own}" for address in sea.read("containers/f/ip").split()[1:]]
+    assert there[-4:] == [f"{front}\t{own}", *came, "10.1.2.3 mine"]
     sea.refused("echo 'connect f' > networks/back/ctl", "File exists")
     sea.sh("echo 'disconnect f' > networks/back/ctl")
+    assert sea.inside("f", "busybox cat /etc/hosts").stdout.splitlines() == [*there[:-3], "10.1.2.3 mine"]
     assert (
         sea.read("containers/f/addresses") == f"front {front}" and sea.read("containers/f/config/networks") == "front"
     )

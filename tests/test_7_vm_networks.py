@@ -196,7 +196,8 @@ def test_a_machine_that_runs_joins_and_leaves_networks(fleet: Fleet) -> None:
     here, here6 = fleet.read("containers/two/ip").split()[3:]
     fleet.knows("three", "guest", here)
     assert fleet.get("three", here) == "two\n" and fleet.get("three", here6) == "two\n"
-    inside = fleet.exec("two", "ip addr show eth2; ip route; cat /etc/resolv.conf")
+    inside = fleet.exec("two", "ip addr show eth2; ip route; cat /etc/resolv.conf /etc/hosts")
+    assert f"\n{here}\t" in inside and f"\n{here6}\t" in inside, inside
     assert f"inet {here}/24" in inside and f"inet6 {here6}/64" in inside and ",UP," in inside, inside
     assert "dev eth0" in inside[inside.index("default") :].splitlines()[0], inside
     assert inside.count("nameserver") == 5, inside
@@ -205,7 +206,7 @@ def test_a_machine_that_runs_joins_and_leaves_networks(fleet: Fleet) -> None:
     fleet.unmount()
     fleet.start()
     fleet.sh("echo 'disconnect two' > networks/side/ctl")
-    left = fleet.exec("two", "ip addr show eth2; cat /etc/resolv.conf")
+    left = fleet.exec("two", "ip addr show eth2; cat /etc/resolv.conf /etc/hosts")
     assert here not in left and here6 not in left and ",UP," not in left and left.count("nameserver") == 3, left
     assert "side" not in fleet.read("containers/two/config/networks")
     fleet.sh("echo 'connect two' > networks/side/ctl")  # the interface is used again

@@ -1,10 +1,12 @@
-"""What a run's network is to its runtime, and the container's hosts and resolv.conf. Floor 2, pure but for reads.
+"""What a run's network is to its runtime, and the container's hosts and resolv.conf. Floor 2; but for reads, and
+`refresh`, pure.
 
-Only here: the text of those two files. Formats: hosts(5), resolv.conf(5).
+Only here: the text of those two files, as it is first and as networks come and go. Formats: hosts(5), resolv.conf(5).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +16,10 @@ from engine.config import ContainerConfig
 from engine.errors import InvalidArgument
 from engine.netconfig import HOST_GATEWAY
 
+log = logging.getLogger(__name__)
+
 MAX_RESOLV = 64 << 10  # bytes
+MAX_HOSTS = 1 << 20  # bytes: more of it, written by the container, stays as it is
 
 
 class NetworkMode(StrEnum):
@@ -67,10 +72,23 @@ def hosts_text(network: RunNetwork, hostname: str, config: ContainerConfig) -> s
         if not address:
             raise InvalidArgument(f"extra_hosts: {item}: the container has no network with a gateway", at=item)
         lines.append(f"{address}\t{name}\n")
-    own = " ".join(dict.fromkeys((hostname, *network.names)))
+    own = _own(hostname, network.names)
     for address in network.addresses or (() if shared else ("127.0.1.1",)):
         lines.append(f"{address}\t{own}\n")
     return "".join(lines)
+
+
+def _own(hostname: str, names: Sequence[str]) -> str:
+    return " ".join(dict.fromkeys((hostname, *names)))
+
+
+def moved_hosts(text: str, own: str, come: Sequence[str], gone: Sequence[str]) -> str:
+    """hosts(5) of a container that has come to the addresses `come` and left those in `gone`. What else the container
+    has written there stays."""
+    ours = {f"{address}\t{own}" for address in gone}
+    lines = [line for line in text.removesuffix("\n").split("\n") if line not in ours]
+    lines += [line for address in come if (line := f"{address}\t{own}") not in lines]
+    return "\n".join(lines) + "\n"
 
 
 def resolv_text(network: RunNetwork, config: ContainerConfig) -> str:
@@ -93,3 +111,33 @@ def resolv_text(network: RunNetwork, config: ContainerConfig) -> str:
     options = config.dns_options or known["options"]
     out += [f"options {' '.join(options)}\n"] if options else []
     return "".join(out)
+
+
+def refresh(
+    place: Path,
+    network: RunNetwork,
+    hostname: str,
+    config: ContainerConfig,
+    *,
+    resolves: bool,
+    come: Sequence[str] = (),
+    gone: Sequence[str] = (),
+) -> None:
+    """Both files, in `place`, of a container that runs and has come to the addresses `come` or left those in `gone`.
+    `network` has its names, and with `resolves` all there is that knows the names of others."""
+    if resolves:
+        _rewrite(place / "resolv.conf", resolv_text(network, config))
+    hosts = place / "hosts"
+    with open(hosts, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        text = file.read(MAX_HOSTS)
+        if file.read(1):
+            log.warning("%s is too long to be changed", hosts)
+            return
+    _rewrite(hosts, moved_hosts(text, _own(hostname, network.names), come, gone))
+
+
+def _rewrite(path: Path, text: str) -> None:
+    """In place, for the container has this very file; at no time is it empty."""
+    with open(path, "r+b") as file:
+        file.write(text.encode(errors="surrogateescape"))
+        file.truncate()
