@@ -108,10 +108,10 @@ def still(containers: Containers, name: str, task: Task) -> Iterator[tuple[Conta
     container = containers.get(name)
     if container.state not in COMMITTABLE:
         raise Busy(f"the container is {container.state}", at=name, hint="try again once it is running or stopped")
-    if containers.guests.files(container) is not None:  # a paused machine could not tell of its files
+    if containers.guests.has(container):  # once paused it could not tell of its files
         with containers.guests.still(container) as upper:
             yield container, upper
-        _same_run(containers, container, (State.RUNNING,))
+        _same_run(containers, container, (container.state,))
         return
     paused = container.state is State.RUNNING
     if paused:

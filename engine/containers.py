@@ -50,7 +50,7 @@ from engine.restarts import Restarts
 from engine.runtimes.base import Mount, check_names_of_host, parse_signal
 from engine.runtimes.select import NAMES as RUNTIMES
 from engine.runtimes.spec import capabilities
-from engine.runtimes.vm.guestupper import CHANGES_SECONDS, GuestUpper
+from engine.runtimes.vm.guestupper import CHANGES_SECONDS
 from engine.scheduler import Clock
 from engine.sessions import Sessions
 from engine.store.meta import Meta
@@ -171,8 +171,8 @@ class Containers:
         tree = None
         if container.image or container.config.image:
             tree = self._trees.open(self.execution.image_of(container).chain_id)
-        guest = self.guests.files(container)
-        return changes(self._mounts.upper(container.id) if guest is None else GuestUpper(guest, CHANGES_SECONDS), tree)
+        with self.guests.changed(container, CHANGES_SECONDS) as guest:
+            yield from changes(self._mounts.upper(container.id) if guest is None else guest, tree)
 
     def mount_specs(self, name: str) -> list[MountSpec]:
         """Its mounts: its config's, those of volumes_from, its image's VOLUMEs; anonymous volumes by their names."""

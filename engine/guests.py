@@ -10,6 +10,7 @@ from engine.errors import Busy, Unreachable
 from engine.execution import Execution
 from engine.lifecycle import ALIVE, State
 from engine.records import Container
+from engine.runtimes.vm.driver import VmRuntime
 from engine.runtimes.vm.guestfiles import GuestFiles, Machines
 from engine.runtimes.vm.guestupper import GuestUpper
 
@@ -23,34 +24,59 @@ class Guests:
         self._execution = execution
         self._machines = Machines(root)
 
+    def has(self, container: Container) -> bool:
+        """Whether a machine has its files, or is about to. Never waits."""
+        if container.state is State.STARTING:
+            return self._execution.driver_of(container).name == "vm"
+        return container.state in ALIVE and container.runtime == "vm"
+
     def files(self, container: Container) -> GuestFiles | None:
         """Its files as the agent of its virtual machine serves them while that runs; None when they are on the host.
 
         Never waits. Busy while nobody has them: the machine starts or is paused.
         """
-        starts = container.state is State.STARTING
-        if not starts and container.state not in ALIVE:
-            return None
-        if (self._execution.driver_of(container).name if starts else container.runtime) != "vm":
+        if not self.has(container):
             return None
         if container.state is State.PAUSED:
             raise Busy("its virtual machine is paused", hint="resume it first: echo resume > ctl")
-        if starts:
+        if container.state is State.STARTING:
             raise Busy("its virtual machine starts", hint="try again in a moment")
         return self._machines.of(container.id)
 
     @contextmanager
+    def changed(self, container: Container, seconds: float = 0.0) -> Iterator[GuestUpper | None]:
+        """What it changed, as its machine tells it, with `seconds` for all of it; None when that is on the host. A
+        paused machine goes on for that, while its processes stay frozen. Busy while it starts."""
+        if container.state is State.PAUSED and self.has(container):
+            with self._awake(container) as files:
+                yield GuestUpper(files, seconds)
+            return
+        found = self.files(container)
+        yield None if found is None else GuestUpper(found, seconds)
+
+    @contextmanager
+    def _awake(self, container: Container) -> Iterator[GuestFiles]:
+        driver = self._execution.driver_of(container)
+        assert isinstance(driver, VmRuntime)
+        with driver.awake(container.id):
+            yield self._machines.of(container.id)
+
+    @contextmanager
     def still(self, container: Container) -> Iterator[GuestUpper]:
         """What it changed, with its processes held still in the running machine. Should this daemon end meanwhile, the
-        machine's owner lets them go on (relay.py)."""
-        files = self.files(container)
-        assert files is not None
-        files.call("FREEZE", {"state": 1}, FREEZE_SECONDS)
+        machine's owner lets them go on (relay.py); those of a paused one stay paused."""
+        if container.state is State.PAUSED:
+            with self._awake(container) as files:
+                yield GuestUpper(files)
+            return
+        found = self.files(container)
+        assert found is not None
+        found.call("FREEZE", {"state": 1}, FREEZE_SECONDS)
         try:
-            yield GuestUpper(files)
+            yield GuestUpper(found)
         finally:
             with suppress(Unreachable):  # it has ended meanwhile
-                files.call("FREEZE", {"state": 0}, FREEZE_SECONDS)
+                found.call("FREEZE", {"state": 0}, FREEZE_SECONDS)
 
     def close(self) -> None:
         self._machines.close()

@@ -93,16 +93,22 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     assert "ircular" not in done.stderr
     sizes = [int(line.split()[0]) for line in done.stdout.splitlines()]
     assert sizes[0] >= 3000000 // 1024 and sizes[1] >= sizes[0]
-    # paused: nobody has its files
-    daemon.sh("echo pause > containers/m/ctl", timeout=60)
-    for command in (
-        "ls containers/m/rootfs",
-        "cat containers/m/rootfs/new",
-        "ls containers/m/diff",
-        "cat containers/m/changes",
-    ):
+    # paused: it tells what it changed, and nothing in it runs for that; nobody else has its files
+    daemon.sh("echo 'run sh -c \"while :; do echo >> /ticks; done\"' > containers/m/exec/ctl", timeout=60)
+    wait_for(lambda: (place / "ticks").exists() and os.stat(place / "ticks").st_size > 0, 60)
+    told = daemon.sh("echo pause > containers/m/ctl; cat containers/m/changes", timeout=60)
+    assert {"A /new", "A /d/link", "D /srv/hello.txt", "A /ticks"} <= set(told.splitlines())
+    for reference in ("demo:p1", "demo:p2"):
+        daemon.sh(f"echo 'commit {reference}' > containers/m/ctl")
+        wait_for(lambda reference=reference: reference in os.listdir(daemon.mount / "images"), 120)
+        assert daemon.sh("cat containers/m/changes containers/m/state", timeout=60) == f"{told}paused\n"
+    daemon.sh("cd images; cmp demo:p1/rootfs/ticks demo:p2/rootfs/ticks; test -s demo:p2/rootfs/ticks")
+    for command in ("ls containers/m/rootfs", "cat containers/m/rootfs/new", "ls containers/m/diff"):
         daemon.refused(command, "Device or resource busy", timeout=60)
+    ticks = (daemon.mount / "images/demo:p2/rootfs/ticks").stat().st_size
     daemon.sh("ls -la containers/m; echo resume > containers/m/ctl; cat containers/m/rootfs/new", timeout=60)
+    wait_for(lambda: os.stat(place / "ticks").st_size > ticks, 60)
+    daemon.sh("echo kill > containers/m/exec/3/ctl", timeout=60)
     # a machine that hangs: an error within the deadline, and the rest of the mount goes on
     pid = int((directory / "run/vm/qemu.pid").read_text())
     os.kill(pid, signal.SIGSTOP)

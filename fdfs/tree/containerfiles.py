@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.changes import changes_text, hidden_places
-from engine.errors import Busy
 from fdfs.entry import BindSource
 from fdfs.guest import GuestGraft
 from fdfs.loopback import Loopback
@@ -42,8 +41,4 @@ def changes(engine: Any, name: str) -> bytes:
 
 def changes_size(engine: Any, name: str) -> int:
     """0 while a guest would have to be asked: stat(2) waits for none, and what is open knows its size."""
-    try:
-        guest = engine.guests.files(engine.containers.get(name))
-    except Busy:
-        return 0
-    return 0 if guest is not None else len(changes(engine, name))
+    return 0 if engine.guests.has(engine.containers.get(name)) else len(changes(engine, name))

@@ -232,6 +232,10 @@ class VmRuntime(OciRuntime):
         self._expect(id, State.PAUSED)
         self._pausing.resume(id)
 
+    def awake(self, id: str) -> contextlib.AbstractContextManager[None]:
+        """In the block a paused machine tells of its files, and nothing of the container runs: Pausing.awake."""
+        return self._pausing.awake(id)
+
     def update(self, id: str, resources: Resources) -> None:
         """As every driver; InvalidArgument for more than its machine was made with."""
         machine = self._plan(id)["machine"]

@@ -5,8 +5,8 @@ Only here: QEMU's monitor socket, and what pausing leaves for a later daemon, `k
     run/vm/paused   while it is paused; `frozen` in it: the agent froze the processes
     run/vm/unsure   while one of the verbs below is carried out; found by another daemon, QEMU is asked what is true
 
-For the processes are frozen, not only the CPUs stopped, a paused machine can go on for a moment to take new limits
-without any of them running. Thread-safe; calls for one container are serialised by the caller.
+For the processes are frozen, not only the CPUs stopped, a paused machine can go on for a while, to take new limits or
+to tell of its files, without any of them running. Thread-safe.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from engine import hostfiles
 from engine.errors import Busy, EngineError, RuntimeFailure
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 
 QMP_SECONDS = 10.0
 FREEZE_SECONDS = 5.0  # for the agent to answer; it gives the processes one
+AWAKE = "limits"  # in `unsure`; what it was needed for first
 
 
 class Pausing:
@@ -34,8 +38,10 @@ class Pausing:
 
     def __init__(self, place: Callable[[str], Path]) -> None:
         self._place = place
-        self._lock = threading.Lock()
-        self._working: set[str] = set()  # by this daemon: it knows what is true
+        self._lock = threading.Lock()  # of the three below; never held over I/O
+        self._turns = WeakValueDictionary[str, threading.Lock]()  # whose it is to tell QEMU what to do
+        self._working: Counter[str] = Counter()  # calls of this daemon: it knows what is true
+        self._awake: Counter[str] = Counter()  # how many want a paused one to go on
 
     def pause(self, id: str) -> None:
         """RuntimeFailure with QEMU's words. A mute agent freezes nothing; the CPUs stop all the same."""
@@ -52,44 +58,95 @@ class Pausing:
 
     @contextlib.contextmanager
     def awake(self, id: str) -> Iterator[None]:
-        """In the block its agent answers, and its processes are frozen as they were. Busy when they are not."""
-        if (self._place(id) / "paused").read_text() != "frozen":
-            raise Busy("its virtual machine is paused, and sets no limits", hint="resume it first")
-        with self._unsure(id, "limits"):
-            self._qmp(id, "cont")
+        """In the block the agent of a paused machine answers, and its processes are frozen as they were. Busy when they
+        are not; at the end also when somebody let them go on meanwhile, which does not wait for the block."""
+        with self._working_on(id):
+            turn = self._turn(id)
+            with turn:
+                before = self._frozen(id)
+                if before is None:
+                    raise Busy("its processes could not be frozen when it was paused", hint="resume it first")
+                if not self._awake[id]:
+                    (self._place(id) / "unsure").write_text(AWAKE)
+                    self._qmp(id, "cont")
+                self._awake[id] += 1
             try:
                 yield
             finally:
-                self._qmp(id, "stop")
+                with turn:
+                    self._awake[id] -= 1
+                    if not self._awake[id]:
+                        del self._awake[id]
+                        self._sleep(id)
+            if self._frozen(id) != before:
+                raise Busy("the container went on meanwhile", hint="try again")
 
     def paused(self, id: str) -> bool:
         """Of one that runs. Files are looked at alone, but for the first look after a daemon was killed."""
-        unsure = self._place(id) / "unsure"
-        with self._lock:
-            settle = id not in self._working and unsure.exists()
-        if settle:
-            self._settle(id, unsure)
+        if self._left(id):
+            with self._turn(id):
+                if self._left(id):
+                    self._settle(id, self._place(id) / "unsure")
         return (self._place(id) / "paused").exists()
 
     # --- pieces -------------------------------------------------------------------------------------------------
 
+    def _turn(self, id: str) -> threading.Lock:
+        with self._lock:
+            turn = self._turns.get(id)
+            if turn is None:
+                turn = self._turns[id] = threading.Lock()
+            return turn
+
+    @contextlib.contextmanager
+    def _working_on(self, id: str) -> Iterator[None]:
+        with self._lock:
+            self._working[id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working[id] -= 1
+                if not self._working[id]:
+                    del self._working[id]
+
     @contextlib.contextmanager
     def _unsure(self, id: str, verb: str) -> Iterator[None]:
         unsure = self._place(id) / "unsure"
-        with self._lock:
-            self._working.add(id)
-        try:
+        with self._working_on(id), self._turn(id):
             unsure.write_text(verb)
             yield
             unsure.unlink(missing_ok=True)
-        finally:
-            with self._lock:
-                self._working.discard(id)
+
+    def _left(self, id: str) -> bool:
+        """Whether an earlier call, or daemon, left it to be found out what is true."""
+        with self._lock:
+            return id not in self._working and (self._place(id) / "unsure").exists()
+
+    def _frozen(self, id: str) -> tuple[int, int] | None:
+        """Which pause it is in, its processes frozen; None when it is in none."""
+        try:
+            with open(self._place(id) / "paused", encoding="utf-8") as note:
+                found = os.fstat(note.fileno())
+                return (found.st_ino, found.st_mtime_ns) if note.read() == "frozen" else None
+        except FileNotFoundError:
+            return None
+
+    def _sleep(self, id: str) -> None:
+        """Nobody wants it awake any more."""
+        unsure = self._place(id) / "unsure"
+        if (self._place(id) / "paused").exists():  # else somebody resumed it, or it is gone
+            try:
+                self._qmp(id, "stop")
+            except RuntimeFailure as error:  # `unsure` stays: who looks next tries again, unless it has ended
+                log.warning("container %s: its machine is not paused again: %s", id[:12], error)
+                return
+        unsure.unlink(missing_ok=True)
 
     def _settle(self, id: str, unsure: Path) -> None:
         """What an earlier call left undone becomes what the machine does; one that was awake for a moment sleeps on."""
         try:
-            if unsure.read_text() == "limits":
+            if unsure.read_text() == AWAKE:
                 self._qmp(id, "stop")
             elif self._qmp(id, "query-status")["status"] == "paused":
                 (self._place(id) / "paused").touch()
