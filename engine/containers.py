@@ -401,11 +401,11 @@ class Containers:
 
     # --- for reconcile.py and engine.py -------------------------------------------------------------------------------
 
-    def resume_stop(self, container: Container) -> None:
+    def resume_stop(self, container: Container, *, paused: bool) -> None:
         """Take up a stop that an earlier daemon did not finish. Nothing is asked twice to stop, if that was noted."""
         until = self.records.stop_noted(container.id)
         if until is None:
-            work = lambda: self._stop(container, None, True)  # noqa: E731
+            work = lambda: self._stop(container, None, paused)  # noqa: E731
         else:
             left = min(MAX_GRACE, max(0.0, (until - time.time_ns()) / 1e9))
             work = lambda: self.execution.await_end(container, left)  # noqa: E731

@@ -343,7 +343,7 @@ class Engine:
                     now = self.containers.records.move(container.id, State.STOPPING, reason="stopped with the engine")
                 except (Busy, Gone):
                     continue  # it ended meanwhile
-                self.containers.resume_stop(now)
+                self.containers.resume_stop(now, paused=container.state is State.PAUSED)
 
     # --- the end ------------------------------------------------------------------------------------------------
 

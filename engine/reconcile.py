@@ -83,7 +83,7 @@ def _one(containers: Containers, container: Container) -> None:
     elif found.state in LIVE:
         if container.state is State.STOPPING:
             containers.execution.watch(container)
-            containers.resume_stop(container)
+            containers.resume_stop(container, paused=found.state is base.State.PAUSED)
         else:
             now = LIVE[found.state]
             if now is not container.state:
