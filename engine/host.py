@@ -34,14 +34,14 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
-_MOVE_MOUNT_F_EMPTY_PATH = 4
-_AT_FDCWD = -100
+_MOVE_MOUNT_F_EMPTY_PATH, _AT_FDCWD = 4, -100
 # the numbers of these calls are the same on every architecture since Linux 5.2
 _SYS_OPENAT2, _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 437, 429, 430, 431, 432
 
 # openat2(2) resolve flags: <linux/openat2.h>
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
 
+ASIDE = ".aside-"  # what write_atomic's files are called before they are whole
 FILE_BACKED_EROFS = (6, 12)  # first Linux that mounts EROFS from plain files
 
 
@@ -117,7 +117,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` with `data`: aside, fsync, rename, fsync the directory. Nothing changes when it fails."""
     import tempfile
 
-    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=".aside-")
+    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=ASIDE)
     try:
         try:
             os.fchmod(fd, mode)

@@ -212,8 +212,9 @@ class Kernels:
     def clean(self) -> None:
         """Remove what a daemon left that ended in the middle of an import or of making a template, and downloads that
         nobody went on with for a week."""
-        for path in [*self.directory.glob(f"{ASIDE}*"), *self.directory.glob(f"*/templates/{MAKING}*")]:
-            path.unlink() if path.is_symlink() else host.remove_tree(path)
+        here = self.directory
+        for path in [*here.glob(f"{ASIDE}*"), *here.glob(f"*/{host.ASIDE}*"), *here.glob(f"*/templates/{MAKING}*")]:
+            path.unlink() if path.is_symlink() or path.is_file() else host.remove_tree(path)
         for path in self.directory.glob(f"{PART}*"):
             if time.time() - path.lstat().st_mtime > PART_SECONDS:
                 path.unlink()

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 from guestkernel import guest_kernel
 
-from engine import kernelimage, kernelmodules
+from engine import host, kernelimage, kernelmodules
 from engine.errors import AlreadyExists, Busy, Damaged, EngineError, InvalidArgument, NotFound
 from engine.kernels import Kernel, Kernels
 from engine.runtimes.vm import initfs
@@ -192,10 +192,11 @@ def test_what_nobody_goes_on_with_goes_and_what_can_be_resumed_stays(kernels: Ke
     making = kernel.directory / "templates" / ".making-x"
     making.mkdir(parents=True)
     (making / "ram").write_bytes(b"half")
+    (kernel.directory / f"{host.ASIDE}x").write_bytes(b"half")
     (making.parent / "0a").mkdir()
     kernels.clean()
     assert [path.exists() for path in parts] == [False, True]
-    assert os.listdir(making.parent) == ["0a"]
+    assert os.listdir(making.parent) == ["0a"] and not list(kernel.directory.glob(f"{host.ASIDE}*"))
 
 
 def test_a_kernel_without_what_guests_need_is_refused(kernels: Kernels) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import processes_at
-from guestkernel import copy_kernels
+from guestkernel import CACHE, copy_kernels
 from killing import Mortal
 from mounting import can_mount
 from runtimebench import SLOW, no_vm, skip_or_fail
@@ -49,15 +49,30 @@ class Case:
     config: dict[str, object] = field(default_factory=dict)
     then: str = ""  # a shell command that succeeds, sooner or later, afterwards
     meanwhile: bool = False  # its machine ends while no daemon looks
+    template: bool = False  # there is one for it, and it is used
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is being made when it is killed: there afterwards as a whole, or not at all; then it can be made."""
+
+    name: str
+    verb: str
+    point: str
+    whole: bool
+    there: str = "containers/c"
+    remove: str = "rmdir containers/c"
+    count: str = "containerCreated"  # the event of it, told once when it is there
 
 
 START_VERB = "echo start > containers/c/ctl"
 EXECUTION, DRIVER = "engine.execution:Execution", "engine.runtimes.vm.driver:VmRuntime"
-PAUSING = "engine.runtimes.vm.pausing:Pausing"
+PAUSING, UPPER = "engine.runtimes.vm.pausing:Pausing", "engine.runtimes.vm.guestupper:GuestUpper"
 MOUNTS, NETWORKS, RECORDS = "engine.mounts:RootfsMounts", "engine.connections:Connections", "engine.records:Records"
 SESSIONS = "engine.runtimes.oci_sessions:OciSessions"
 BOOTS = "here containers/*/run/vm/qemu.pid"
 ROLLED_BACK = "while it was starting"
+COMMIT = "echo 'commit mine:1' > containers/c/ctl"
 EXEC = (
     """echo 'run sh -c "echo one; while ! [ -e /go ]; do sleep 0.1; done; echo two; exit 3"' > containers/c/exec/ctl"""
 )
@@ -80,10 +95,10 @@ CASES = [
     starts("it-boots", BOOTS),
     starts("it-waits", f"after {DRIVER}.create"),
     starts("it-is-watched", f"after {DRIVER}.watch"),
-    starts("it-is-restored", BOOTS, config={"fast_start": True}),
-    starts("restored-it-waits", f"after {DRIVER}.create", config={"fast_start": True}),
+    starts("it-is-restored", BOOTS, template=True),
+    starts("restored-it-waits", f"after {DRIVER}.create", template=True),
     starts("it-runs", f"after {DRIVER}.start", state="running", reason=""),
-    starts("restored-it-runs", f"after {DRIVER}.start", state="running", reason="", config={"fast_start": True}),
+    starts("restored-it-runs", f"after {DRIVER}.start", state="running", reason="", template=True),
     Case("running", ":"),
     Case("running-ended-meanwhile", "touch containers/c/rootfs/end", state="stopped", code="7", meanwhile=True),
     Case("pausing", "echo pause > containers/c/ctl", f"before {PAUSING}._qmp"),
@@ -109,8 +124,11 @@ CASES = [
               "test $(cat containers/c/exec/1/exit_code) = 3"),
     Case("exec-made", EXEC, f"after {SESSIONS}.create"),
     Case("exec-started", EXEC, f"after {SESSIONS}.start"),
-    Case("changes", "cat containers/c/changes", "before engine.runtimes.vm.guestupper:GuestUpper.walk"),
-    Case("commit", "echo 'commit mine:1' > containers/c/ctl", "before engine.runtimes.vm.guestupper:GuestUpper.walk",
+    Case("changes", "cat containers/c/changes", f"before {UPPER}.walk"),
+    Case("changes-paused", "cat containers/c/changes", f"before {UPPER}.walk", "start pause", state="paused"),
+    Case("changes-paused-told", "cat containers/c/changes", f"before {PAUSING}._sleep", "start pause", state="paused"),
+    Case("commit", COMMIT, f"before {UPPER}.walk", then="! test -e images/mine:1"),
+    Case("commit-paused", COMMIT, f"before {UPPER}.walk", "start pause", state="paused",
          then="! test -e images/mine:1"),
     Case("update-paused", "echo 77 > containers/c/config/pids", f"after {PAUSING}._qmp", "start pause", state="paused",
          config={"pids": 55}),
@@ -122,6 +140,27 @@ CASES = [
     Case("template-is-made", START_VERB, "here kernels/*/templates/.making-*/ram", "", config={"fast_start": True,
          "memory": "80m"}),
 ]  # fmt: skip
+
+
+def newest() -> str:
+    """What the kernels of tests come from."""
+    return str(max(CACHE.glob("linux-image-*.deb"), key=lambda path: path.stat().st_mtime, default=""))
+
+
+MKDIR = "mkdir containers/c"
+IMPORT = f"echo 'import {os.environ.get('DUTCHMAN_TEST_KERNEL') or newest()} again' > kernels/ctl"
+KERNEL = ("kernels/again", "rmdir kernels/again", "kernelImported")
+MADE = [
+    Made("creating", MKDIR, "before engine.containers:Containers._make_directory", False),
+    Made("creating-directory", MKDIR, "before engine.containers:os.chmod", False),
+    Made("creating-unrecorded", MKDIR, "after engine.containers:Containers._make_directory", False),
+    Made("created", MKDIR, f"after {RECORDS}.create", True),
+    Made("importing", IMPORT, "after engine.kernelimage:read", False, *KERNEL),
+    Made("importing-half", IMPORT, "here kernels/.import-*/.aside-*", False, *KERNEL),
+    Made("importing-more", IMPORT, "before engine.host:fsync_dir", False, *KERNEL),
+    Made("importing-unrecorded", IMPORT, "before engine.kernels:told", False, *KERNEL),
+    Made("importing-done", IMPORT, "before engine.kernels:Kernels._load", True, *KERNEL),
+]
 
 
 class Killed(Mortal, Harbour):
@@ -156,7 +195,11 @@ class Killed(Mortal, Harbour):
         found += [f"mount {point}" for point, _, _ in host.mounts() if point.startswith(f"{self.store}/containers/")]
         found += [f"tmp/{name}" for name in os.listdir(self.store / "tmp")]
         litter = [path for path in (self.store / "kernels").glob("**/.*") if path.name != ".templates"]
+        litter += [path for path in (self.store / "containers").iterdir() if path.name not in self.ids()]
         return found + [str(path) for path in litter]
+
+    def ids(self) -> list[str]:
+        return self.sh("cat containers/*/id || true").split()
 
     def kept(self, id: str) -> list[str]:
         """Files of this boot and of the store on account of one container."""
@@ -189,7 +232,7 @@ def mortal(daemon: Killed) -> Iterator[Killed]:
 
 def killed(daemon: Killed, case: Case) -> None:
     (daemon.mount / "containers" / "c").mkdir()
-    config = {"image": "busybox", "fast_start": False, "memory": "64m", "stop_grace_period": 20, **case.config}
+    config = {"image": "busybox", "memory": "64m", "stop_grace_period": 20, "fast_start": case.template, **case.config}
     (daemon.mount / "containers" / "c" / "config.yaml").write_text(
         json.dumps({"command": ["sh", "-c", case.command], **config})
     )
@@ -198,6 +241,10 @@ def killed(daemon: Killed, case: Case) -> None:
         daemon.machine(verb, {"start": "running", "pause": "paused", "kill": "stopped"}[verb])
         if verb == "start" and case.command == LIFE:
             daemon.lives()  # else a signal may come before its trap is set
+    if case.template:  # the first of its shape boots, and has one made
+        daemon.machine("start", "running")
+        daemon.waits("grep -q memory= kernels/*/templates")
+        daemon.machine("kill", "stopped")
     qemu = daemon.store / "containers" / id / "run" / "vm" / "qemu.pid"
     pid = int(qemu.read_text()) if qemu.exists() else 0
     if case.point:
@@ -221,7 +268,10 @@ def killed(daemon: Killed, case: Case) -> None:
     if case.then:
         daemon.waits(case.then)
     if case.state == "paused":
+        assert "A /count\n" in daemon.sh("cat containers/c/changes", timeout=60)
         daemon.machine("resume", "running")
+    if case.template and case.state == "running":
+        assert (qemu.parent / "how").read_text().startswith("template ")
     if case.state in ("paused", "running"):
         if case.command == LIFE:
             daemon.lives()
@@ -236,6 +286,30 @@ def killed(daemon: Killed, case: Case) -> None:
     nothing(daemon.stays)
     nothing(lambda: daemon.kept(id))
     daemon.left_nothing()
+    assert "could not be" not in daemon.log() and "Traceback" not in daemon.log(), daemon.log()[-5000:]
+
+
+def made(daemon: Killed, case: Made) -> None:
+    def told() -> int:
+        return daemon.sh("cat events").count(f'"{case.count}"')
+
+    before = told()
+    daemon.die_at(case.point)
+    daemon.run(case.verb, timeout=START)
+    daemon.await_death()
+    daemon.again()
+    assert told() == before + case.whole
+    nothing(daemon.stays)
+    if not case.whole:
+        daemon.refused(f"ls {case.there}", "No such file")
+        daemon.sh(case.verb)
+        daemon.waits(f"test -e {case.there}")
+        assert told() == before + 1
+    if case.there.startswith("kernels"):
+        default = daemon.read("kernels/default/digest")
+        assert daemon.read(f"{case.there}/digest") == default and daemon.read(f"{case.there}/version")
+    daemon.sh(case.remove, timeout=60)
+    nothing(daemon.stays)
     assert "could not be" not in daemon.log() and "Traceback" not in daemon.log(), daemon.log()[-5000:]
 
 
@@ -259,6 +333,11 @@ if SLOW:
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_killed(mortal: Killed, case: Case) -> None:
         killed(mortal, case)
+
+    @pytest.mark.timeout(300)
+    @pytest.mark.parametrize("case", MADE, ids=lambda case: case.name)
+    def test_killed_while_it_is_made(mortal: Killed, case: Made) -> None:
+        made(mortal, case)
 
     @pytest.mark.timeout(600)
     def test_the_host_is_started_anew(mortal: Killed) -> None:
