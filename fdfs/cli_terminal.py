@@ -1,8 +1,9 @@
 """The person's terminal and pipes, joined to a process in a container by conmon's attach socket.
 
-Floor 7. Only here: raw mode (undone whatever happens), window size, detach keys, and the pump. The socket is
-SOCK_SEQPACKET: input as it is, at most PACKET bytes a packet; output with the stream's number in front. One thread; it
-never blocks in a send, so that neither side can wait for the other for ever.
+Floor 7. Only here: raw mode (undone whatever happens), window size, detach keys, and the pump. Input goes as it is, at
+most PACKET bytes at once; output has the stream's number in front (engine/attachline.py). One thread; it never blocks
+in a send, so that neither side can wait for the other for ever. It waits with select(2), for poll(2) of macOS knows no
+terminals.
 """
 
 from __future__ import annotations
@@ -34,20 +35,12 @@ class Hangup(Exception):
 
 def connect(path: str) -> socket.socket | None:
     """A connection to the attach socket at `path`, however long that is; None when nobody listens (any more)."""
-    where = Path(path)
+    from engine import attachline  # not before it is needed: most commands are not
+
     try:
-        directory = os.open(where.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    try:
-        client.connect(f"/proc/self/fd/{directory}/{where.name}")
-        return client
+        return attachline.connect(Path(path))
     except (FileNotFoundError, ConnectionRefusedError):
-        client.close()
         return None
-    finally:
-        os.close(directory)
 
 
 def window(fd: int) -> tuple[int, int] | None:
@@ -114,7 +107,9 @@ class Pump:
 
         Raises Detached, Hangup, and BrokenPipeError when nobody reads the output.
         """
-        wake, poke = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        wake, poke = os.pipe()
+        for end in (wake, poke):
+            os.set_blocking(end, False)
         caught = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH]
         previous = {number: signal.signal(number, self._note) for number in caught}
         old = signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
@@ -134,20 +129,17 @@ class Pump:
 
     def _turn(self, source: int | None, wake: int) -> bool:
         """One wait and what it brought; False when the connection is at its end."""
-        poll = select.poll()
-        poll.register(self._client, select.POLLIN | (select.POLLOUT if self._pending else 0))
-        poll.register(wake, select.POLLIN)
+        reading = [self._client.fileno(), wake]
         if source is not None and self._input_open and not self._pending:
-            poll.register(source, select.POLLIN)
-        events = dict(poll.poll())
-        if wake in events:
+            reading.append(source)
+        ready, _, _ = select.select(reading, [self._client] if self._pending else [], [])
+        if wake in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(wake, 4096)
             self._act()
-        here = events.get(self._client.fileno(), 0)
-        if here & (select.POLLIN | select.POLLHUP | select.POLLERR) and not self._receive():
+        if self._client.fileno() in ready and not self._receive():
             return False
-        if source is not None and source in events and self._input_open and not self._pending:
+        if source is not None and source in ready and self._input_open and not self._pending:
             self._read(source)
         if self._pending:
             self._send()

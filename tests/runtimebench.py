@@ -19,6 +19,7 @@ from guestkernel import guest_kernels
 
 from engine.config import ContainerConfig
 from engine.logs import ContainerLogs
+from engine.runtimes import calls
 from engine.runtimes.base import Exit, Mount, RunSpec, Runtime, make_spec
 from engine.runtimes.fake import FakeRuntime
 from engine.runtimes.oci import OciRuntime
@@ -42,8 +43,9 @@ COMMANDS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 COMMANDS["vm"] = COMMANDS["oci"]
-REAL = ("oci", "vm")  # drivers that run programs
 SLOW = bool(os.environ.get("DUTCHMAN_SLOW_TESTS"))  # a machine that is emulated takes seconds to boot
+REAL = ("oci", "vm")  # drivers that run programs
+OWN = ("own",) if SLOW else ()  # vm under our own monitor in place of conmon, as on macOS
 PATIENCE = {"fake": 1.0, "oci": 1.0, "vm": 8.0}  # how much longer a driver may take
 
 
@@ -75,7 +77,8 @@ class Bench:
     """One driver, one directory of containers, everything deleted at the end."""
 
     def __init__(self, kind: str, place: Path) -> None:
-        self.kind, self.place, self.ids = kind, place, list[str]()
+        self.own = kind in OWN
+        self.kind, self.place, self.ids = "vm" if self.own else kind, place, list[str]()
         self.ends: queue.Queue[tuple[str, Exit]] = queue.Queue()
         self.runtime: Runtime = self.connect()
 
@@ -83,7 +86,12 @@ class Bench:
         if self.kind == "fake":
             return FakeRuntime()
         if self.kind == "vm":
-            return VmRuntime(self.place / "containers", state=self.place / "state", kernels=guest_kernels().directory)
+            vm = VmRuntime(self.place / "containers", state=self.place / "state", kernels=guest_kernels().directory)
+            with pytest.MonkeyPatch.context() as patch:
+                if self.own:
+                    patch.setenv(calls.OWN, "own")
+                vm.probe()  # chooses, for good
+            return vm
         return OciRuntime(self.place / "containers", state=self.place / "state")
 
     def spec(
@@ -164,6 +172,6 @@ class Bench:
 def bench_of(kind: str, place: Path) -> Bench:
     if kind == "oci" and (reason := no_oci()):
         skip_or_fail(reason)
-    if kind == "vm" and (reason := no_vm()):
+    if kind in ("vm", *OWN) and (reason := no_vm()):
         skip_or_fail(reason)
     return Bench(kind, place)

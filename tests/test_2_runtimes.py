@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runtimebench import REAL, SLOW, Bench, bench_of
+from runtimebench import OWN, REAL, SLOW, Bench, bench_of
 
 from engine.errors import Busy, DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
 from engine.logs import ContainerLogs
@@ -34,7 +34,7 @@ IN_A_VM = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "bench" in metafunc.fixturenames:
         in_a_vm = SLOW or metafunc.function.__name__ in IN_A_VM
-        metafunc.parametrize("bench", ["fake", *REAL] if in_a_vm else ["fake", "oci"], indirect=True)
+        metafunc.parametrize("bench", ["fake", *REAL, *OWN] if in_a_vm else ["fake", "oci"], indirect=True)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtimebench import REAL, Bench, bench_of
+from runtimebench import OWN, REAL, Bench, bench_of
 
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure
 from engine.logs import ContainerLogs
@@ -83,16 +83,23 @@ def of_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Execs]:
     bench.close()
 
 
-@pytest.fixture(params=REAL)
+@pytest.fixture(scope="module")
+def of_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Execs]:
+    bench = bench_of("own", tmp_path_factory.mktemp("own"))
+    yield Execs(bench)
+    bench.close()
+
+
+@pytest.fixture(params=[*REAL, *OWN])
 def oci(request: pytest.FixtureRequest) -> Execs:
     """Either of the drivers that run programs under conmon."""
     found: Execs = request.getfixturevalue(f"of_{request.param}")
     return found
 
 
-@pytest.fixture(params=["fake", *REAL])
+@pytest.fixture(params=["fake", *REAL, *OWN])
 def execs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Execs]:
-    if request.param in REAL:
+    if request.param in (*REAL, *OWN):
         yield request.getfixturevalue(f"of_{request.param}")
         return
     bench = bench_of("fake", tmp_path)

@@ -28,16 +28,19 @@ from typing import Any
 
 from engine import host
 from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
-from engine.runtimes import selinux
+from engine.runtimes import pids, selinux
+from engine.runtimes.pids import boot_id, ended, open_process, start_time
 
 CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
 log = logging.getLogger(__name__)
+__all__ = ("boot_id", "ended", "open_process", "start_time")  # of pids.py, for who asks after a conmon
 
 # --full-attach: its sockets do not depend on how long the store's path is. --no-sync-log: an fsync of every segment
 # would stop the container's output meanwhile, and guard only against a power cut. Left out where conmon is older.
 FLAGS = ("--full-attach", "--no-sync-log")
 MAX_MESSAGE = 64 << 10
 REOPEN_LOG = b"2 0 0\n"  # conmon src/ctrl.c: REOPEN_LOGS_EVENT
+END_INPUT = b"3 0 0\n"  # of monitor.py alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,52 +142,17 @@ _FACTS: dict[str, Any] = {
 }
 
 
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def start_time(pid: int) -> int | None:
-    """When `pid` started, in clock ticks since boot (proc(5) stat field 22); None when it is gone or a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(b")") + 2 :].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def open_process(pid: int, started: int) -> int | None:
-    """A pidfd of exactly the process that had `pid` and that start time; None when it has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except OSError as error:
-        if error.errno in (errno.ESRCH, errno.EINVAL):
-            return None
-        raise
-    if start_time(pid) != started:  # checked with the fd open: from here on the pid cannot be another's
-        os.close(fd)
-        return None
-    return fd
-
-
 def send_signal(pid: int, started: int, signum: int, what: str) -> None:
     """Signal exactly that process. Busy, saying `what` it is of, when it has ended."""
     process = open_process(pid, started)
     if process is None:
         raise Busy(f"the {what}'s process has ended")
     try:
-        signal.pidfd_send_signal(process, signum)
+        pids.send(process, signum)
     except ProcessLookupError as error:
         raise Busy(f"the {what}'s process has ended") from error
     finally:
         os.close(process)
-
-
-def ended(pidfd: int, seconds: float) -> bool:
-    """Wait up to `seconds` for the process behind a pidfd to end."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(max(0, int(seconds * 1000))))
 
 
 def launch(
@@ -348,35 +316,32 @@ def kill_conmon(files: Files) -> None:
     Before it has written that file, as when the daemon was killed right after its start, it is looked for.
     """
     for _ in range(3):  # it may fork meanwhile
-        pids = _conmons(files)
-        for pid in pids:
+        found = _conmons(files)
+        for pid in found:
             for kill in (os.killpg, os.kill):  # it leads its own group (not yet, right after its fork)
                 try:
                     kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
-        if not pids or files.conmon_pid.exists():
+        if not found or files.conmon_pid.exists():
             return
 
 
 def _conmons(files: Files) -> list[int]:
     if files.conmon_pid.exists():
         try:
-            pids = [int(files.conmon_pid.read_text())]
+            found = [int(files.conmon_pid.read_text())]
         except (OSError, ValueError):
             return []
     elif files.bundle.exists():
-        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        found = pids.everybody()
     else:
         return []  # it never came to that
-    return [pid for pid in pids if _is_conmon_of(pid, files)]
+    return [pid for pid in found if _is_conmon_of(pid, files)]
 
 
 def _is_conmon_of(pid: int, files: Files) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+    words = pids.words(pid)
     return files.id.encode() in words and os.fsencode(files.bundle) in words
 
 

@@ -30,7 +30,7 @@ from engine import host, userids
 from engine.config import ContainerConfig
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure, Unsupported
 from engine.logs import mend
-from engine.runtimes import cgroups, conmon, probing, spec, stdio, unprivileged
+from engine.runtimes import cgroups, conmon, pids, probing, spec, stdio, unprivileged
 from engine.runtimes.base import Exit, Joined, Probe, RunSpec, State, Status, make_spec
 from engine.runtimes.calls import call, find_conmon, first_line, search_path, words
 from engine.runtimes.conmon import Facts, Files
@@ -66,7 +66,7 @@ class OciRuntime(Joined):
         self._directories: dict[str, Path] = {}
         self._watched: dict[str, tuple[int, Callable[[str, Exit], None]]] = {}  # id -> pidfd or -1, callback
         self._selector: selectors.BaseSelector | None = None
-        self._wake = -1
+        self._wake = pids.Waker()
         self._closed = False
         self.console = stdio.OciConsole(lambda id: (self._expect(id, *LIVE), self._files(id))[1])
         tools = lambda: (*self._tools(), self._flags)  # noqa: E731
@@ -265,14 +265,13 @@ class OciRuntime(Joined):
             self._watched[id] = (pidfd, on_exit)
             if self._selector is None:
                 self._selector = selectors.DefaultSelector()
-                self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 self._selector.register(self._wake, selectors.EVENT_READ, None)
                 thread = threading.Thread(target=self._watcher, args=(self._selector,), name="oci-watch", daemon=True)
                 thread.start()
             if pidfd >= 0:
                 self._selector.register(pidfd, selectors.EVENT_READ, id)
             else:
-                os.eventfd_write(self._wake, 1)
+                self._wake.wake()
 
     def reopen_log(self, id: str) -> None:
         conmon.reopen_log(self._files(id))
@@ -295,7 +294,7 @@ class OciRuntime(Joined):
             if pidfd is not None:
                 try:
                     if not conmon.ended(pidfd, LAST_WORDS):  # it drains the last output, which is worth a moment
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        pids.send(pidfd, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
                 finally:
@@ -321,7 +320,7 @@ class OciRuntime(Joined):
         with self._lock:
             self._closed = True
             if self._selector is not None:
-                os.eventfd_write(self._wake, 1)
+                self._wake.wake()
 
     # --- the watcher thread -------------------------------------------------------------------------------------
 
@@ -342,12 +341,10 @@ class OciRuntime(Joined):
                     for id in list(self._watched):
                         self._forget(id)
                     selector.close()
-                    os.close(self._wake)
+                    self._wake.close()
+                    self._selector = None
                     return
-                try:
-                    os.eventfd_read(self._wake)
-                except BlockingIOError:
-                    pass
+                self._wake.clear()
                 ids = {key.data for key, _ in ready if key.data is not None}
                 ids |= {id for id, (pidfd, _) in self._watched.items() if pidfd < 0}
                 for id in ids & self._watched.keys():
@@ -448,7 +445,7 @@ class OciRuntime(Joined):
         if process is None:
             return False
         try:
-            signal.pidfd_send_signal(process, signal.SIGKILL)
+            pids.send(process, signal.SIGKILL)
             cgroups.thaw(self._cgroups, id)
             if not conmon.ended(process, LAST_WORDS):
                 raise DeadlineExceeded(f"process {facts.pid} does not end after SIGKILL")

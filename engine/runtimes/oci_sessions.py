@@ -30,7 +30,7 @@ from pathlib import Path
 
 from engine import host
 from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
-from engine.runtimes import cgroups, conmon, selinux, stdio
+from engine.runtimes import cgroups, conmon, pids, selinux, stdio
 from engine.runtimes.base import Exit, State, Status
 from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.conmon import Facts, Files
@@ -63,7 +63,7 @@ class OciSessions:
         self.before: Callable[[str], object] = lambda id: None  # called with the container's id; may refuse a session
         self._lock = threading.Lock()  # guards what follows and the files of ended sessions; never held over a wait
         self._waiting: dict[Key, tuple[int, int]] = {}  # created: pipe to start it, pipe that tells its pid
-        self._ending = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._over, self._ending = os.pipe()  # closing the latter says so
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class OciSessions:
             process = conmon.open_process(facts.pid, facts.pid_start) if facts is not None else None
             if process is not None:
                 try:
-                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    pids.send(process, signal.SIGKILL)
                     if monitor is not None:
                         conmon.ended(monitor, LAST_WORDS)  # it notes the last output
                 except ProcessLookupError:
@@ -180,7 +180,10 @@ class OciSessions:
                 host.remove_tree(place)
 
     def close(self) -> None:
-        os.eventfd_write(self._ending, 1)
+        with self._lock:
+            ending, self._ending = self._ending, -1
+        if ending >= 0:
+            os.close(ending)
 
     # --- pieces -------------------------------------------------------------------------------------------------
 
@@ -289,7 +292,7 @@ class OciSessions:
             if monitor is not None:
                 poll = select.poll()
                 poll.register(monitor, select.POLLIN)
-                poll.register(self._ending, select.POLLIN)
+                poll.register(self._over, select.POLLIN)
                 try:
                     if all(fd != monitor for fd, _ in poll.poll()):
                         return  # the driver is closed
@@ -315,7 +318,7 @@ class OciSessions:
                 code, reason = 137, "its conmon was killed; the process was killed with it"
                 process = conmon.open_process(facts.pid, facts.pid_start)
                 if process is not None:
-                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    pids.send(process, signal.SIGKILL)
                     os.close(process)
             conmon.note_exit(files, code, reason)
         try:
@@ -335,14 +338,13 @@ def _monitor(files: Files) -> int:
     """The pid of this session's conmon while it lives; 0 otherwise."""
     try:
         pid = int(files.conmon_pid.read_text())
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return 0
-    return pid if os.fsencode(files.bundle) in words else 0
+    return pid if os.fsencode(files.bundle) in pids.words(pid) else 0
 
 
-def _monitor_fd(files: Files) -> int | None:
-    """A pidfd of it; None when it has ended."""
+def _monitor_fd(files: Files) -> pids.Held | None:
+    """A descriptor of it; None when it has ended."""
     pid = _monitor(files)
     started = conmon.start_time(pid) if pid else None
     return None if started is None else conmon.open_process(pid, started)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import Busy, DeadlineExceeded, RuntimeFailure
-from engine.runtimes import conmon
+from engine.runtimes import pids
 from engine.upkeep import MAX_OUTPUT
 
 LAST_WORDS = 5.0  # seconds for the runtime to end once the command was killed
@@ -46,8 +46,8 @@ def run(
     try:
         with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as spec:
             json.dump(_process(process, argv), spec)
-        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(writing, True)
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
         try:
             try:
                 child = subprocess.Popen(
@@ -79,10 +79,10 @@ def _process(process: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
 def _follow(child: subprocess.Popen[bytes], reading: int, deadline: float) -> tuple[int, bytes]:
     output = bytearray()
     until = time.monotonic() + deadline
-    pidfd = os.pidfd_open(child.pid)
+    held = pids.hold(child.pid)
     try:
         poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
+        poll.register(held, select.POLLIN)
         poll.register(reading, select.POLLIN)
         while True:
             left = until - time.monotonic()
@@ -92,11 +92,11 @@ def _follow(child: subprocess.Popen[bytes], reading: int, deadline: float) -> tu
             ready = {fd for fd, _ in poll.poll(left * 1000)}
             if reading in ready and not _take(reading, output):
                 poll.unregister(reading)  # all have closed it
-            if pidfd in ready:
+            if held in ready:
                 _take(reading, output)
                 return child.wait(), bytes(output)
     finally:
-        os.close(pidfd)
+        os.close(held)
         if child.poll() is None:
             kill_tree(child)
 
@@ -119,23 +119,17 @@ def _end_strays(place: Path) -> None:
     files = {os.fsencode(path) for path in place.glob("probe-*.json") if str(path) not in _asking}
     if not files:
         return
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        pid, started = int(name), conmon.start_time(int(name))
-        try:
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue  # ended meanwhile
-        pidfd = None
+    for pid in pids.everybody():
+        started, words = pids.start_time(pid), pids.words(pid)
+        held = None
         if started is not None and b"exec" in words and not files.isdisjoint(words):
-            pidfd = conmon.open_process(pid, started)
-        if pidfd is not None:
+            held = pids.open_process(pid, started)
+        if held is not None:
             try:
                 _kill_below(pid)
-                _send(pidfd, signal.SIGKILL)
+                _send(held, signal.SIGKILL)
             finally:
-                os.close(pidfd)
+                os.close(held)
     for file in files:
         Path(os.fsdecode(file)).unlink(missing_ok=True)
 
@@ -155,42 +149,35 @@ def _kill_below(root: int) -> bool:
     Stopped first, one generation after the other, so that none forks away meanwhile. A process that has made itself
     a daemon (its parent has ended) is the container's, and stays.
     """
-    held: dict[int, int] = {}  # pid -> pidfd
+    held: dict[int, pids.Held | None] = {}
     try:
         while fresh := [pid for pid in descendants(root) if pid not in held]:
             for pid in fresh:
-                started = conmon.start_time(pid)
-                fd = None if started is None else conmon.open_process(pid, started)
-                held[pid] = -1 if fd is None else fd
+                started = pids.start_time(pid)
+                held[pid] = None if started is None else pids.open_process(pid, started)
                 _send(held[pid], signal.SIGSTOP)
         for fd in held.values():
             _send(fd, signal.SIGKILL)
     finally:
         for fd in held.values():
-            if fd >= 0:
+            if fd is not None:
                 os.close(fd)
     return bool(held)
 
 
-def _send(pidfd: int, number: int) -> None:
-    if pidfd >= 0:
+def _send(held: pids.Held | None, number: int) -> None:
+    if held is not None:
         try:
-            signal.pidfd_send_signal(pidfd, number)
+            pids.send(held, number)
         except ProcessLookupError:
             pass
 
 
 def children() -> dict[int, list[int]]:
-    """The pids of all processes by that of their parent (proc(5), /proc/pid/stat field 4)."""
+    """The pids of all processes by that of their parent."""
     found: dict[int, list[int]] = defaultdict(list)
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        try:
-            text = Path(f"/proc/{name}/stat").read_bytes()
-        except OSError:
-            continue  # ended meanwhile
-        found[int(text[text.rindex(b")") + 2 :].split()[1])].append(int(name))
+    for pid in pids.everybody():
+        found[pids.parent(pid)].append(pid)
     return found
 
 

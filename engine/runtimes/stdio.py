@@ -24,21 +24,26 @@ import select
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import host
+from engine import attachline, host, hostfiles
 from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
 from engine.runtimes import conmon
 from engine.runtimes.conmon import Files
+from engine.runtimes.monitor import INPUT
+from engine.runtimes.monitorinput import GONE
 from engine.runtimes.sessions import INPUT_PATIENCE
 
 PACKET = 32 << 10  # bytes conmon takes at once
 END_OF_TRANSMISSION = b"\x04"  # ^D
 MAX_SIZE = 65535
+REQUEST = 32 << 10  # bytes monitor.py is asked to hand on at once
+LAST_WORD = 10.0  # seconds for it to say how much was taken
 _SYS_PIDFD_GETFD = 438  # on every architecture
 
 
@@ -75,26 +80,22 @@ def is_terminal(files: Files) -> bool:
 
 
 def attach_path(files: Files) -> Path:
-    return files.bundle / "attach"
+    stream = files.bundle / attachline.STREAM
+    return stream if stream.exists() else files.bundle / "attach"
 
 
 def connect(path: Path) -> socket.socket:
     """A connection to an attach socket, however long its path is. NotFound when nobody listens."""
     try:
-        with host.directory_fd(path.parent) as directory:
-            client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-            try:
-                client.connect(f"/proc/self/fd/{directory}/{path.name}")
-            except OSError:
-                client.close()
-                raise
-            return client
+        return attachline.connect(path)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise NotFound("nobody listens at its attach socket: it has ended") from error
 
 
 def send(files: Files, data: bytes, patience: float = INPUT_PATIENCE) -> int:
     """Bytes of `data` the process's input took within `patience` seconds. DeadlineExceeded when none."""
+    if (files.bundle / INPUT).exists():
+        return _ask(files, data, patience)
     with _connection(files, keep=not is_terminal(files)) as client:
         until = time.monotonic() + patience
         poll = select.poll()
@@ -116,10 +117,54 @@ def send(files: Files, data: bytes, patience: float = INPUT_PATIENCE) -> int:
         return sent
 
 
+def _ask(files: Files, data: bytes, patience: float) -> int:
+    """The same of monitor.py: what its process has not taken in time is taken back."""
+    until, sent = time.monotonic() + patience, 0
+    while sent < len(data):
+        piece = data[sent : sent + REQUEST]
+        count, gone = _request(files.bundle / INPUT, piece, until)
+        sent += count
+        if gone and not sent:
+            raise BrokenPipeError(errno.EPIPE, "its input has ended")
+        if count < len(piece):
+            break
+    if data and not sent:
+        raise DeadlineExceeded("it does not read its input", hint="try again when it does")
+    return sent
+
+
+def _request(path: Path, data: bytes, until: float) -> tuple[int, bool]:
+    """How many bytes of `data` were taken, and whether the input has ended."""
+    answer = b""
+    with socket.socket(socket.AF_UNIX) as line:
+        try:
+            with hostfiles.socket_address(path) as address:
+                line.connect(address)
+            line.settimeout(LAST_WORD)
+            line.sendall(struct.pack(">I", len(data)) + data)
+            while not answer or struct.unpack(">I", answer[-4:])[0] < len(data):
+                line.settimeout(max(0.001, until - time.monotonic()))
+                if not (more := line.recv(4096)):
+                    break
+                answer += more
+        except TimeoutError:
+            line.settimeout(LAST_WORD)
+            line.shutdown(socket.SHUT_WR)
+            while more := line.recv(4096):
+                answer += more
+        except OSError:  # it has ended
+            return 0, True
+    counts = [count for (count,) in struct.iter_unpack(">I", answer[: len(answer) // 4 * 4])]
+    return max((count for count in counts if count != GONE), default=0), GONE in counts or not counts
+
+
 def end_input(files: Files) -> None:
     """The process sees the end of its input after what was sent."""
     if is_terminal(files):
         send(files, END_OF_TRANSMISSION)
+        return
+    if (files.bundle / INPUT).exists():
+        conmon.control(files, conmon.END_INPUT)
         return
     with _connection(files, keep=False) as client:
         client.shutdown(socket.SHUT_WR)  # of the connection itself: the holder's duplicate does not keep it open

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import math
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ from engine.kernels import Kernels
 from engine.netconfig import HOST
 from engine.runtimes import conmon
 from engine.runtimes.base import Probe, RunSpec, State, Status
-from engine.runtimes.calls import find_conmon, first_line
+from engine.runtimes.calls import find_monitor, first_line, program
 from engine.runtimes.conmon import Facts
 from engine.runtimes.netfiles import NetworkMode
 from engine.runtimes.oci import OciRuntime
@@ -52,12 +50,6 @@ WRITTEN_SECONDS = 7.0  # for it to end after that, its disk written out; less th
 START_SECONDS = 60.0  # with the networks to be set up
 NET_SECONDS = 15.0  # for one interface of a running guest
 NICS = 4  # of a machine in networks, at least: one that runs takes no more; microvm without ACPI has room for these
-SHIM = """#!{python} -SE
-import sys
-sys.path.insert(0, {root!r})
-from engine.runtimes.vm.shim import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 class VmRuntime(OciRuntime):
@@ -78,15 +70,12 @@ class VmRuntime(OciRuntime):
     # --- probing ------------------------------------------------------------------------------------------------
 
     def _find(self) -> tuple[Probe, str, str]:
-        monitor, self._flags = find_conmon()
+        monitor, self._flags = find_monitor(self._state)
         kernel = self._kernels.get(None)
         agentbuild.check(accel.architecture(), agents())
         here = self._accelerators.here()
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        text = SHIM.format(python=sys.executable, root=str(Path(__file__).parents[3])).encode()
-        shim = self._state / f"dutchman-vm-{hashlib.sha256(text).hexdigest()[:8]}"  # other engines have theirs here
-        if not shim.exists():
-            host.write_atomic(shim, text, 0o700)
+        shim = program(self._state, "dutchman-vm", "vm.shim")
         reason = f"{here.choice.reason}; kernel {kernel.name}"
         version = f"{first_line([str(here.qemu), '--version'])}, {first_line([monitor, '--version'])}"
         return Probe(True, reason, version), str(shim), monitor

@@ -32,6 +32,7 @@ from engine.errors import EngineError, RuntimeFailure
 from engine.runtimes.vm import clock, faults, network, pump, qemu, standby, templates, translate
 from engine.runtimes.vm.accel import Accelerator, Accelerators
 from engine.runtimes.vm.client import AgentClient, GuestError, Stream
+from engine.runtimes.vm.guard import Guard
 from engine.runtimes.vm.protocol import Words, fields
 from engine.runtimes.vm.relay import Relay
 from engine.runtimes.vm.templates import Template
@@ -91,12 +92,15 @@ def run_words(plan: Mapping[str, Any], document: Mapping[str, Any]) -> Words:
 
 
 class Owner:
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, *, guarded: bool = False) -> None:
+        """`guarded`: QEMU is ended with this process by one of ours, not by the kernel."""
         self.document: dict[str, Any] = json.loads((bundle / "config.json").read_bytes())
         self.plan: dict[str, Any] = json.loads((bundle / "vm.json").read_bytes())
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.place = bundle.parent / "run" / "vm"
         self.reason = bundle.parent / "run" / "reason"
+        self._guarded = guarded
+        self._guard: Guard | None = None
         self._upper = -1
         self._shared = self.place / "shares"
         self._before = ""  # what was tried before the machine was started as it was
@@ -279,6 +283,7 @@ class Owner:
                 share=str(self._shared),
             )
             (self.place / "qmp.sock").unlink(missing_ok=True)
+            self._guard = Guard() if self._guarded else None
             with open(self.place / "qemu.log", "wb") as words:
                 self.qemu = subprocess.Popen(
                     qemu.command(machine),
@@ -287,7 +292,7 @@ class Owner:
                     stderr=words,
                     cwd=self.place,
                     pass_fds=[guest_agent.fileno(), guest_console.fileno(), guest_watch.fileno(), *taps, *state],
-                    preexec_fn=partial(self._child, os.getpid()),
+                    preexec_fn=partial(self._child, os.getpid(), self._guard),
                 )
         except OSError as error:
             raise RuntimeFailure(f"QEMU cannot be started: {error}", hint="apt-get install qemu-system-x86") from error
@@ -311,8 +316,11 @@ class Owner:
         self.relay.link = self.link = AgentClient(agent, deadline=None, foreign=self.relay.took, hello=hello)
         return self.link
 
-    def _child(self, parent: int) -> None:
-        host.die_with_parent(signal.SIGKILL, parent)
+    def _child(self, parent: int, guard: Guard | None = None) -> None:
+        if guard is None:
+            host.die_with_parent(signal.SIGKILL, parent)
+        else:
+            guard.watch()
         cpus = self.document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus")
         if cpus and host.LINUX:
             os.sched_setaffinity(0, translate.cpu_numbers(cpus))  # of the host: the guest has CPUs of its own
@@ -411,7 +419,9 @@ class Owner:
         if process.poll() is None:
             process.kill()
             process.wait()
-        self.qemu = None
+        if self._guard is not None:
+            self._guard.done()
+        self.qemu = self._guard = None
 
     def _note(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk: the exit code still says that it ended

@@ -112,9 +112,7 @@ def _write(fd: int, data: bytes) -> None:
         try:
             view = view[os.write(fd, view) :]
         except BlockingIOError:  # whoever shares the descriptor may have made it so
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            poll.poll()
+            select.select([], [fd], [])  # a terminal, perhaps: poll(2) of macOS knows none
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal
                 log.error("%d bytes of output are lost: %s", len(view), error)

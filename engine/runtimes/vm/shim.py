@@ -19,10 +19,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from engine import host, hostfiles
 from engine.errors import EngineError, NotFound, RuntimeFailure, Unreachable
+from engine.runtimes.monitor import STAY
 from engine.runtimes.vm import pump, translate
 from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.owner import MAIN, Owner
@@ -84,6 +85,19 @@ def end_with_reader(pipe: int) -> Callable[[], None]:
     return end
 
 
+def end_with_peer(line: int) -> Callable[[], None]:
+    """This process ends when the socket `line` does: who waits for it was killed (engine/runtimes/monitor.py)."""
+    peer = socket.socket(fileno=os.dup(line))
+
+    def work() -> None:
+        while peer.recv(64):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=work, name="monitor", daemon=True).start()
+    return lambda: None  # for good
+
+
 class Shim:
     def __init__(self, options: dict[str, str], id: str) -> None:
         self.options = options
@@ -106,12 +120,14 @@ class Shim:
         fifo = self.state / "exec.fifo"
         fifo.touch()
         pump.block_signals()
+        if stay := os.environ.pop(STAY, ""):
+            self._own(bundle, fifo, int(stay), end_with_peer)
         host.die_with_parent(signal.SIGKILL)  # a killed conmon leaves nobody who waits for a machine that boots
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            self._own(bundle, fifo, writing)
+            self._own(bundle, fifo, writing, end_with_reader)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             said = pipe.read(64 << 10)
@@ -120,14 +136,14 @@ class Shim:
             raise RuntimeFailure(said.decode(errors="replace") or "the process that owns the machine was killed")
         self._note_pid(pid)
 
-    def _own(self, bundle: Path, fifo: Path, writing: int) -> None:
-        """The child: never returns."""
+    def _own(self, bundle: Path, fifo: Path, writing: int, watch: Callable[[int], Callable[[], None]]) -> NoReturn:
+        """Be the process that stands for the container."""
         try:
             os.setsid()
             state = {"bundle": str(bundle), "pid": os.getpid(), "created_ns": time.time_ns()}
             (self.state / "state.json").write_text(json.dumps(state))
-            owner = Owner(bundle)
-            booted = end_with_reader(writing)
+            owner = Owner(bundle, guarded=watch is end_with_peer)
+            booted = watch(writing)
             terminal = self._terminal(owner.document["process"])
             owner.boot()
             assert owner.link is not None and owner.stream is not None
@@ -139,6 +155,8 @@ class Shim:
             pump.feed(owner.stream, 0 if terminal is None else terminal)
             owner.wait(*((1, 2) if terminal is None else (terminal, terminal)))
         except BaseException as error:
+            if watch is end_with_peer:  # there is nobody else to do so
+                host.remove_tree(self.state)
             os.write(writing, _told(error))
             os._exit(1)
 
@@ -165,16 +183,13 @@ class Shim:
         pump.block_signals()
         if not detached:
             return self._session(saved, plan, process, None)
+        if stay := os.environ.pop(STAY, ""):
+            self._stand(saved, plan, process, int(stay), end_with_peer)
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            try:
-                os.setsid()
-                os._exit(self._session(saved, plan, process, writing))
-            except BaseException as error:
-                os.write(writing, _told(error))
-                os._exit(1)
+            self._stand(saved, plan, process, writing)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             said = pipe.read(64 << 10)
@@ -182,6 +197,17 @@ class Shim:
             raise RuntimeFailure(said.decode(errors="replace") or "the session's process was killed")
         self._note_pid(pid)
         return 0
+
+    def _stand(self, saved: dict[str, Any], plan: dict[str, Any], process: dict[str, Any], writing: int,
+               watch: Callable[[int], object] = lambda _: None) -> NoReturn:  # fmt: skip
+        """Be the process that stands for the session."""
+        try:
+            os.setsid()
+            watch(writing)
+            os._exit(self._session(saved, plan, process, writing))
+        except BaseException as error:
+            os.write(writing, _told(error))
+            os._exit(1)
 
     def _session(self, saved: dict[str, Any], plan: dict[str, Any], process: dict[str, Any], ready: int | None) -> int:
         link = connect(Path(saved["bundle"]).parent / "run" / "vm")
