@@ -355,6 +355,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        self.mounts.blanks.close()
         if unmount and host.LINUX and host.is_root():
             keep = {
                 container.id

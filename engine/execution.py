@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,18 +213,22 @@ class Execution:
         known["runtime"] = driver.name
         if container.runtime and container.runtime != driver.name:
             self._drivers.get(container.runtime).delete(id)  # what an earlier run left there
-        if driver.name == "vm":
-            self._mounts.use_disk(id, image.chain_id, container.config.disk_size)
+        fresh = driver.name == "vm" and self._mounts.use_disk(id, image.chain_id, container.config.disk_size)
         # a guest's kernel has a policy of its own, or none
         labels = Labels() if driver.name == "vm" else selinux.of(self._directory / id, container.config)
         if labels.private and self._mounts.label(id) != labels.private:  # what was written before it had one
             self._mounts.release(id)
             if (upper := self._mounts.upper(id)).exists():
                 relabel(upper, labels.private)
-        rootfs = self.rootfs(id, image.chain_id, driver, labels.private)
         config = self._images.config(image.digest)
         user = container.config.user or config.runtime.user
-        with self.attachments.attached(container, config, rootfs, user, labels) as attached:
+        with ExitStack() as stack:
+            # nothing is made or copied there then, and mounting a disk takes longer than all else
+            if fresh and not self.attachments.specs(container, config):
+                rootfs = stack.enter_context(self._mounts.only_image(image.chain_id, id))
+            else:
+                rootfs = self.rootfs(id, image.chain_id, driver, labels.private)
+            attached = stack.enter_context(self.attachments.attached(container, config, rootfs, user, labels))
             spec = make_spec(
                 id=id,
                 name=container.name,

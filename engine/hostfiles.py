@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import os
 import stat
 import sys
@@ -87,6 +86,8 @@ def socket_address(path: Path) -> Iterator[str]:
     if len(os.fsencode(path)) < MAX_ADDRESS:
         yield str(path)
         return
+    import hashlib  # takes a while, and few need it
+
     links = host.runtime_dir() / "s"
     links.mkdir(mode=0o700, parents=True, exist_ok=True)
     link = links / hashlib.sha256(os.fsencode(path.parent)).hexdigest()[:12]

@@ -168,7 +168,9 @@ class Meters:
                 continue
             with self._condition:
                 known = self._known.get(container.id)
-                due = known is None or known.run != container.started_ns or now - known.asked >= EVERY
+                if known is None or known.run != container.started_ns:  # at first it has other things to do
+                    known = self._known[container.id] = Known(container.started_ns, now, asked=now)
+                due = now - known.asked >= EVERY
             if due:
                 self._ask(container)
 

@@ -3,6 +3,7 @@
 Only here: which mounts exist below the store.
 
     run/trees/<hex of chain id>/     the image tree, read-only, shared by all containers on it
+    run/disks/                       an empty disk, ready for the next virtual machine (blanks.py)
     containers/<id>/merged/          the overlay: lower = the tree, upper/ = what the container changed
     containers/<id>/chain            chain id of the overlay that is (or was last) mounted there
     containers/<id>/vm/disk/         of a container that has run in a virtual machine: its disk (upper.ext4 beside it),
@@ -25,11 +26,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Container
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Container, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from engine import host, userids
+from engine.blanks import Blanks
 from engine.errors import Busy, Unsupported
 from engine.hostfiles import share
 from engine.model import hex_of
@@ -78,6 +81,8 @@ class RootfsMounts:
         self._users: dict[str, set[str]] = {}  # chain id -> ids of containers whose overlay lies on it
         self._disks: set[str] = set()  # containers whose disk is mounted, as far as known
         self._lent: dict[str, int] = {}  # container id -> its disk, locked for the guest that is about to have it
+        self._looking: Counter[str] = Counter()  # by chain id: who has only a look at the tree
+        self.blanks = Blanks(store / "run" / "disks", self._make_blank)
         self._written = userids.rootless() is not None  # trees are plain files, not mounts
         self._tree_mounts.mkdir(parents=True, exist_ok=True)
         self._adopt()
@@ -139,24 +144,27 @@ class RootfsMounts:
         """Whether what the container changes is on a disk of its own, for virtual machines."""
         return self._disk(id).exists()
 
-    def use_disk(self, id: str, chain_id: str = "", size: int | None = UPPER_SIZE) -> None:
+    def use_disk(self, id: str, chain_id: str = "", size: int | None = UPPER_SIZE) -> bool:
         """From now on what the container changes is on a disk of its own; what it has changed moves there. One that is
-        smaller than `size` bytes grows."""
+        smaller than `size` bytes grows. Whether there is nothing on it."""
         disk, size = self._disk(id), size or UPPER_SIZE
         if disk.exists() and disk.stat().st_size >= size:
-            return
+            return False
         with self._lock(id):
             self._release(id)
             if disk.exists():
                 grow_upper(disk, size)
-                return
+                return False
             place = disk.parent
             place.mkdir(exist_ok=True, mode=0o700)
             aside, old, point = place / "filling.ext4", self._containers / id / "upper", place / "disk"
             host.unmount(point)  # of one that a killed daemon was filling
             self._drop_disk(id)
             aside.unlink(missing_ok=True)
-            if self._written or not any(old.iterdir()):  # without a mount it is made faster, too
+            empty = not old.exists() or not any(old.iterdir())
+            if empty and chain_id and self.blanks.take(chain_id, size, aside):
+                pass
+            elif self._written or empty:  # without a mount it is made faster, too
                 self._fill_unmounted(aside, old, chain_id, size)
             else:
                 make_upper(aside, size)
@@ -172,10 +180,11 @@ class RootfsMounts:
                     self._drop_disk(id)
             os.rename(aside, disk)  # from here on the disk counts
             host.fsync_dir(place)
-            for entry in old.iterdir():
+            for entry in () if empty else old.iterdir():
                 host.remove_tree(entry)
+            return empty
 
-    def _fill_unmounted(self, aside: Path, old: Path, chain_id: str, size: int) -> None:
+    def _fill_unmounted(self, aside: Path, old: Path | None, chain_id: str, size: int) -> None:
         """A new disk with what `old` has, without a mount; the image's root directory gives it its mode and times, for
         nobody can write to it here later."""
         content = aside.with_suffix("")
@@ -183,14 +192,49 @@ class RootfsMounts:
         try:
             for name in ("upper", "work"):
                 (content / name).mkdir(parents=True, mode=0o755)
-            if any(old.iterdir()):
+            if old is not None and old.exists() and any(old.iterdir()):
                 copy_tree(old, content / "upper")
             elif chain_id:
-                with self._lock(chain_id):
-                    _copy_root(self._ensure_tree(chain_id), content / "upper")
+                with self.only_image(chain_id) as tree:
+                    _copy_root(tree, content / "upper")
             make_upper(aside, size, content)
         finally:
             host.remove_tree(content)
+
+    def _make_blank(self, path: Path, chain_id: str, size: int) -> None:
+        self._fill_unmounted(path, None, chain_id, size)
+
+    @contextmanager
+    def only_image(self, chain_id: str, id: str = "") -> Iterator[Path]:
+        """The image's tree, read-only, while the block runs: for container `id`, which has changed nothing."""
+        if self._written and id:  # it costs more to write it out than to keep it
+            with self._lock(id), self._lock(chain_id):
+                tree = self._ensure_tree(chain_id)
+                host.write_atomic(self._containers / id / "chain", chain_id.encode() + b"\n")
+                self._users.setdefault(chain_id, set()).add(id)
+            yield tree
+            return
+        with self._lock(chain_id):
+            tree = self._ensure_tree(chain_id)
+            self._looking[chain_id] += 1
+        try:
+            yield tree
+        finally:
+            # aside: the kernel takes its time, and a machine is about to start
+            threading.Thread(target=self._looked, args=(chain_id,), name="unmount", daemon=True).start()
+
+    def _looked(self, chain_id: str) -> None:
+        with self._lock(chain_id):
+            self._looking[chain_id] -= 1
+            if not self._written:
+                self._leave_tree(chain_id)
+
+    def _leave_tree(self, chain_id: str) -> None:
+        """Take it down when nothing lies on it. Its lock is held."""
+        if not self._users.get(chain_id) and not self._looking[chain_id]:
+            self._users.pop(chain_id, None)
+            self._looking.pop(chain_id, None)
+            self._drop_tree(chain_id)
 
     def _mount_disk(self, id: str) -> Path:
         """Where the container's disk is mounted. Its lock is held."""
@@ -301,8 +345,7 @@ class RootfsMounts:
                     else:
                         host.mount_overlay([tree], top / "upper", top / "work", merged, self.label(id))
                 except OSError as error:
-                    if not self._users.get(chain_id):
-                        self._drop_tree(chain_id)
+                    self._leave_tree(chain_id)
                     if error.errno in (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM):
                         raise Unsupported(
                             f"overlay: {error.strerror} at {error.filename}",
@@ -367,11 +410,8 @@ class RootfsMounts:
         if not chain or (self._written and not forget):
             return
         with self._lock(chain):
-            users = self._users.get(chain, set())
-            users.discard(id)
-            if not users:
-                self._users.pop(chain, None)
-                self._drop_tree(chain)
+            self._users.get(chain, set()).discard(id)
+            self._leave_tree(chain)
 
     def forget(self, id: str) -> None:
         """Release `id` for good: it is removed."""

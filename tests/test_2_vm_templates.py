@@ -322,16 +322,16 @@ if SLOW:  # seven machines
 
 
 def test_what_does_not_stand_by_is_not_taken(tmp_path: Path) -> None:
-    assert standby.take(tmp_path, "k") is None
+    assert standby.engage(tmp_path, "k") is None
     place = tmp_path / ".standby-k"
     place.mkdir(mode=0o700)
-    assert standby.take(tmp_path, "k") is None
+    assert standby.engage(tmp_path, "k") is None
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(place / standby.SOCKET))
-    assert standby.take(tmp_path, "k") is None and standbys.listing(tmp_path) == []
+    assert standby.engage(tmp_path, "k") is None and standbys.listing(tmp_path) == []
     place.chmod(0o755)
     with pytest.raises(RuntimeFailure, match="not this user's alone"):
-        standby.take(tmp_path, "k")
+        standby.engage(tmp_path, "k")
 
 
 def test_a_template_that_does_not_work_is_given_up_and_the_machine_booted(templated: Templated) -> None:

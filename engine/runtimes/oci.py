@@ -154,7 +154,7 @@ class OciRuntime(Joined):
             directory.mkdir(parents=True, exist_ok=True)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         mend(files.log)
-        spec.prepare(spec_)
+        spec.prepare(spec_, guest=not self.host_limits)
         self._ready(spec_, files, config)
         (files.bundle / "config.json").write_text(json.dumps(config, separators=(",", ":")))
         files.resources.write_text(json.dumps(self._limits(Resources.of(spec_.config))))

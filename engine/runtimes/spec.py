@@ -306,8 +306,9 @@ def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, 
     return document
 
 
-def prepare(spec: RunSpec) -> None:
-    """Write what the mounts name: hostname, hosts, resolv.conf in `spec.directory`; create the working directory."""
+def prepare(spec: RunSpec, *, guest: bool = False) -> None:
+    """Write what the mounts name: hostname, hosts, resolv.conf in `spec.directory`; create the working directory (a
+    guest does that by itself)."""
     hosts = hosts_text(spec.network, spec.hostname, spec.config)
     resolv = resolv_text(spec.network, spec.config)
     hostname = spec.hostname.encode() + b"\n"
@@ -317,7 +318,7 @@ def prepare(spec: RunSpec) -> None:
         path.chmod(0o644)
         if spec.labels.private:
             label_file(path, spec.labels.private)
-    if spec.cwd != "/" and not any(_within(spec.cwd, mount.target) for mount in spec.mounts):
+    if not guest and spec.cwd != "/" and not any(_within(spec.cwd, mount.target) for mount in spec.mounts):
         make_directory(spec.rootfs, spec.cwd)
 
 

@@ -64,10 +64,9 @@ Event = Data | End | Exit
 class _Pending:
     """What one stream waits for. Guarded by the client's lock."""
 
-    def __init__(self, verb: str, keeps: bool) -> None:
-        self.verb = verb
+    def __init__(self, verb: str, keeps: bool, answer: tuple[int, Values] | None = None) -> None:
+        self.verb, self.answer = verb, answer
         self.keeps = keeps  # RUN, EXEC, DIAL: lives on after RESP
-        self.answer: tuple[int, Values] | None = None
         self.abandoned = False
         self.events: collections.deque[Event] = collections.deque()
         self.incoming = Credit()  # of the guest
@@ -91,10 +90,11 @@ class AgentClient:
         deadline: float | None = DEADLINE,
         foreign: Callable[[Frame], bool] = lambda frame: False,
         hello: bytes = b"",
+        run: int = 0,
     ) -> None:
         """`deadline` None: HELLO is waited for by `greet` alone. `foreign` is shown, on the reading thread, frames of
         streams that are not this client's; False: they are nobody's, which is refused. `hello`: the HELLO of a guest
-        that has said it before, to somebody else."""
+        that has said it before, to somebody else, who had the RUN on the stream `run` answered."""
         self._sock = sock
         self._foreign = foreign
         sock.setblocking(False)
@@ -102,7 +102,11 @@ class AgentClient:
         self._state = threading.Condition()  # guards all below but the sending
         self._streams: dict[int, _Pending] = {}
         self._pings: dict[int, bool] = {}
-        self._next = 0
+        self._next = run
+        self.running: Stream | None = None
+        if run:
+            self._streams[run] = pending = _Pending("RUN", True, (0, Values(())))
+            self.running = Stream(self, run, pending)
         self._hello: Values | None = None
         self.greeting = b""  # HELLO as it came
         self._failure: EngineError | None = None
@@ -393,7 +397,7 @@ class Stream:
     """Of a process or a dialled port. One reader and one writer at a time."""
 
     def __init__(self, client: AgentClient, number: int, pending: _Pending) -> None:
-        self._client, self._number, self._pending = client, number, pending
+        self._client, self.number, self._pending = client, number, pending
 
     def next(self, *, deadline: float | None = None) -> Event | None:
         """The next event; None after the last. What is taken here is what the guest may send anew."""
@@ -412,7 +416,7 @@ class Stream:
             count, pending.owed = pending.owed, 0
             pending.incoming.give(count)
         if not client.closed:
-            client._send(protocol.credit(self._number, count), max(until, time.monotonic() + DEADLINE))
+            client._send(protocol.credit(self.number, count), max(until, time.monotonic() + DEADLINE))
         return event
 
     def write(self, data: bytes, *, deadline: float | None = DEADLINE) -> None:
@@ -427,7 +431,7 @@ class Stream:
                     raise BrokenPipeError("the process has ended")
                 count = min(pending.outgoing.left, len(view), protocol.BULK)
                 pending.outgoing.take(count)
-            client._send(protocol.frame(Type.DATA, self._number, bytes(view[:count])), until)
+            client._send(protocol.frame(Type.DATA, self.number, bytes(view[:count])), until)
             view = view[count:]
 
     def end_input(self, *, deadline: float | None = DEADLINE) -> None:
@@ -437,9 +441,9 @@ class Stream:
                 return
             pending.ended_input = True
         until = time.monotonic() + (deadline if deadline is not None else 1e9)
-        client._send(protocol.frame(Type.END, self._number), until)
+        client._send(protocol.frame(Type.END, self.number), until)
         with client._state:
-            client._dial_over(self._number, pending)
+            client._dial_over(self.number, pending)
 
     def wait(self, *, deadline: float = 3600.0) -> tuple[Exit, bytes, bytes]:
         """Everything to the end: exit, stdout, stderr. For processes with little output."""

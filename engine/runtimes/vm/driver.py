@@ -48,6 +48,7 @@ PING_SECONDS = 5.0
 KILL_SECONDS = 1.5  # for a guest to kill a process
 WRITTEN_SECONDS = 7.0  # for it to end after that, its disk written out; less than Execution waits
 START_SECONDS = 60.0  # with the networks to be set up
+LATER_SECONDS = 0.5  # after a start: until then the CPUs are the container's
 NET_SECONDS = 15.0  # for one interface of a running guest
 NICS = 4  # of a machine in networks, at least: one that runs takes no more; microvm without ACPI has room for these
 
@@ -137,7 +138,6 @@ class VmRuntime(OciRuntime):
             plan["template"] = wish | {"directory": str(kernel.directory / "templates")}
         elif "virtiofs" in kernel.features and (program := virtiofs.find()):
             machine["virtiofs"], plan["virtiofsd"] = True, program
-        (files.bundle / "vm.json").write_text(json.dumps(plan))  # as config.json: written anew for each run
         # sessions look users up in the files the container started with; the guest has the disk from here on
         names = place / "names"
         for name in ("passwd", "group"):
@@ -145,9 +145,17 @@ class VmRuntime(OciRuntime):
             (names / "etc" / name).write_bytes(read_in_root(spec_.rootfs, f"/etc/{name}"))
         config["root"]["path"] = str(names)
         spec_.release()
+        if "template" in plan and (known := self._standbys.engage(spec_.id, self._vm(spec_.id), plan, config)):
+            plan["standby"] = known
+        (files.bundle / "vm.json").write_text(json.dumps(plan))  # as config.json: written anew for each run
 
     def create(self, spec_: RunSpec) -> int:
-        pid = super().create(spec_)
+        made = False
+        try:
+            pid = super().create(spec_)
+            made = True
+        finally:
+            self._standbys.left(spec_.id, made)
         with contextlib.suppress(FileNotFoundError):
             log.info("machine of container %s: %s", spec_.id[:12], (self._vm(spec_.id) / "how").read_text())
         return pid
@@ -164,16 +172,26 @@ class VmRuntime(OciRuntime):
         except GuestError as error:
             raise RuntimeFailure(shim.as_runc(error)) from error
         plan = self._plan(id)
-        if wish := plan.get("template"):
+        if "template" in plan:
+            document = json.loads((self._files(id).bundle / "config.json").read_bytes())
+            later = threading.Timer(LATER_SECONDS, self._prepare_next, (plan, document))
+            later.daemon = True
+            later.start()
+
+    def _prepare_next(self, plan: dict[str, Any], document: dict[str, Any]) -> None:
+        """For the next machine of this shape: a template, or one that stands by."""
+        wish = plan["template"]
+        try:
             program = [self._tools()[0], "--root", str(self._state)]
             request = wish | {"machine": plan["machine"], "taps": plan["taps"]}
             directory = Path(wish["directory"])
             self._makers.want(program, directory, request)
             if (directory / wish["key"]).exists():
-                document = json.loads((self._files(id).bundle / "config.json").read_bytes())
                 request["agent"] = str(agentbuild.build(plan["machine"]["arch"], agents()))
                 request["plan"] = {name: plan[name] for name in ("overlay", "capabilities", "seccomp")}
                 self._standbys.want(program, directory, request | {"document": standbys.throwaway(document)})
+        except (EngineError, OSError) as error:
+            log.warning("no machine is prepared for the next container of this shape: %s", error)
 
     def signal(self, id: str, signum: int) -> None:
         """SIGKILL is for the container's process in the guest, whose file systems are then written out as after any

@@ -5,6 +5,8 @@ its standard streams are conmon's, a signal to it goes to the guest's process, S
 (QEMU is told to die with its parent), and it ends with the container's exit code. Everybody else reaches the agent
 through its socket `agent.sock` (Relay). It outlives the daemon.
 
+It imports little: a machine that stands by is ready sooner than Python. What only other machines need comes with them.
+
 Files, below `containers/<id>/`: bundle/{config.json,vm.json}; run/vm/{agent.sock,qmp.sock,console,qemu.log,qemu.pid}.
 Errors before the container waits for `start` go to the creator; later ones to run/reason, as the exit's reason.
 """
@@ -25,17 +27,18 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
-from engine.runtimes.vm import clock, faults, network, pump, qemu, standby, templates, translate
-from engine.runtimes.vm.accel import Accelerator, Accelerators
+from engine.runtimes.vm import clock, faults, pump, standby, translate
 from engine.runtimes.vm.client import AgentClient, GuestError, Stream
 from engine.runtimes.vm.guard import Guard
 from engine.runtimes.vm.protocol import Words, fields
 from engine.runtimes.vm.relay import Relay
-from engine.runtimes.vm.templates import Template
+
+if TYPE_CHECKING:
+    from engine.runtimes.vm.templates import Template
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ DISK_SECONDS = 5.0  # for the host to let go of the disk
 CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
 CONTAINERS = re.compile("/containers/[0-9a-f]{64}/")  # in a path: of a container's own mounts, in whatever store
 ROOTFS = "/run/rootfs"  # in the guest
+TCG = "tcg"  # accel.Accelerator.TCG
 MAIN = "main"  # the agent's name of the container's first process
 GONE = 137  # exit code when the machine ended under the container: as if it had been killed
 LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)  # same as MS_*
@@ -136,8 +140,8 @@ class Owner:
 
     def _cold(self) -> None:
         machine = self.plan["machine"]
-        refused = "" if machine["accelerator"] == Accelerator.TCG else self._try_hardware()
-        if machine["accelerator"] == Accelerator.TCG:
+        refused = "" if machine["accelerator"] == TCG else self._try_hardware()
+        if machine["accelerator"] == TCG:
             self._launch().greet(HELLO_SECONDS)
         if refused:  # not before it is certain that the guest itself is not to blame
             self._refuse(refused)
@@ -148,41 +152,25 @@ class Owner:
     def _from_standby(self) -> bool:
         """Whether the container's process waits in a machine that stood by. Otherwise, whatever is wrong with that,
         it is as if there had been none."""
-        wish = self.plan.get("template")
-        if wish is None or (taken := self._taken(Path(wish["directory"]), wish["key"])) is None:
+        known = self.plan.get("standby")
+        if known is None:
             return False
-        plan, refused = self.plan, None
-        self.qemu = taken.machine
         try:
-            os.rename(Path(wish["directory"]) / f"{standby.NAME}{wish['key']}", self.place)  # which is empty
-            standby.give(taken, plan["netns"], plan["taps"], translate.bind_sources(self.document))
-            standby.go_on(taken.watch, plan["machine"]["image"], self._upper)
-            cpus = self.document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus")
-            standby.ordinary(taken.machine.pid, translate.cpu_numbers(cpus) if cpus else None)
-            self._keeper = taken.keeper  # open for as long as this process lives
-            link = self._meet(taken.agent, taken.console, taken.watch, b"", taken.hello)
-            self._prepare(link)
-            try:
-                self._run(link)
-            except GuestError as error:
-                refused = error
-        except (EngineError, OSError, ValueError) as error:
-            self._before = f"; what stood by does not work: {error}: {self._last_words()}"
-            taken.machine.kill()
-            self.end()
-            self._broken = ""
-            return False
-        self._tell(f"standby {wish['key']}")
-        if refused is not None:
-            raise refused
-        return True
-
-    def _taken(self, directory: Path, key: str) -> standby.Taken | None:
-        try:
-            return standby.take(directory, key)
+            taken = standby.take(self.place)
+            self.qemu, self._keeper = taken.machine, taken.keeper  # open for as long as this process lives
+            link = self._meet(taken.agent, taken.console, taken.watch, b"", taken.hello, taken.stream)
         except (EngineError, OSError, ValueError, KeyError) as error:
-            self._before = f"; what stood by does not work: {error}"
-            return None
+            self._before = f"; what stood by does not work: {error}: {self._last_words()}"
+            self.qemu, self._broken = None, ""
+            standby.end(known["pid"], known["started"])  # which has the disk
+            host.remove_tree(self.place)
+            self.place.mkdir(mode=0o700)
+            return False
+        self._tell(f"standby {self.plan['template']['key']}")
+        if taken.refused is not None:
+            raise GuestError(*taken.refused)
+        self.stream = link.running
+        return True
 
     def _from_template(self) -> bool:
         """Whether the container's process waits in a machine started from a template. Whatever is wrong with that, the
@@ -190,6 +178,8 @@ class Owner:
         wish = self.plan.get("template")
         if wish is None:
             return self._tell("booted")
+        from engine.runtimes.vm import templates
+
         directory, refused, whole = Path(wish["directory"]), None, False
         try:
             with templates.found(directory, wish) as template:
@@ -244,12 +234,14 @@ class Owner:
             link.close()
             self.end()
             self._broken = ""
-            machine["accelerator"] = str(Accelerator.TCG)
+            machine["accelerator"] = TCG
             log.warning("%s; the CPU is emulated instead: %s", why, error)
             return why
 
     def _refuse(self, why: str) -> None:
         """No machine of this boot is to try the hardware's accelerator again."""
+        from engine.runtimes.vm.accel import Accelerators
+
         machine = self.plan["machine"]
         known = Accelerators(Path(self.plan["accelerators"]))
         known.refuse(Path(machine["qemu"]), machine["arch"], f"with a real guest: {why}")
@@ -261,6 +253,8 @@ class Owner:
             process.kill()
 
     def _launch(self, template: Template | None = None) -> AgentClient:
+        from engine.runtimes.vm import network, qemu, templates
+
         plan, values, state = self.plan, dict(self.plan["machine"]), []
         if template is not None:
             values |= {"ram": str(template.ram), "tsc_khz": template.tsc_khz}
@@ -305,7 +299,13 @@ class Owner:
         return self._meet(agent, console, watch, first, hello)
 
     def _meet(
-        self, agent: socket.socket, console: socket.socket, watch: socket.socket, first: bytes, hello: bytes
+        self,
+        agent: socket.socket,
+        console: socket.socket,
+        watch: socket.socket,
+        first: bytes,
+        hello: bytes,
+        run: int = 0,
     ) -> AgentClient:
         """QEMU runs; from here on what it and its guest say is listened to."""
         assert self.qemu is not None
@@ -313,7 +313,7 @@ class Owner:
         threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
         faults.follow(watch, partial(self._breaks, self.qemu), first)
         self.relay = Relay()
-        self.relay.link = self.link = AgentClient(agent, deadline=None, foreign=self.relay.took, hello=hello)
+        self.relay.link = self.link = AgentClient(agent, deadline=None, foreign=self.relay.took, hello=hello, run=run)
         return self.link
 
     def _child(self, parent: int, guard: Guard | None = None) -> None:
@@ -371,6 +371,8 @@ class Owner:
 
         def before_start() -> None:
             if self.plan["taps"]:
+                from engine.runtimes.vm import network
+
                 for interface in network.join(Path(self.plan["netns"]), self.plan["networks"]):
                     assert self.link is not None
                     self.link.call("NET", network.words(interface))
@@ -391,7 +393,7 @@ class Owner:
             accelerator = self.plan["machine"]["accelerator"]
             if self._broken:
                 why = f"QEMU stopped it: {self._broken}"
-                if accelerator != Accelerator.TCG:
+                if accelerator != TCG:
                     self._refuse(why)
                     why += f"; {accelerator} is not used again until the host is started anew"
             self._note(f"the virtual machine ended: {why}" + (f": {words}" if words else ""))

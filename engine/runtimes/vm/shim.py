@@ -135,6 +135,7 @@ class Shim:
             host.remove_tree(self.state)
             raise RuntimeFailure(said.decode(errors="replace") or "the process that owns the machine was killed")
         self._note_pid(pid)
+        os._exit(0)  # Python takes a while to tidy up, and conmon waits
 
     def _own(self, bundle: Path, fifo: Path, writing: int, watch: Callable[[int], Callable[[], None]]) -> NoReturn:
         """Be the process that stands for the container."""

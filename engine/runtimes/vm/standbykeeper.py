@@ -1,8 +1,10 @@
 """The process that keeps a machine standing by (standbys.py), until it is taken over (standby.py). Floor 2.
 
 It is QEMU's parent, which dies with it. It ends when the daemon does (its standard input), when its directory is gone,
-when it has waited for IDLE_SECONDS or memory becomes low; when it was taken over, with who did that: it is a shell then
-that waits for that end. Whatever is killed, what is left has a name nobody takes, and the next keeper removes it.
+when it has waited for IDLE_SECONDS or memory becomes low. Once a driver has engaged it, it sets the guest up for that
+container and ends with the driver's call, until the container's owner has taken the machine; with the owner after that:
+it is a shell then that waits for that end. Whatever is killed, what is left has a name nobody takes, and the next
+keeper, or the container's next start, removes it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from engine import host, userids
 from engine.errors import EngineError, RuntimeFailure
 from engine.hostfiles import socket_address
+from engine.runtimes.pids import start_time
 from engine.runtimes.vm import network, qemu, standby, templates
 from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.templates import Template
@@ -130,6 +133,7 @@ class _Kept:
         self.qemu: subprocess.Popen[bytes] | None = None
         self._ours: list[socket.socket] = []
         self._hello = b""
+        self._given = False
 
     def end(self) -> None:
         if self.qemu is not None:
@@ -238,52 +242,90 @@ class _Kept:
     # --- after
 
     def wait(self, listener: socket.socket) -> None:
-        """Until it is taken over, which replaces this process, or is no longer wanted."""
+        """Until it is engaged, or is no longer wanted."""
         assert self.qemu is not None
         pidfd = os.pidfd_open(self.qemu.pid)
         until = time.monotonic() + IDLE_SECONDS
-        poll = select.poll()
-        for fd in (0, listener.fileno(), pidfd):
-            poll.register(fd, select.POLLIN)
         while time.monotonic() < until and self.place.exists() and enough(self.request):
-            ready = [fd for fd, _ in poll.poll(LOOK_SECONDS * 1000)]
-            if listener.fileno() in ready:
-                owner, _ = listener.accept()
+            ready = _first(LOOK_SECONDS, 0, listener.fileno(), pidfd)
+            if ready == listener.fileno():
+                driver, _ = listener.accept()
                 listener.close()
-                self._hand_over(owner, pidfd)
-            if ready:  # the daemon has ended, or QEMU has
+                self._engaged(driver, pidfd)
+            if ready >= 0:  # the daemon has ended, or QEMU has
                 return
 
-    def _hand_over(self, owner: socket.socket, pidfd: int) -> NoReturn:
+    def _engaged(self, driver: socket.socket, pidfd: int) -> None:
+        """Set the guest up as the driver says, and give it to the container's owner, which replaces this process."""
         assert self.qemu is not None
         for name in (standby.SOCKET, "lock"):
             (self.place / name).unlink()
-        shares = os.open(self.place / "shares", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        known = json.dumps({"pid": self.qemu.pid, "hello": self._hello.hex()}).encode()
-        socket.send_fds(owner, [known], [*(end.fileno() for end in self._ours), pidfd])
-        data, fds, _, _ = socket.recv_fds(owner, standby.MAX_LINE, standby.MOST_SHARES + 8)
-        if not data:
-            raise RuntimeFailure("who took it over has ended")
-        wish = json.loads(data)
-        try:
-            trees = fds[1:] if wish["taps"] else fds
-            for number in range(wish["taps"]):
-                _move_tap(f"tap{number}", fds[0])
-            for number, (tree, (is_dir, writable)) in enumerate(zip(trees, wish["shares"], strict=True)):
-                self._attach(shares, str(number), tree, is_dir, writable)
-        except (EngineError, OSError, subprocess.SubprocessError) as error:
-            owner.sendall(f"{error}\n".encode())
-            raise
-        for fd in fds:
-            os.close(fd)
-        owner.sendall(b"ok\n")
+        owners = socket.socket(socket.AF_UNIX)
+        with socket_address(self.place / standby.OWNERS) as address:
+            owners.bind(address)
+        owners.listen(1)
         print("taken", flush=True)
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(owner.fileno(), 0)
+        os.dup2(driver.fileno(), 0)
         os.dup2(null, 1)
+        known: dict[str, Any] = {"keeper": os.getpid(), "pid": self.qemu.pid, "started": start_time(self.qemu.pid)}
+        standby.send(driver, known, [pidfd])
+        wish, fds = standby.receive(driver)
+        if not wish:
+            return  # it was not wanted after all
+        self.place = self.place.rename(wish["place"])
+        standby.send(driver, {"place": wish["place"]})
+        threading.Thread(target=self._end_with_driver, daemon=True).start()
+        try:
+            known = self._set_up(wish, fds)
+        except (EngineError, OSError, ValueError, subprocess.SubprocessError) as error:
+            self.qemu.kill()
+            self.qemu.wait()
+            known = {"failed": error.reason if isinstance(error, EngineError | GuestError) else str(error)}
+        for fd in fds:
+            os.close(fd)
+        if _first(None, owners.fileno(), 0, pidfd if "failed" not in known else -1) != owners.fileno():
+            return
+        owner, _ = owners.accept()
+        self._given = True
+        if "failed" in known:
+            standby.send(owner, known)
+            return
+        known |= {"pid": self.qemu.pid, "hello": self._hello.hex()}
+        standby.send(owner, known, [*(end.fileno() for end in self._ours), pidfd])
+        os.dup2(owner.fileno(), 0)
         os.dup2(null, 2)
         # a child that has ended keeps its number until this process ends: no other can have it
         os.execv("/bin/sh", ["sh", "-c", 'read -r end; kill -9 "$1"', "dutchman-vm-keeper", str(self.qemu.pid)])
+
+    def _end_with_driver(self) -> None:
+        """While the guest is set up nobody looks at standard input."""
+        _first(None, 0)
+        if not self._given and self.qemu is not None:
+            self.qemu.kill()
+
+    def _set_up(self, wish: Mapping[str, Any], fds: list[int]) -> dict[str, Any]:
+        """What the container's owner would do: the stream of RUN, or what the guest says against it."""
+        from engine.runtimes.vm.owner import preparation, run_words
+
+        plan, document, (upper, *trees) = wish["plan"], wish["document"], fds
+        if plan["taps"]:
+            namespace, *trees = trees
+            _move_taps(plan["taps"], namespace)
+        shares = os.open(self.place / "shares", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for number, (tree, (is_dir, writable)) in enumerate(zip(trees, wish["shares"], strict=True)):
+            self._attach(shares, str(number), tree, is_dir, writable)
+        standby.go_on(self._ours[2], plan["machine"]["image"], upper)
+        link = AgentClient(self._ours[0].dup(), deadline=None, hello=self._hello)
+        try:
+            link.calls(preparation(plan, document), deadline=ANSWER_SECONDS)
+            try:
+                stream, _ = link.open("RUN", run_words(plan, document), deadline=ANSWER_SECONDS)
+            except GuestError as error:
+                return {"stream": 0, "refused": [error.errno, error.verb, error.step]}
+            return {"stream": stream.number, "refused": None}
+        finally:
+            link.close()
 
     def _attach(self, shares: int, name: str, tree: int, is_dir: bool, writable: bool) -> None:
         if is_dir:
@@ -301,19 +343,28 @@ class _Kept:
             host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY | kept)
 
 
-def _move_tap(name: str, namespace: int) -> None:
-    argv = [
-        shutil.which("ip", path=network.PATHS) or "ip",
-        "link",
-        "set",
-        "dev",
-        name,
-        "netns",
-        f"/proc/self/fd/{namespace}",
-    ]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=10.0, pass_fds=[namespace])
+def _move_taps(count: int, namespace: int) -> None:
+    target = f"/proc/self/fd/{namespace}"
+    lines = "".join(f"link set dev tap{number} netns {target}\n" for number in range(count))
+    done = subprocess.run(
+        [shutil.which("ip", path=network.PATHS) or "ip", "-batch", "-"],
+        input=lines.encode(),
+        capture_output=True,
+        timeout=10.0,
+        pass_fds=[namespace],
+    )
     if done.returncode:
         raise RuntimeFailure(f"ip: {' '.join(done.stderr.decode(errors='replace').split())[:300]}")
+
+
+def _first(seconds: float | None, *fds: int) -> int:
+    """The first of these that can be read, or is at its end; -1 after so many seconds. Those below 0 do not count."""
+    poll = select.poll()
+    for fd in fds:
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
+    ready = {fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)}
+    return next((fd for fd in fds if fd in ready), -1)
 
 
 def _drain(console: socket.socket) -> None:

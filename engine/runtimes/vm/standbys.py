@@ -1,6 +1,6 @@
 """Machines that stand by: started from a template before anybody asks for one, warmed up, stopped. Floor 2.
 
-Only here: the daemon's side. standbykeeper.py is the process that keeps one, standby.py takes one over.
+Only here: the daemon's side. standbykeeper.py is the process that keeps one, standby.py how one is taken over.
 
 An emulated CPU runs everything slowly once: so a program of ours has been run, on disks of ours that are gone, in the
 way a container's will be. A machine that has run a container is never one of these. It takes no CPU while it waits,
@@ -26,7 +26,8 @@ from typing import Any
 
 from engine import host
 from engine.errors import EngineError
-from engine.runtimes.vm import disks, standby
+from engine.hostfiles import share
+from engine.runtimes.vm import disks, standby, translate
 from engine.runtimes.vm.standbykeeper import ASIDE, PROGRAM, SHARED, alive, enough
 from engine.store import erofs
 from engine.store.merge import Node
@@ -42,6 +43,7 @@ class Standbys:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._engaged: dict[str, standby.Engaged] = {}  # by the container that starts in it
         self._key = ""  # of the one there is, or that is being made
         self._ready = False
         self._handle = -1  # its keeper's standard input
@@ -119,6 +121,46 @@ class Standbys:
             os.close(self._handle)
         self._key, self._handle = "", -1
 
+    # --- for a container that starts
+
+    def engage(
+        self, id: str, place: Path, plan: Mapping[str, Any], document: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Have the one there is set up for container `id`, with the files its run/vm, `place`, is to have: what its
+        owner must know of it. None when there is none, or it cannot be had: it is as if there had been none.
+        `left` must follow."""
+        directory, key = Path(plan["template"]["directory"]), plan["template"]["key"]
+        engaged = None
+        try:
+            if (engaged := standby.engage(directory, key)) is None:
+                return None
+            cpus = document.get("linux", {}).get("resources", {}).get("cpu", {}).get("cpus")
+            keeper, machine = engaged.pids
+            standby.ordinary(keeper, None)
+            standby.ordinary(machine, translate.cpu_numbers(cpus) if cpus else None)
+            upper = os.open(plan["machine"]["upper"], os.O_RDWR | os.O_CLOEXEC)
+            try:
+                share(upper, standby.SECONDS)  # what locks it does so until QEMU has ended
+                standby.set_up(engaged, place, plan, document, upper, translate.bind_sources(document))
+            finally:
+                os.close(upper)
+        except (EngineError, OSError, ValueError, KeyError) as error:
+            log.warning("container %s: what stood by does not work: %s", id[:12], error)
+            if engaged is not None:
+                engaged.end()
+                host.remove_tree(place)
+            return None
+        with self._lock:
+            self._engaged[id] = engaged
+        return {"pid": engaged.pids[1], "started": engaged.started}
+
+    def left(self, id: str, taken: bool) -> None:
+        """The container's owner has what was engaged for it, or never will."""
+        with self._lock:
+            engaged = self._engaged.pop(id, None)
+        if engaged is not None:
+            engaged.leave() if taken else engaged.end()
+
     def close(self) -> None:
         """Its keeper ends now, and the machine with it."""
         with self._lock:
@@ -182,10 +224,8 @@ def listing(directory: Path) -> list[str]:
 
 
 def forget(directory: Path) -> None:
-    """End it: as if somebody had taken it over, and had ended."""
+    """End it: as if somebody had engaged it, and had ended."""
     for place in directory.glob(f"{standby.NAME}*"):
         with contextlib.suppress(OSError, EngineError, ValueError):
-            taken = standby.take(directory, place.name.removeprefix(standby.NAME))
-            if taken is not None:
-                taken.keeper.close()
-                taken.machine.wait(standby.SECONDS)
+            if (engaged := standby.engage(directory, place.name.removeprefix(standby.NAME))) is not None:
+                engaged.end()
