@@ -289,6 +289,55 @@ def test_files_are_made_changed_and_removed(agent: agents.Agent) -> None:
     assert (here / "etc/hosts").read_text() == "127.0.0.1 x\n"
 
 
+def test_what_the_host_has_laid_down_on_a_disk_is_written(agent: agents.Agent, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    blob = os.urandom((1 << 20) + 4096)
+    disk.write_bytes(blob)
+    place = agent.rootfs / "small"
+    place.mkdir()
+    call = agent.client.call
+    call("ROOT", {"name": "upper", "path": agent.rootfs})
+    call("MOUNT", {"source": "none", "target": place, "type": "tmpfs", "flags": 0, "data": "size=256k"})
+    files = GuestFiles(agent.client, "upper", deadline=WAIT)
+    handle, _ = files.open("big", "wc")
+    late, _ = files.open("late", "wc")
+
+    def write(at: int, offset: int, size: int, to: int = handle) -> protocol.Values:
+        return call("WRITE", {"handle": to, "offset": offset, "from": at, "size": size}, deadline=WAIT)
+
+    with pytest.raises(GuestError) as caught:
+        write(0, 0, 4096)  # of no disk
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(GuestError) as caught:
+        call("SCRATCH", {"disk": tmp_path / "none", "at": 0, "size": 4096})
+    assert caught.value.errno == errno.ENOENT
+    assert call("SCRATCH", {"disk": disk, "at": 4096, "size": 100}).need("data") == blob[4096:4196]
+    assert write(0, 0, 1 << 20).number("size") == 1 << 20
+    assert write(4096, 1 << 20, 777).number("size") == 777  # not of whole blocks
+    assert write(8192, 3, 4096).number("size") == 4096  # nor at one
+    whole = blob[: 1 << 20] + blob[4096 : 4096 + 777]
+    whole = whole[:3] + blob[8192 : 8192 + 4096] + whole[4099:]
+    assert (agent.rootfs / "big").read_bytes() == whole
+    for at, size in ((-4096, 4096), (1, 4096), (512, 4096), (0, 0), (0, -1), (0, (1 << 20) + 1)):
+        with pytest.raises(GuestError) as caught:
+            write(at, 0, size)
+        assert caught.value.errno == errno.EINVAL, (at, size)
+    with pytest.raises(GuestError) as caught:
+        write(1 << 20, 0, 8192)  # beyond its end
+    assert caught.value.errno == errno.EIO
+    assert (agent.rootfs / "big").read_bytes() == whole
+    # a full file system takes some, and says why not all; it knows no way past the page cache
+    full, _ = files.open("small/file", "wc")
+    values = write(0, 0, 1 << 20, full)
+    assert (values.number("size"), values.number("error")) == (256 << 10, errno.ENOSPC)
+    files.close(handle)
+    files.forget_handles()  # a new host: what an old one was to have written is not looked at
+    with pytest.raises(GuestError) as caught:
+        write(0, 0, 4096, late)
+    assert caught.value.errno == errno.EBADF
+    assert (agent.rootfs / "late").read_bytes() == b""
+
+
 def test_a_large_folder_is_listed_whole_while_it_shrinks(agent: agents.Agent) -> None:
     many = agent.rootfs / "many"
     many.mkdir()

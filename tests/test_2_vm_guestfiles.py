@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import stat
@@ -13,12 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from dutchman import wait_for
 
 from engine.errors import DeadlineExceeded, Unreachable
-from engine.runtimes.vm import beliefs, guestfiles, protocol
+from engine.runtimes.vm import beliefs, guestfiles, protocol, scratch
 from engine.runtimes.vm.guestfiles import GuestFiles
 from engine.runtimes.vm.protocol import ATTR, Parser, Side, Type, Values
-from fdfs.guest import GuestGraft
+from fdfs.guest import GuestGraft, OpenFile
+
+START = 12 << 20
 
 
 class Agent:
@@ -33,6 +37,9 @@ class Agent:
         self.name = b""  # added to what is listed
         self._fds: dict[int, int] = {}
         self._lists: dict[int, list[bytes]] = {}
+        self.disk = root.parent / "vm" / scratch.NAME  # what lies at START of the machine's disk
+        self.wrong: dict[str, bytes | int] = {}  # words of a WRITE's answer
+        self.pieces: list[int] = []  # bytes of each WRITE from the disk
         self._next = 7
         connection.sendall(protocol.frame(Type.HELLO, 0, _words(version=protocol.VERSION)))
         self.thread = threading.Thread(target=self._serve, daemon=True)
@@ -74,6 +81,11 @@ class Agent:
         before = self._folder(folder)
         act()
         return _words(folder=before + self._folder(folder))
+
+    def _laid(self, values: Values, key: str) -> bytes:
+        with open(self.disk, "rb") as disk:
+            disk.seek(values.number(key) - START)
+            return disk.read(values.number("size"))
 
     def _do(self, verb: str, values: Values) -> bytes:
         for done in values.all("done"):
@@ -122,9 +134,15 @@ class Agent:
             return _words(data=os.pread(fd, values.number("size"), values.number("offset")))
         if verb == "WRITE" and self.full.is_set():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if verb == "SCRATCH":
+            return _words(data=self._laid(values, "at"))
         if verb == "WRITE":
-            size = os.pwrite(fd, values.need("data"), values.number("offset"))
-            return _words(size=size, attr=self._attr(fd))
+            data = values.get("data")
+            if data is None:
+                data = self._laid(values, "from")
+                self.pieces.append(len(data))
+            size = os.pwrite(fd, data, values.number("offset"))
+            return _words(**{"size": size, "attr": self._attr(fd), **self.wrong})
         if verb == "TRUNCATE":
             os.truncate(fd if handle is not None else self._path(values), values.number("size"))
             return b"" if handle is not None else self._told(self._path(values))
@@ -159,7 +177,7 @@ def agent(tmp_path: Path) -> Iterator[tuple[Agent, GuestFiles, GuestGraft, Path]
     root.mkdir()
     ours, its = socket.socketpair()
     played = Agent(root, its)
-    files = GuestFiles(tmp_path / "agent.sock", connect=lambda: ours)
+    files = GuestFiles(tmp_path / "run/vm/agent.sock", connect=lambda: ours)
     yield played, files, GuestGraft(files, "container", writable=True), root
     files.close()
     ours.close()  # of who never connected
@@ -232,6 +250,144 @@ def test_a_big_file_is_written_behind_and_read_ahead(agent: Parts) -> None:
     with pytest.raises(OSError, match="No space"):  # close(2) says what a write no longer could
         for offset in range(2 << 20, 3 << 20, 128 << 10):
             handle.write(bytes(128 << 10), offset)
+        handle.flush()
+    handle.close()
+
+
+PIECE = 128 << 10
+
+
+@pytest.fixture
+def laid(agent: Parts, tmp_path: Path) -> Parts:
+    """With a disk on which is laid down what the guest is to write."""
+    for name in ("vm", "bundle"):
+        (tmp_path / name).mkdir()
+    scratch.make(tmp_path / "vm" / scratch.NAME)
+    (tmp_path / "bundle/vm.json").write_text(json.dumps({scratch.NAME: START}))
+    return agent
+
+
+def fill(handle: OpenFile, content: bytes, begin: int = 0) -> None:
+    for offset in range(0, len(content), PIECE):
+        part = content[offset : offset + PIECE]
+        assert handle.write(part, begin + offset) == len(part)
+
+
+def test_what_is_written_is_laid_down_on_a_disk_of_the_guest(laid: Parts) -> None:
+    played, _, graft, root = laid
+    content = os.urandom((20 << 20) + 777)
+    handle = graft.change("create", b"big", 0o644, os.O_RDWR | os.O_CREAT)
+    fill(handle, content)
+    handle.flush()
+    assert (root / "big").read_bytes() == content
+    assert sum(played.pieces) >= len(content) - 777  # what is small may be sent
+    fill(handle, content[: 3 << 20], 5)  # over what is there, and not from its beginning
+    handle.fsync()
+    assert (root / "big").read_bytes() == content[:5] + content[: 3 << 20] + content[(3 << 20) + 5 :]
+    handle.close()
+
+
+def test_what_comes_while_a_guest_is_busy_goes_with_the_next(laid: Parts) -> None:
+    played, _, graft, root = laid
+    content = os.urandom(17 * PIECE)
+    handle = graft.change("create", b"big", 0o644, os.O_RDWR | os.O_CREAT)
+    fill(handle, bytes(8 * PIECE))  # every write of a first MiB is waited for
+    go_on = threading.Event()
+    laid_down = played._laid
+    played._laid = lambda values, key: (go_on.wait(60), laid_down(values, key))[1]  # type: ignore[method-assign]
+    fill(handle, content, 8 * PIECE)
+    go_on.set()
+    handle.close()
+    assert sorted(played.pieces)[-3:] == [PIECE, scratch.PIECE, scratch.PIECE]
+    assert (root / "big").read_bytes() == bytes(8 * PIECE) + content
+
+
+def test_two_files_are_written_at_once(laid: Parts) -> None:
+    _, _, graft, root = laid
+    contents = {name: os.urandom(6 << 20) for name in (b"a", b"b", b"c", b"d")}
+
+    def bring(name: bytes, content: bytes) -> None:
+        handle = graft.change("create", name, 0o644, os.O_RDWR | os.O_CREAT)
+        fill(handle, content)
+        handle.close()
+
+    bringing = [threading.Thread(target=bring, args=item) for item in contents.items()]
+    for each in bringing:
+        each.start()
+    for each in bringing:
+        each.join()
+    assert {name: (root / os.fsdecode(name)).read_bytes() for name in contents} == contents
+
+
+@pytest.mark.parametrize("damage", ["another disk", "a verb nobody knows", "none was made"])
+def test_a_guest_that_does_not_see_what_is_laid_down_is_sent_it(laid: Parts, damage: str, tmp_path: Path) -> None:
+    played, _, graft, root = laid
+    if damage == "another disk":
+        played.disk = scratch.make(tmp_path / "other")
+    elif damage == "a verb nobody knows":
+        played.disk = tmp_path / "not there"  # OSError: as from an agent of before
+    else:
+        (tmp_path / "bundle/vm.json").write_text("{}")
+    content = os.urandom(3 << 20)
+    handle = graft.change("create", b"big", 0o644, os.O_RDWR | os.O_CREAT)
+    fill(handle, content)
+    handle.close()
+    assert (root / "big").read_bytes() == content and not played.pieces
+
+
+def test_a_piece_is_not_lent_again_before_the_guest_has_answered(laid: Parts) -> None:
+    played, files, graft, _ = laid
+    handle = graft.change("create", b"big", 0o644, os.O_RDWR | os.O_CREAT)
+    handle.write(bytes(PIECE), 0)
+    free = files.scratch._free
+    assert len(free) == scratch.PIECES
+    held = threading.Event()
+    laid_down = played._laid
+    played._laid = lambda values, key: (held.wait(60), laid_down(values, key))[1]  # type: ignore[method-assign]
+    piece = files.scratch.lay(b"x" * PIECE)
+    assert piece is not None and len(free) == scratch.PIECES - 1
+    with pytest.raises(DeadlineExceeded):
+        files.call("WRITE", {"handle": 8, "offset": 0, "from": piece.place, "size": PIECE}, 0.2, piece.release)
+    assert len(free) == scratch.PIECES - 1  # the guest may still come to read it
+    held.set()
+    wait_for(lambda: len(free) == scratch.PIECES, 60)
+    files._mute_until = 0.0
+    # who is not asked at all has not got it either
+    piece = files.scratch.lay(b"x" * PIECE)
+    assert piece is not None
+    files._mute_until = time.monotonic() + 60
+    with pytest.raises(DeadlineExceeded):
+        files.write(8, 0, piece)
+    assert len(free) == scratch.PIECES
+    files._mute_until = 0.0
+    piece = files.scratch.lay(b"x" * PIECE)
+    assert piece is not None
+    files.scratch.renew()  # a new connection: pieces of the old one are nobody's
+    assert not piece.add(b"more")
+    piece.release()
+    assert files.scratch.lay(b"x" * PIECE) is not None and len(files.scratch._free) == scratch.PIECES - 1
+
+
+def test_why_a_disk_did_not_take_all_is_told_at_the_end(laid: Parts) -> None:
+    played, _, graft, _ = laid
+    handle = graft.change("create", b"big", 0o644, os.O_RDWR | os.O_CREAT)
+    for wrong, expected in (
+        ({"size": 10, "error": errno.EDQUOT}, errno.EDQUOT),
+        ({"size": 10}, errno.EIO),
+        ({"size": 10, "error": 0}, None),
+        ({"size": 10, "error": 5000}, None),
+        ({"size": (1 << 20) + 1}, None),
+    ):
+        fill(handle, bytes(PIECE * 9))  # the last are written behind
+        played.wrong = wrong
+        with pytest.raises((OSError, protocol.ProtocolError)) as caught:
+            fill(handle, bytes(2 * PIECE), PIECE * 9)
+            handle.flush()
+        played.wrong = {}
+        if expected is None:
+            assert isinstance(caught.value, protocol.ProtocolError)
+        else:
+            assert isinstance(caught.value, OSError) and caught.value.errno == expected
         handle.flush()
     handle.close()
 

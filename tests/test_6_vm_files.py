@@ -52,9 +52,11 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     daemon.sh(
         "cd containers/m/rootfs; echo text > new; mkdir -p d/e; ln -s ../new d/link; ln new hard; mv hard d/;"
         " chmod 640 new; chown 5:6 new; echo more >> new; rm etc/hostname 2>/dev/null; cp -a etc d/copy;"
-        " head -c 3000000 /dev/urandom > d/big; cmp <(cat d/big) d/big; touch -d @1000 d/e; cat d/link",
+        " head -c 3000000 /dev/urandom"
+        " | dd of=d/big bs=1M iflag=fullblock status=none; cmp <(cat d/big) d/big; touch -d @1000 d/e; cat d/link",
         timeout=120,
     )
+    assert os.stat(directory / "vm/scratch").st_blocks  # by it came what is big
     st = os.lstat(place / "new")
     assert (st.st_mode & 0o777, st.st_uid, st.st_gid, st.st_nlink) == (0o640, 5, 6, 2)
     assert os.lstat(place / "d/e").st_mtime == 1000

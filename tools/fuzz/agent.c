@@ -10,10 +10,10 @@ static uint32_t chance(uint32_t below) { /* xorshift64* */
     return (uint32_t)((state * 0x2545f4914f6cdd1dull) >> 33) % below;
 }
 
-static const char *const keys[] = {"id", "argv", "caps", "rlimit", "mount", "size", "uid", "part", "flags", "cgroup", "", "="};
+static const char *const keys[] = {"id", "argv", "caps", "rlimit", "mount", "size", "uid", "part", "flags", "from", "data", "cgroup", "", "="};
 static const char *const values[] = {"", "1", "-1", "ff", "18446744073709551616", "a=b", "/dev/vda", "0x10", "99999999999", "-"};
 
-static const char *key(void) { return keys[chance(300) ? chance(10) : 10 + chance(2)]; } /* the last two are none */
+static const char *key(void) { return keys[chance(300) ? chance(12) : 12 + chance(2)]; } /* the last two are none */
 
 static uint32_t word(char *at, const char *text, uint32_t size) {
     memcpy(at, &size, 4);

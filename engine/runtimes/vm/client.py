@@ -25,6 +25,7 @@ from engine.runtimes.vm import protocol
 from engine.runtimes.vm.protocol import Credit, Frame, Parser, ProtocolError, Side, Type, Values, Words
 
 DEADLINE = 10.0
+KEEPS = frozenset({"RUN", "EXEC", "DIAL"})
 FORWARD_SECONDS = 15.0  # for a frame to be taken by the guest's port
 RECEIVE = 256 << 10
 
@@ -59,14 +60,15 @@ class Exit(NamedTuple):
 
 
 Event = Data | End | Exit
+Late = Callable[[], None] | None
 
 
 class _Pending:
     """What one stream waits for. Guarded by the client's lock."""
 
-    def __init__(self, verb: str, keeps: bool, answer: tuple[int, Values] | None = None) -> None:
-        self.verb, self.answer = verb, answer
-        self.keeps = keeps  # RUN, EXEC, DIAL: lives on after RESP
+    def __init__(self, verb: str, late: Late = None, answer: tuple[int, Values] | None = None) -> None:
+        self.verb, self.late, self.answer = verb, late, answer
+        self.keeps = verb in KEEPS  # RUN, EXEC, DIAL: lives on after RESP
         self.abandoned = False
         self.events: collections.deque[Event] = collections.deque()
         self.incoming = Credit()  # of the guest
@@ -75,9 +77,6 @@ class _Pending:
         self.ends: set[int] = set()
         self.ended_input = False
         self.over = False
-
-
-KEEPS = frozenset({"RUN", "EXEC", "DIAL"})
 
 
 class AgentClient:
@@ -105,7 +104,7 @@ class AgentClient:
         self._next = run
         self.running: Stream | None = None
         if run:
-            self._streams[run] = pending = _Pending("RUN", True, (0, Values(())))
+            self._streams[run] = pending = _Pending("RUN", None, (0, Values(())))
             self.running = Stream(self, run, pending)
         self._hello: Values | None = None
         self.greeting = b""  # HELLO as it came
@@ -150,15 +149,17 @@ class AgentClient:
 
     # ---- calls
 
-    def call(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE) -> Values:
-        """One request and its answer. Not for verbs that keep their stream."""
+    def call(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE, late: Late = None) -> Values:
+        """One request and its answer. Not for verbs that keep their stream. `late` is called on the reading thread when
+        the guest has answered, also after the deadline; not when the connection ends before. It may not wait."""
         assert verb not in KEEPS
-        return self._ask(verb, words, deadline)[2]
+        return self._ask(_Pending(verb, late), words, deadline)[1]
 
     def open(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE) -> tuple[Stream, Values]:
         """RUN, EXEC or DIAL: the stream of the process or connection, and the answer."""
         assert verb in KEEPS
-        number, pending, values = self._ask(verb, words, deadline)
+        pending = _Pending(verb)
+        number, values = self._ask(pending, words, deadline)
         return Stream(self, number, pending), values
 
     def ping(self, *, deadline: float = DEADLINE) -> float:
@@ -168,11 +169,8 @@ class AgentClient:
         with self._state:
             number = self._number()
             self._pings[number] = False
-        try:
-            self._send(protocol.frame(Type.PING, number, b"ping"), until)
-            self._wait(lambda: self._pings[number], until, "the agent's answer to a ping")
-        except DeadlineExceeded:
-            raise  # the number stays taken: its PONG may come yet
+        self._send(protocol.frame(Type.PING, number, b"ping"), until)  # failed, it stays taken: a PONG may come
+        self._wait(lambda: self._pings[number], until, "the agent's answer to a ping")
         with self._state:
             del self._pings[number]
         return time.monotonic() - began
@@ -183,21 +181,21 @@ class AgentClient:
         asked: collections.deque[tuple[int, _Pending]] = collections.deque()
         try:
             for verb, words in requests:
-                asked.append(self._request(verb, words, time.monotonic() + deadline))
+                pending = _Pending(verb)
+                asked.append((self._request(pending, words, time.monotonic() + deadline), pending))
             while asked:
                 self._answer(*asked.popleft(), time.monotonic() + deadline)
         finally:
             for number, pending in asked:  # nobody waits for these any more
                 self._abandon(number, pending)
 
-    def _ask(self, verb: str, words: Words | None, deadline: float) -> tuple[int, _Pending, Values]:
+    def _ask(self, pending: _Pending, words: Words | None, deadline: float) -> tuple[int, Values]:
         until = time.monotonic() + deadline
-        number, pending = self._request(verb, words, until)
-        return number, pending, self._answer(number, pending, until)
+        number = self._request(pending, words, until)
+        return number, self._answer(number, pending, until)
 
-    def _request(self, verb: str, words: Words | None, until: float) -> tuple[int, _Pending]:
-        payload = protocol.request(verb, words)
-        pending = _Pending(verb, verb in KEEPS)
+    def _request(self, pending: _Pending, words: Words | None, until: float) -> int:
+        payload = protocol.request(pending.verb, words)
         with self._state:
             number = self._number()
             self._streams[number] = pending
@@ -206,7 +204,7 @@ class AgentClient:
         except DeadlineExceeded:
             self._abandon(number, pending)
             raise
-        return number, pending
+        return number
 
     def _answer(self, number: int, pending: _Pending, until: float) -> Values:
         try:
@@ -358,6 +356,8 @@ class AgentClient:
             if pending.answer is not None:
                 raise ProtocolError(f"a second answer to {pending.verb}")
             pending.answer = protocol.parse_response(frame.payload)
+            if pending.late is not None:
+                pending.late()
             if pending.abandoned and (not pending.keeps or pending.answer[0]):
                 del self._streams[frame.stream]
             return

@@ -36,7 +36,20 @@ from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources, online_cpus
 from engine.runtimes.spec import CAPABILITIES
 from engine.runtimes.users import read_in_root
-from engine.runtimes.vm import accel, agentbuild, bpf, disks, network, qemu, shim, standbys, templates, virtiofs, vsock
+from engine.runtimes.vm import (
+    accel,
+    agentbuild,
+    bpf,
+    disks,
+    network,
+    qemu,
+    scratch,
+    shim,
+    standbys,
+    templates,
+    virtiofs,
+    vsock,
+)
 from engine.runtimes.vm.client import GuestError
 from engine.runtimes.vm.owner import MAIN
 from engine.runtimes.vm.pausing import Pausing
@@ -98,7 +111,8 @@ class VmRuntime(OciRuntime):
         kernel = self._kernels.get(getattr(settings, "kernel", "") or None)
         place = spec_.directory / "vm"
         place.mkdir(exist_ok=True, mode=0o700)
-        parts = disks.describe(spec_.layers, place / "image.vmdk")
+        files_ = [*spec_.layers, scratch.make(place / scratch.NAME)]
+        *parts, free = disks.describe(files_, place / "image.vmdk")
         joined = spec_.network.mode is NetworkMode.JOINED
         networks = max(1, len(settings.networks)) if joined else 0
         taps = max(networks, NICS) if joined else 0
@@ -122,6 +136,7 @@ class VmRuntime(OciRuntime):
         plan = {
             "machine": machine,
             "parts": [[part.start, part.length] for part in parts],
+            scratch.NAME: free.start,
             "oom": str(files.oom),  # to be made when the guest's kernel kills for want of memory
             "accelerators": str(self._accelerators.directory),
             # the host must be able to read what the overlay writes down about its layers

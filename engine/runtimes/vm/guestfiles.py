@@ -27,10 +27,12 @@ from pathlib import Path
 from engine.errors import DeadlineExceeded, EngineError, Unreachable
 from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
+from engine.runtimes.vm.behind import PIPELINE
 from engine.runtimes.vm.beliefs import USES, Beliefs
-from engine.runtimes.vm.client import AgentClient
-from engine.runtimes.vm.openfile import PIPELINE, GuestFile
+from engine.runtimes.vm.client import AgentClient, Late
+from engine.runtimes.vm.openfile import GuestFile
 from engine.runtimes.vm.protocol import Attr, Values, Words
+from engine.runtimes.vm.scratch import Piece, Scratch
 from engine.runtimes.vm.verbs import FILES
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class GuestFiles:
         self._roots: dict[str, tuple[float, Attr, tuple[bytes, ...]]] = {}  # when told, attributes, xattrs' names
         self._asking: set[str] = set()  # roots whose attributes are being asked for
         self.beliefs = Beliefs()
+        self.scratch = Scratch(path.parents[2], self.call)
         self.pool = ThreadPoolExecutor(PIPELINE, "guest-files")  # threads come when needed
         self.dirty: set[GuestFile] = set()  # written behind
         self.opened: dict[tuple[int, int], Opened] = {}  # by dev, ino
@@ -110,6 +113,7 @@ class GuestFiles:
                 except BaseException:
                     client.close()
                     raise
+                self.scratch.renew()
                 with self._guard:
                     self.opened.clear()
                     self._done.clear()
@@ -146,19 +150,32 @@ class GuestFiles:
                 with self._guard:
                     self._tried = False
 
-    def call(self, verb: str, words: Words, deadline: float = DEADLINE) -> Values:
-        with self._slot(deadline):
-            try:
+    def call(self, verb: str, words: Words, deadline: float = DEADLINE, late: Late = None) -> Values:
+        """`late` as the client's; also when the guest was not asked."""
+        not_asked = late
+        try:
+            with self._slot(deadline):
                 client = self._connected()
                 if self._done and verb in FILES:
                     with self._guard:
                         done, self._done = self._done[:MAX_DONE], self._done[MAX_DONE:]
                     words = {**words, "done": done}
-                return client.call(verb, words, deadline=deadline)
-            except (DeadlineExceeded, Unreachable, protocol.ProtocolError):
-                raise
-            except EngineError as error:
-                raise Unreachable(error.reason, hint=error.hint) from error
+                not_asked = None
+                return client.call(verb, words, deadline=deadline, late=late)
+        except (DeadlineExceeded, Unreachable, protocol.ProtocolError):
+            raise
+        except EngineError as error:
+            raise Unreachable(error.reason, hint=error.hint) from error
+        finally:
+            if not_asked is not None:
+                not_asked()
+
+    def write(self, handle: int, offset: int, data: bytes | Piece) -> Values:
+        """Verb WRITE. A piece is given back."""
+        words: Words = {"handle": handle, "offset": offset}
+        if not isinstance(data, Piece):
+            return self.call("WRITE", {**words, "data": data})
+        return self.call("WRITE", {**words, "from": data.place, "size": data.size}, late=data.release)
 
     def done(self, handle: int) -> None:
         """Not needed any more: the next call says so, or one of its own when none comes at once. Never waits."""
@@ -188,6 +205,7 @@ class GuestFiles:
         if client is not None:
             client.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.scratch.close()
 
     def settle(self) -> None:
         """Wait for what is written behind; its errors are told to who wrote it, at its next call."""

@@ -9,16 +9,17 @@ import errno
 import os
 import threading
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from engine.runtimes.vm import protocol
-from engine.runtimes.vm.protocol import Attr, Words
+from engine.runtimes.vm.behind import PIPELINE, Behind
+from engine.runtimes.vm.protocol import Attr, Values, Words
+from engine.runtimes.vm.scratch import Piece
 
 if TYPE_CHECKING:
     from engine.runtimes.vm.guestfiles import GuestFiles
 
-PIPELINE = 6  # calls under way for one file that is read or written in order
 BEHIND_FROM = 1 << 20  # bytes written in order after which a file is written behind
 AHEAD_SECONDS = 1.0  # how long bytes read ahead are believed
 SYNC_SECONDS = 30.0  # of fsync(2), which waits for a disk
@@ -40,7 +41,7 @@ class GuestFile:
         self._version = files.version(identity)  # of what is read ahead
         self._read_to = 0  # where the reads in order have come to
         self._ahead: dict[int, tuple[float, Future[bytes]]] = {}  # offset -> when it was asked for, the bytes
-        self._behind: list[tuple[int, int, Future[int]]] = []  # offset, end
+        self._behind = Behind(files.pool, files.scratch, self._send_all)
         self._written_to, self._in_order = 0, 0
 
     # --- reading
@@ -98,22 +99,21 @@ class GuestFile:
 
     # --- writing
 
-    def _send(self, data: bytes, offset: int) -> int:
-        words: Words = {"handle": self._handle, "offset": offset, "data": data}
+    def _ask(self, data: bytes | Piece, offset: int) -> tuple[int, Values]:
         turn = self.files.beliefs.turn
-        values = self.files.call("WRITE", words)
+        values = self.files.write(self._handle, offset, data)
         attr = protocol.parse_attr(values.need("attr"))
         if (attr.dev, attr.ino) == self.identity:
             self.files.beliefs.learn(turn, self._root, [(self._path, attr, None)])
-        return values.number("size", most=len(data))
+        return values.number("size", most=data.size if isinstance(data, Piece) else len(data)), values
 
-    def _send_all(self, data: bytes, offset: int) -> int:
-        count = self._send(data, offset)
-        if count < len(data):  # a full disk says so when it is asked for the rest
-            count += self._send_all(data[count:], offset + count) if count else 0
-        if count < len(data):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return count
+    def _send_all(self, data: bytes | Piece, offset: int) -> None:
+        """Who wrote it will not ask for the rest."""
+        size = data.size if isinstance(data, Piece) else len(data)
+        count, values = self._ask(data, offset)
+        if count < size:
+            number = values.number("error", least=1, most=4095) if values.get("error") is not None else errno.EIO
+            raise OSError(number, os.strerror(number))
 
     def write(self, data: bytes, offset: int, *, append: bool = False) -> int:
         done = 0
@@ -124,7 +124,7 @@ class GuestFile:
                 done += len(part)
                 continue
             self.settle()
-            count = self._send(part, offset + done)
+            count, _ = self._ask(self.files.scratch.lay(part) or part, offset + done)
             done += count
             if count < len(part):
                 break
@@ -138,31 +138,27 @@ class GuestFile:
             self._written_to = offset + len(data)
             if self._in_order <= BEHIND_FROM:
                 return False
-            first = self._behind.pop(0) if len(self._behind) >= PIPELINE else None
-        if first is not None:
-            first[2].result()
-        future = self.files.pool.submit(self._send_all, data, offset)
-        with self._lock:
-            self._behind.append((offset, offset + len(data), future))
-        self.files.dirty.add(self)
+        try:
+            self._behind.add(data, offset)
+        finally:
+            self.files.dirty.add(self)
         return True
 
     def settle(self) -> None:
         """Wait for what is written behind; the first of its errors."""
-        if not self._behind:
+        if self._behind.empty:
             return
         with self._lock:
-            pending, self._behind = self._behind, []
             self._in_order = 0
         self.files.dirty.discard(self)
-        errors = [error for _, _, future in pending if (error := future.exception()) is not None]
+        errors = self._behind.settle()
         self._touched()
         if errors:
             raise errors[0]
 
     def arrived(self) -> None:
         """Wait for what is written behind; errors stay for the writer."""
-        wait([future for _, _, future in list(self._behind)])
+        self._behind.arrived()
         self._touched()
 
     def _changed(self) -> None:

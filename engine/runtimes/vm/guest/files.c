@@ -19,26 +19,36 @@
 #define EARLY (64u << 10) /* most bytes that come with OPEN */
 
 #define SLOTS 9
+#define ANSWERS 8
 
 pid_t files_pid;
 static struct roots { /* shared with process 1, which writes it before a request that needs it goes out */
     char name[ROOTS][32], path[ROOTS][512];
     int taken[SLOTS]; /* by process 1, which reads a frame into one; let go by the worker who has done what it says */
     char slot[SLOTS][MAX_FRAME + 1];
+    int told[ANSWERS]; /* by the worker who writes its answer into one; let go by process 1, which has copied it */
+    struct answer answer[ANSWERS];
 } *roots;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct handle {
     int fd, uses, closing, open;
+    int direct; /* 0: not tried, -1: there is none, else the same file past the page cache, for writing */
     uint32_t turn;
 } handles[HANDLES];
+
+#define ALIGNED 4096
+#define AHEAD (1u << 20) /* bytes of a file read in order that its disk is asked for at once */
+#define PIECE (1u << 20) /* most bytes of a WRITE from there */
+static int scratch = -1; /* the disk on which the host lays down what is to be written; once open it stays */
 
 static struct worker {
     pthread_t thread;
     int socket;
+    char bulk[PIECE] __attribute__((aligned(4096))); /* read past the page cache */
     char input[MAX_FRAME + 1], list[32 << 10];
     struct words words;
-    struct answer answer;
+    struct answer *answer, own; /* `own` when no shared one is free */
 } workers[WORKERS];
 
 struct packed { /* ATTR of protocol.py */
@@ -80,6 +90,20 @@ int files_give(int socket, const char *frame, size_t length) {
 void files_forget(const char *kept) {
     for (int i = 0; roots && i < SLOTS; i++)
         if (kept != roots->slot[i]) __atomic_store_n(&roots->taken[i], 0, __ATOMIC_RELEASE);
+    for (int i = 0; roots && i < ANSWERS; i++) __atomic_store_n(&roots->told[i], 0, __ATOMIC_RELEASE);
+}
+
+ssize_t files_take(int socket, char *frame) {
+    int told;
+    ssize_t count = recv(socket, frame, MAX_FRAME, MSG_DONTWAIT);
+    if (count != sizeof told) return count;
+    memcpy(&told, frame, sizeof told);
+    if (told < 0 || told >= ANSWERS) return -1;
+    struct answer *answer = &roots->answer[told];
+    count = answer->used <= MAX_FRAME ? answer->used : 0;
+    memcpy(frame, answer->frame, count);
+    __atomic_store_n(&roots->told[told], 0, __ATOMIC_RELEASE);
+    return count;
 }
 
 /* ---- handles */
@@ -117,16 +141,27 @@ static struct handle *handle_take(struct words *words, int *error) {
     return found;
 }
 
+/* The lock is held. */
+static void handle_shut(struct handle *h) {
+    close(h->fd);
+    if (h->direct > 0) close(h->direct);
+    h->open = 0;
+}
+
 static void handle_drop(struct handle *h, int closing) {
     if (!h) return;
     pthread_mutex_lock(&lock);
     h->uses--;
     h->closing |= closing;
-    if (h->closing && !h->uses) {
-        close(h->fd);
-        h->open = 0;
-    }
+    if (h->closing && !h->uses) handle_shut(h);
     pthread_mutex_unlock(&lock);
+}
+
+static int handle_closing(struct handle *h) {
+    pthread_mutex_lock(&lock);
+    int closing = h->closing;
+    pthread_mutex_unlock(&lock);
+    return closing;
 }
 
 static void handle_close_all(void) {
@@ -135,9 +170,7 @@ static void handle_close_all(void) {
         struct handle *h = &handles[i];
         if (!h->open) continue;
         h->closing = 1;
-        if (h->uses) continue;
-        close(h->fd);
-        h->open = 0;
+        if (!h->uses) handle_shut(h);
     }
     pthread_mutex_unlock(&lock);
 }
@@ -212,9 +245,9 @@ static int answer_attr(struct worker *w, int fd, const char *name) {
     char names[MAX_NAMES];
     if (fstatat(fd, name, &info, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) return errno;
     pack(&info, &packed);
-    answer_add(&w->answer, "attr", &packed, sizeof packed);
+    answer_add(w->answer, "attr", &packed, sizeof packed);
     ssize_t count = names_of(fd, name, names);
-    if (count >= 0) answer_add(&w->answer, "names", names, count);
+    if (count >= 0) answer_add(w->answer, "names", names, count);
     return 0;
 }
 
@@ -231,7 +264,7 @@ static void folder_time(int fd, int64_t out[2]) {
 static void answer_folder(struct worker *w, int fd, const int64_t before[2]) {
     int64_t times[4] = {before[0], before[1]};
     folder_time(fd, times + 2);
-    answer_add(&w->answer, "folder", times, sizeof times);
+    answer_add(w->answer, "folder", times, sizeof times);
 }
 
 /* ---- verbs: 0 or errno */
@@ -271,7 +304,7 @@ static int list_some(struct worker *w, int fd, int *error) {
             struct stat info;
             n += entry->size;
             size_t length = strlen(entry->name);
-            if (w->answer.used + sizeof item + 96 > sizeof w->answer.frame) {
+            if (w->answer->used + sizeof item + 96 > sizeof w->answer->frame) {
                 if (lseek(fd, at, SEEK_SET) < 0) return *error = errno, 0;
                 return *error = 0, 1;
             }
@@ -283,7 +316,7 @@ static int list_some(struct worker *w, int fd, int *error) {
             length += sizeof(struct packed);
             ssize_t names = names_of(fd, entry->name, item + length + 1);
             if (names >= 0) item[length] = 0, length += 1 + names;
-            answer_add(&w->answer, "entry", item, length);
+            answer_add(w->answer, "entry", item, length);
         }
     }
 }
@@ -295,7 +328,7 @@ static int do_list(struct worker *w) {
         struct handle *h = handle_take(&w->words, &error);
         if (!h) return error;
         more = list_some(w, h->fd, &error);
-        if (more) answer_text(&w->answer, "handle", "%s", given);
+        if (more) answer_text(w->answer, "handle", "%s", given);
         handle_drop(h, !more);
         return error;
     }
@@ -307,7 +340,7 @@ static int do_list(struct worker *w) {
     more = list_some(w, fd, &error);
     if (!more && !error) answer_folder(w, fd, before);
     if (!more) close(fd);
-    else if (!(error = handle_add(fd, &handle))) answer_text(&w->answer, "handle", "%lld", handle);
+    else if (!(error = handle_add(fd, &handle))) answer_text(w->answer, "handle", "%lld", handle);
     return error;
 }
 
@@ -317,7 +350,7 @@ static int do_readlink(struct worker *w) {
     if (fd < 0) return errno;
     ssize_t count = readlinkat(fd, "", text, sizeof text);
     int error = count < 0 ? (errno == ENOENT ? EINVAL : errno) : 0;
-    if (!error) answer_add(&w->answer, "target", text, count);
+    if (!error) answer_add(w->answer, "target", text, count);
     close(fd);
     return error;
 }
@@ -350,7 +383,7 @@ static int open_existing(struct worker *w, int flags) {
 
 /* `data` of the answer. */
 static int read_some(struct worker *w, int fd, long long offset, long long size) {
-    char *word = w->answer.frame + w->answer.used; /* read into its place */
+    char *word = w->answer->frame + w->answer->used; /* read into its place */
     ssize_t have = 0;
     while (have < size) {
         ssize_t count = pread(fd, word + 9 + have, size - have, offset + have);
@@ -362,7 +395,7 @@ static int read_some(struct worker *w, int fd, long long offset, long long size)
     uint32_t length = have + 5;
     memcpy(word, &length, 4);
     memcpy(word + 4, "data=", 5);
-    w->answer.used += 4 + length;
+    w->answer->used += 4 + length;
     return 0;
 }
 
@@ -392,32 +425,87 @@ static int do_open(struct worker *w) {
     struct stat info;
     if (early && !fstat(fd, &info) && info.st_size <= early && (error = read_some(w, fd, 0, early))) return close(fd), error;
     if ((error = handle_add(fd, &handle))) return error;
-    answer_text(&w->answer, "handle", "%lld", handle);
+    answer_text(w->answer, "handle", "%lld", handle);
     return 0;
 }
 
 static int do_read(struct worker *w, int fd) {
     long long offset, size;
     if (number_of(&w->words, "offset", 10, -1, &offset) || offset < 0 || number_of(&w->words, "size", 10, -1, &size) || size < 0 || size > BULK) return EINVAL;
+    if (size == BULK && offset % AHEAD == 0) posix_fadvise(fd, offset, 2 * AHEAD, POSIX_FADV_WILLNEED);
     return read_some(w, fd, offset, size);
 }
 
-static int do_write(struct worker *w, int fd) {
-    long long offset;
+/* What the host has laid down on a disk, in w->bulk. 0 or errno. */
+static int scratch_read(struct worker *w, long long from, long long size) {
+    if (scratch < 0 || from < 0 || from % ALIGNED || size <= 0 || size > PIECE) return EINVAL;
+    size_t whole = (size + ALIGNED - 1) / ALIGNED * ALIGNED;
+    ssize_t count;
+    while ((count = pread(scratch, w->bulk, whole, from)) < 0 && errno == EINTR) continue;
+    return count < 0 ? errno : count < size ? EIO : 0;
+}
+
+static int do_scratch(struct worker *w) {
+    long long at, size;
+    char *disk = value_of(&w->words, "disk", NULL);
+    if (!disk || number_of(&w->words, "at", 10, -1, &at) || number_of(&w->words, "size", 10, -1, &size)) return EINVAL;
+    pthread_mutex_lock(&lock); /* its name is always the same, and other workers may be reading */
+    int error = scratch < 0 && (scratch = open(disk, O_RDONLY | O_DIRECT | O_CLOEXEC)) < 0 ? errno : 0;
+    pthread_mutex_unlock(&lock);
+    if (error || (error = scratch_read(w, at, size))) return error;
+    if (size > BULK) return EINVAL;
+    answer_add(w->answer, "data", w->bulk, size);
+    return 0;
+}
+
+/* Where to write what lies in w->bulk: to fill the page cache takes an emulated CPU three times as long as to let the
+   disk have it. The kernel keeps the two alike. */
+static int direct_of(struct handle *h, long long offset, long long size) {
+    char link[40];
+    if (offset % ALIGNED || size % ALIGNED) return h->fd;
+    pthread_mutex_lock(&lock);
+    if (!h->direct) {
+        int flags = fcntl(h->fd, F_GETFL);
+        h->direct = flags < 0 || flags & O_APPEND ? -1 : open(link_of(h->fd, link), O_WRONLY | O_DIRECT | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+        if (!h->direct) h->direct = -1; /* the number of a standard stream, closed here */
+    }
+    int fd = h->direct < 0 ? h->fd : h->direct;
+    pthread_mutex_unlock(&lock);
+    return fd;
+}
+
+static int do_write(struct worker *w, struct handle *h) {
+    long long offset, from, size;
     uint32_t length, have = 0;
+    int fd = h->fd, error, why = EIO;
     char *data = value_of(&w->words, "data", &length);
-    if (!data || length > BULK || number_of(&w->words, "offset", 10, -1, &offset) || offset < 0) return EINVAL;
+    if (number_of(&w->words, "offset", 10, -1, &offset) || offset < 0) return EINVAL;
+    if (!data) {
+        if (number_of(&w->words, "from", 10, -1, &from) || number_of(&w->words, "size", 10, -1, &size)) return EINVAL;
+        if ((error = scratch_read(w, from, size))) return error;
+        if (handle_closing(h)) return EBADF; /* a host that is new may have laid something else there meanwhile */
+        data = w->bulk;
+        length = size;
+        fd = direct_of(h, offset, size);
+    }
+    if (data != w->bulk && length > BULK) return EINVAL;
     while (have < length) {
         ssize_t count = pwrite(fd, data + have, length - have, offset + have);
         if (count < 0 && errno == EINTR) continue;
+        if (count < 0 && errno == EINVAL && fd != h->fd) {
+            fd = h->fd;
+            continue;
+        }
         if (count < 0 && !have) return errno;
+        if (count < 0) why = errno;
         if (count <= 0) break;
         have += count;
     }
-    answer_text(&w->answer, "size", "%u", have);
+    answer_text(w->answer, "size", "%u", have);
+    if (have < length) answer_text(w->answer, "error", "%d", why);
     struct stat info;
     struct packed packed;
-    if (!fstat(fd, &info)) pack(&info, &packed), answer_add(&w->answer, "attr", &packed, sizeof packed);
+    if (!fstat(fd, &info)) pack(&info, &packed), answer_add(w->answer, "attr", &packed, sizeof packed);
     return 0;
 }
 
@@ -429,7 +517,7 @@ static int with_handle(struct worker *w, char verb) {
     struct handle *h = handle_take(&w->words, &error);
     if (!h) return error;
     if (verb == 'R') error = do_read(w, h->fd);
-    else if (verb == 'W') error = do_write(w, h->fd);
+    else if (verb == 'W') error = do_write(w, h);
     else if (verb == 'S') error = (value_of(&w->words, "data", NULL) ? fdatasync(h->fd) : fsync(h->fd)) ? errno : 0;
     else if (verb == 'T') error = number_of(&w->words, "size", 10, -1, &size) || size < 0 ? EINVAL : ftruncate(h->fd, size) ? errno : 0;
     else if (verb == 'A') {
@@ -527,28 +615,28 @@ static int with_object(struct worker *w, const char *verb, int fd) {
     if (!strcmp(verb, "STATFS")) {
         struct statfs s;
         if (fstatfs(fd, &s)) return errno;
-        answer_text(&w->answer, "type", "%lld", (long long)s.f_type);
-        answer_text(&w->answer, "bsize", "%lld", (long long)s.f_bsize);
-        answer_text(&w->answer, "blocks", "%lld", (long long)s.f_blocks);
-        answer_text(&w->answer, "bfree", "%lld", (long long)s.f_bfree);
-        answer_text(&w->answer, "bavail", "%lld", (long long)s.f_bavail);
-        answer_text(&w->answer, "files", "%lld", (long long)s.f_files);
-        answer_text(&w->answer, "ffree", "%lld", (long long)s.f_ffree);
-        answer_text(&w->answer, "namelen", "%lld", (long long)s.f_namelen);
+        answer_text(w->answer, "type", "%lld", (long long)s.f_type);
+        answer_text(w->answer, "bsize", "%lld", (long long)s.f_bsize);
+        answer_text(w->answer, "blocks", "%lld", (long long)s.f_blocks);
+        answer_text(w->answer, "bfree", "%lld", (long long)s.f_bfree);
+        answer_text(w->answer, "bavail", "%lld", (long long)s.f_bavail);
+        answer_text(w->answer, "files", "%lld", (long long)s.f_files);
+        answer_text(w->answer, "ffree", "%lld", (long long)s.f_ffree);
+        answer_text(w->answer, "namelen", "%lld", (long long)s.f_namelen);
         return 0;
     }
     /* a symlink's own attributes are reached neither by O_PATH nor by /proc: getxattr(link) takes the object itself */
     if (!strcmp(verb, "LISTXATTR")) {
         ssize_t count = listxattr(link, text, sizeof text);
         if (count < 0) return errno;
-        for (char *at = text; at < text + count; at += strlen(at) + 1) answer_add(&w->answer, "name", at, strlen(at));
+        for (char *at = text; at < text + count; at += strlen(at) + 1) answer_add(w->answer, "name", at, strlen(at));
         return 0;
     }
     if (!name) return EINVAL;
     if (!strcmp(verb, "GETXATTR")) {
         ssize_t count = getxattr(link, name, text, sizeof text);
         if (count < 0) return errno;
-        answer_add(&w->answer, "value", text, count);
+        answer_add(w->answer, "value", text, count);
         return 0;
     }
     if (!strcmp(verb, "REMOVEXATTR")) return removexattr(link, name) ? errno : 0;
@@ -566,7 +654,7 @@ static const struct {
 static const struct {
     const char *verb;
     int (*run)(struct worker *);
-} others[] = {{"STAT", do_stat}, {"LIST", do_list}, {"READLINK", do_readlink}, {"OPEN", do_open}, {"TRUNCATE", do_truncate}, {NULL, NULL}};
+} others[] = {{"STAT", do_stat}, {"LIST", do_list}, {"READLINK", do_readlink}, {"OPEN", do_open}, {"TRUNCATE", do_truncate}, {"SCRATCH", do_scratch}, {NULL, NULL}};
 
 static int one_of(const char *const *list, const char *verb) {
     while (*list && strcmp(*list, verb)) list++;
@@ -630,7 +718,7 @@ static void *work(void *argument) {
     struct worker *w = argument;
     for (;;) {
         struct header header;
-        int slot = -1;
+        int slot = -1, told = 0;
         char *frame = w->input;
         ssize_t count = recv(w->socket, frame, MAX_FRAME, 0);
         if (count < 0 && errno == EINTR) continue;
@@ -639,16 +727,20 @@ static void *work(void *argument) {
             frame = roots->slot[slot];
         } else if (count < (ssize_t)sizeof header) _exit(0); /* process 1 closed it */
         memcpy(&header, frame, sizeof header);
-        answer_begin(&w->answer);
+        while (told < ANSWERS && __atomic_exchange_n(&roots->told[told], 1, __ATOMIC_ACQUIRE)) told++;
+        w->answer = told < ANSWERS ? &roots->answer[told] : &w->own;
+        answer_begin(w->answer);
         int error = EINVAL;
         if (!split_words(frame + sizeof header, header.length, &w->words)) {
             close_done(&w->words);
             error = serve(w);
         }
         if (slot >= 0) __atomic_store_n(&roots->taken[slot], 0, __ATOMIC_RELEASE);
-        if (error) answer_begin(&w->answer);
-        uint32_t size = answer_end(&w->answer, header.stream, error);
-        while (send(w->socket, w->answer.frame, size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
+        if (error) answer_begin(w->answer);
+        uint32_t size = answer_end(w->answer, header.stream, error);
+        const void *out = w->answer == &w->own ? (const void *)w->own.frame : &told;
+        if (out == &told) size = sizeof told;
+        while (send(w->socket, out, size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
     }
 }
 
