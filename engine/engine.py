@@ -41,7 +41,7 @@ from engine.retention import Retention
 from engine.runtimes.netavark import Netavark
 from engine.runtimes.netbase import Backend
 from engine.runtimes.usernet import UserNetworks
-from engine.runtimes.vm import report
+from engine.runtimes.vm import report, standbys
 from engine.scheduler import Clock
 from engine.store import check
 from engine.store.blobs import Blobs
@@ -272,6 +272,7 @@ class Engine:
             "mount": str(self.mount or ""),
             "runtime": self._runtime,
             "accelerator": report.summary(),
+            **standbys.summary(self.kernels.directory),
             "rootfs": self._rootfs(),
             "networks": self.connections.summary(),
             "images": str(self._count("images")),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from guestkernel import guest_kernels
 from runtimebench import SLOW, Bench, bench_of
 
 from engine.errors import Busy, Damaged, RuntimeFailure
+from engine.runtimes import conmon
 from engine.runtimes.conmon import start_time
 from engine.runtimes.vm import agentbuild, driver, standby, standbys, templatemaker, templates
 from engine.runtimes.vm.driver import VmRuntime
@@ -178,6 +183,57 @@ def test_what_there_is_of_them_is_listed(forged: Forged) -> None:
     assert templates.listing(forged.directory) == [] and not forged.found()
 
 
+def test_status_tells_of_templates_and_of_what_stands_by(tmp_path: Path) -> None:
+    assert standbys.summary(tmp_path) == {"templates": "0", "standbys": "0"}
+    directory = tmp_path / "6.1" / "templates"
+    made = Forged(directory, templates.wanted(MACHINE, 0, ABOUT)).make()
+    for name, machine in ((".standby-k", os.getpid()), (".warming-x", 0)):
+        place = directory / name
+        place.mkdir(mode=0o700)
+        known = {"memory": 192, "cpus": 2, "networks": 4, "pid": 1, "qemu": machine, "since": 0}
+        (place / "lock").write_text(json.dumps(known))
+    shape = "memory=192M cpus=2 networks="
+    told = {"templates": f"1, 0 MiB: {shape}1", "standbys": "0"}
+    assert standbys.summary(tmp_path) == told  # nobody keeps those: they were left behind
+    with ExitStack() as keepers:
+        for place in directory.glob(".*"):
+            fcntl.flock(keepers.enter_context(open(place / "lock", "rb")), fcntl.LOCK_EX)
+        found = standbys.summary(tmp_path)["standbys"]
+        assert re.fullmatch(rf"2: {shape}4 held=\d+M, {shape}4 is being made", found), found
+        (line,) = standbys.listing(directory)
+        assert line.startswith(f"k standby {shape}4 held=") and line.endswith("M pid=1 since=1970-01-01T00:00:00Z")
+    templates.discard(directory, made.wish["key"])
+    assert standbys.summary(tmp_path)["templates"] == "0"
+
+
+def test_the_end_of_one_that_stood_by_is_not_that_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUTCHMAN_STANDBY", "1")
+    script = 'exec 3<&0; (echo ready; read -r line <&3; cat <&3; echo over > "$0/$2") &'
+    program = ["sh", "-c", script, str(tmp_path)]
+    (tmp_path / "agent").write_bytes(b"agent")
+    request = {"machine": {"memory": 1}, "agent": str(tmp_path / "agent"), "directory": str(tmp_path), "plan": {}}
+    found = Standbys()
+    monkeypatch.setattr(standbys, "make_disks", lambda *_: [])
+    for key in ("one", "two", "three"):
+        found.want(program, tmp_path, request | {"key": key})
+        until(lambda: found._ready)
+    until(lambda: (tmp_path / "two").exists() and len(followers()) == 1)
+    assert found._key == "three" and not (tmp_path / "three").exists()
+    found.close()
+    until(lambda: (tmp_path / "three").exists() and not followers())
+
+
+def followers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "standby"]
+
+
+def until(done: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 # --- real machines ----------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +347,18 @@ def test_a_machine_that_stands_by_is_taken_over_once(standing_by: StandingBy) ->
     assert not list(standing_by.directory.glob(".standby-*"))
 
 
+def _and_kill(real: Callable[..., None], pid: int) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        real(*args)
+        os.kill(pid, signal.SIGKILL)
+
+    return call
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeFailure("no conmon today")
+
+
 def _test_whatever_is_killed_nothing_of_what_stands_by_is_left(standing_by: StandingBy) -> None:
     templated, bench = standing_by.templated, standing_by.templated.bench
     for victim in ("keeper", "qemu", "daemon", "forget"):
@@ -305,6 +373,18 @@ def _test_whatever_is_killed_nothing_of_what_stands_by_is_left(standing_by: Stan
         standing_by.gone(keeper, qemu)
         how, out = templated.run("echo here")
         assert out == ["here"] and how.startswith("template "), victim
+    for victim in ("keeper", "qemu"):  # while they set it up for the container
+        keeper, qemu = standing_by.have()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(standby, "set_up", _and_kill(standby.set_up, keeper if victim == "keeper" else qemu))
+            how, out = templated.run("echo here")
+        standing_by.gone(keeper, qemu)
+        assert out == ["here"] and how.startswith("template ") and "what stood by does not work" in how, victim
+    keeper, qemu = standing_by.have()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeFailure):  # nobody comes for it
+        patch.setattr(conmon, "launch", _refuse)
+        bench.run(("true",), memory="64m")
+    standing_by.gone(keeper, qemu)
     for victim in ("keeper", "qemu", "owner"):
         keeper, qemu = standing_by.have()
         id = bench.run(("sleep", "1000"), memory="64m")
@@ -315,7 +395,7 @@ def _test_whatever_is_killed_nothing_of_what_stands_by_is_left(standing_by: Stan
         bench.runtime.delete(id)
 
 
-if SLOW:  # seven machines
+if SLOW:  # ten machines
     test_whatever_is_killed_nothing_of_what_stands_by_is_left = (
         _test_whatever_is_killed_nothing_of_what_stands_by_is_left
     )

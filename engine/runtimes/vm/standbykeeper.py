@@ -88,14 +88,15 @@ def keep(request: Mapping[str, Any]) -> None:
     fcntl.flock(lock, fcntl.LOCK_EX)
     kept = _Kept(place, request)
     try:
+        _note(lock, request, 0)
         kept.warm()
         final = directory / f"{standby.NAME}{request['key']}"
         listener = socket.socket(socket.AF_UNIX)
         with socket_address(place / standby.SOCKET) as address:
             listener.bind(address)
         listener.listen(1)
-        memory = request["machine"]["memory"]
-        os.write(lock, json.dumps({"pid": os.getpid(), "memory": memory, "since": int(time.time())}).encode())
+        assert kept.qemu is not None
+        _note(lock, request, kept.qemu.pid)
         os.rename(place, final)
         kept.place = final
         signal.alarm(0)
@@ -103,6 +104,12 @@ def keep(request: Mapping[str, Any]) -> None:
         kept.wait(listener)
     finally:
         kept.end()
+
+
+def _note(lock: int, request: Mapping[str, Any], machine: int) -> None:
+    """For who lists them (standbys.py); `machine`: QEMU's pid, once it is ready."""
+    shape = {name: request["machine"][name] for name in ("memory", "cpus")} | {"networks": request["taps"]}
+    os.pwrite(lock, json.dumps(shape | {"pid": os.getpid(), "qemu": machine, "since": int(time.time())}).encode(), 0)
 
 
 def _sweep(kernels: Path) -> None:

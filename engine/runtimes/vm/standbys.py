@@ -22,12 +22,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine import host
 from engine.errors import EngineError
 from engine.hostfiles import share
-from engine.runtimes.vm import disks, standby, translate
+from engine.runtimes.vm import disks, standby, templates, translate
 from engine.runtimes.vm.standbykeeper import ASIDE, PROGRAM, SHARED, alive, enough
 from engine.store import erofs
 from engine.store.merge import Node
@@ -47,6 +47,7 @@ class Standbys:
         self._key = ""  # of the one there is, or that is being made
         self._ready = False
         self._handle = -1  # its keeper's standard input
+        self._turn = 0  # counts them: descriptors have the numbers of earlier ones
         self._failed: dict[str, float] = {}
         self._closed = os.environ.get(VARIABLE, "1") == "0"
 
@@ -69,10 +70,11 @@ class Standbys:
             )
             assert process.stdin is not None
             self._key, self._ready, self._handle = key, False, os.dup(process.stdin.fileno())
-            arguments = (key, self._handle, process, dict(request) | {"directory": str(directory)})
+            self._turn += 1
+            arguments = (key, self._turn, process, dict(request) | {"directory": str(directory)})
             threading.Thread(target=self._follow, args=arguments, name="standby", daemon=True).start()
 
-    def _follow(self, key: str, handle: int, process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
+    def _follow(self, key: str, turn: int, process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
         assert process.stdin is not None and process.stdout is not None
         try:
             line = self._request(request)
@@ -84,10 +86,10 @@ class Standbys:
             process.stdin.write(line)
             process.stdin.flush()
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # `handle` is a duplicate
+            process.stdin.close()  # the handle is a duplicate
         if not line:
             with self._lock:
-                if self._handle == handle:
+                if self._turn == turn:
                     self._give_up()
         words = b""
         with process.stdout as said:
@@ -96,9 +98,9 @@ class Standbys:
                 if words == b"ready\n":
                     log.info("a machine of template %s stands by", key)
                     with self._lock:
-                        self._ready = self._ready or self._handle == handle
+                        self._ready = self._ready or self._turn == turn
         with self._lock:
-            if self._handle == handle:
+            if self._turn == turn:
                 self._give_up()
                 if not words.startswith(b"ready\n"):
                     self._failed[key] = time.monotonic()
@@ -210,17 +212,60 @@ _KINDS = {"proc", "tmpfs", "devpts", "sysfs", "cgroup", "mqueue"}
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
+class Standing(NamedTuple):
+    place: Path
+    ready: bool
+    known: Mapping[str, Any]  # standbykeeper.py, _note
+
+    @property
+    def shape(self) -> str:
+        return templates.shape(self.known["memory"], self.known["cpus"], self.known["networks"])
+
+    @property
+    def held(self) -> int:
+        """MiB of memory that it has written to: what it costs."""
+        text = Path(f"/proc/{self.known['qemu']}/status").read_text()
+        return int(text.partition("RssAnon:")[2].split()[0]) >> 10
+
+
+def standing(directory: Path) -> list[Standing]:
+    """Those of a kernel, whose templates are in `directory`: ready, or being made."""
+    out = []
+    for pattern in (standby.NAME, ASIDE):
+        for place in sorted(directory.glob(f"{pattern}*")):
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads((place / "lock").read_bytes())
+                if alive(place):
+                    out.append(Standing(place, pattern == standby.NAME, known))
+    return out
+
+
 def listing(directory: Path) -> list[str]:
-    """A line for the machine that stands by, of a kernel."""
+    """A line for each that stands by, of a kernel."""
     lines = []
-    for place in sorted(directory.glob(f"{standby.NAME}*")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json.loads((place / "lock").read_bytes())
-            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(known["since"]))
-            if alive(place):
-                key = place.name.removeprefix(standby.NAME)
-                lines.append(f"{key} standby memory={known['memory']}M pid={known['pid']} since={when}")
+    for item in standing(directory):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it ends
+            if item.ready:
+                when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(item.known["since"]))
+                key, pid = item.place.name.removeprefix(standby.NAME), item.known["pid"]
+                lines.append(f"{key} standby {item.shape} held={item.held}M pid={pid} since={when}")
     return lines
+
+
+def summary(kernels: Path) -> dict[str, str]:
+    """Of all kernels, for `status`."""
+    directories = [path for path in sorted(kernels.glob("*/templates")) if not path.parent.name.startswith(".")]
+    made = [item for directory in directories for item in templates.kept(directory)]
+    size = sum(item.bytes for item in made)
+    shapes = ", ".join(sorted({templates.shape(*item.shape) for item in made}))
+    lines = []
+    for item in (item for directory in directories for item in standing(directory)):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it ends
+            lines.append(f"{item.shape} held={item.held}M" if item.ready else f"{item.shape} is being made")
+    return {
+        "templates": f"{len(made)}, {size >> 20} MiB: {shapes}" if made else "0",
+        "standbys": f"{len(lines)}: {', '.join(lines)}" if lines else "0",
+    }
 
 
 def forget(directory: Path) -> None:

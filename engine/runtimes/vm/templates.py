@@ -241,13 +241,16 @@ def kept(directory: Path) -> list[Kept]:
     return sorted(out, key=lambda item: -item.used_ns)
 
 
+def shape(memory: int, cpus: int, taps: int) -> str:
+    return f"memory={memory}M cpus={cpus} networks={taps}"
+
+
 def listing(directory: Path) -> list[str]:
     """A line for each template of a kernel, and for each that did not work."""
     lines = []
     for item in kept(directory):
-        memory, cpus, taps = item.shape
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(item.used_ns // 10**9))
-        lines.append(f"{item.key} memory={memory}M cpus={cpus} networks={taps} bytes={item.bytes} used={when}")
+        lines.append(f"{item.key} {shape(*item.shape)} bytes={item.bytes} used={when}")
     for path in sorted(directory.glob("*.refused")):
         with contextlib.suppress(FileNotFoundError):
             lines.append(f"{path.stem} refused: {' '.join(path.read_text(errors='replace').split())[:500]}")
