@@ -214,13 +214,13 @@ def test_the_end_of_one_that_stood_by_is_not_that_of_the_next(tmp_path: Path, mo
     request = {"machine": {"memory": 1}, "agent": str(tmp_path / "agent"), "directory": str(tmp_path), "plan": {}}
     found = Standbys()
     monkeypatch.setattr(standbys, "make_disks", lambda *_: [])
-    for key in ("one", "two", "three"):
+    for key in ("one", "two"):
         found.want(program, tmp_path, request | {"key": key})
         until(lambda: found._ready)
-    until(lambda: (tmp_path / "two").exists() and len(followers()) == 1)
-    assert found._key == "three" and not (tmp_path / "three").exists()
+    until(lambda: (tmp_path / "one").exists() and len(followers()) == 1)
+    assert found._key == "two" and not (tmp_path / "two").exists()
     found.close()
-    until(lambda: (tmp_path / "three").exists() and not followers())
+    until(lambda: (tmp_path / "two").exists() and not followers())
 
 
 def followers() -> list[threading.Thread]:
