@@ -284,7 +284,7 @@ static void reap(int signals) {
 static void files_read(void) {
     while (queue_room() > 2 * MAX_FRAME) {
         char *at = queue_reserve();
-        ssize_t count = files_take(files, at);
+        ssize_t count = recv(files, at, MAX_FRAME, MSG_DONTWAIT);
         if (count <= (ssize_t)sizeof(struct header)) return;
         queue_commit(count);
     }

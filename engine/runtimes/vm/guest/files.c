@@ -19,15 +19,12 @@
 #define EARLY (64u << 10) /* most bytes that come with OPEN */
 
 #define SLOTS 9
-#define ANSWERS 8
 
 pid_t files_pid;
 static struct roots { /* shared with process 1, which writes it before a request that needs it goes out */
     char name[ROOTS][32], path[ROOTS][512];
     int taken[SLOTS]; /* by process 1, which reads a frame into one; let go by the worker who has done what it says */
     char slot[SLOTS][MAX_FRAME + 1];
-    int told[ANSWERS]; /* by the worker who writes its answer into one; let go by process 1, which has copied it */
-    struct answer answer[ANSWERS];
 } *roots;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -48,7 +45,7 @@ static struct worker {
     char bulk[PIECE] __attribute__((aligned(4096))); /* read past the page cache */
     char input[MAX_FRAME + 1], list[32 << 10];
     struct words words;
-    struct answer *answer, own; /* `own` when no shared one is free */
+    struct answer answer;
 } workers[WORKERS];
 
 struct packed { /* ATTR of protocol.py */
@@ -90,20 +87,6 @@ int files_give(int socket, const char *frame, size_t length) {
 void files_forget(const char *kept) {
     for (int i = 0; roots && i < SLOTS; i++)
         if (kept != roots->slot[i]) __atomic_store_n(&roots->taken[i], 0, __ATOMIC_RELEASE);
-    for (int i = 0; roots && i < ANSWERS; i++) __atomic_store_n(&roots->told[i], 0, __ATOMIC_RELEASE);
-}
-
-ssize_t files_take(int socket, char *frame) {
-    int told;
-    ssize_t count = recv(socket, frame, MAX_FRAME, MSG_DONTWAIT);
-    if (count != sizeof told) return count;
-    memcpy(&told, frame, sizeof told);
-    if (told < 0 || told >= ANSWERS) return -1;
-    struct answer *answer = &roots->answer[told];
-    count = answer->used <= MAX_FRAME ? answer->used : 0;
-    memcpy(frame, answer->frame, count);
-    __atomic_store_n(&roots->told[told], 0, __ATOMIC_RELEASE);
-    return count;
 }
 
 /* ---- handles */
@@ -245,9 +228,9 @@ static int answer_attr(struct worker *w, int fd, const char *name) {
     char names[MAX_NAMES];
     if (fstatat(fd, name, &info, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) return errno;
     pack(&info, &packed);
-    answer_add(w->answer, "attr", &packed, sizeof packed);
+    answer_add(&w->answer, "attr", &packed, sizeof packed);
     ssize_t count = names_of(fd, name, names);
-    if (count >= 0) answer_add(w->answer, "names", names, count);
+    if (count >= 0) answer_add(&w->answer, "names", names, count);
     return 0;
 }
 
@@ -264,7 +247,7 @@ static void folder_time(int fd, int64_t out[2]) {
 static void answer_folder(struct worker *w, int fd, const int64_t before[2]) {
     int64_t times[4] = {before[0], before[1]};
     folder_time(fd, times + 2);
-    answer_add(w->answer, "folder", times, sizeof times);
+    answer_add(&w->answer, "folder", times, sizeof times);
 }
 
 /* ---- verbs: 0 or errno */
@@ -304,7 +287,7 @@ static int list_some(struct worker *w, int fd, int *error) {
             struct stat info;
             n += entry->size;
             size_t length = strlen(entry->name);
-            if (w->answer->used + sizeof item + 96 > sizeof w->answer->frame) {
+            if (w->answer.used + sizeof item + 96 > sizeof w->answer.frame) {
                 if (lseek(fd, at, SEEK_SET) < 0) return *error = errno, 0;
                 return *error = 0, 1;
             }
@@ -316,7 +299,7 @@ static int list_some(struct worker *w, int fd, int *error) {
             length += sizeof(struct packed);
             ssize_t names = names_of(fd, entry->name, item + length + 1);
             if (names >= 0) item[length] = 0, length += 1 + names;
-            answer_add(w->answer, "entry", item, length);
+            answer_add(&w->answer, "entry", item, length);
         }
     }
 }
@@ -328,7 +311,7 @@ static int do_list(struct worker *w) {
         struct handle *h = handle_take(&w->words, &error);
         if (!h) return error;
         more = list_some(w, h->fd, &error);
-        if (more) answer_text(w->answer, "handle", "%s", given);
+        if (more) answer_text(&w->answer, "handle", "%s", given);
         handle_drop(h, !more);
         return error;
     }
@@ -340,7 +323,7 @@ static int do_list(struct worker *w) {
     more = list_some(w, fd, &error);
     if (!more && !error) answer_folder(w, fd, before);
     if (!more) close(fd);
-    else if (!(error = handle_add(fd, &handle))) answer_text(w->answer, "handle", "%lld", handle);
+    else if (!(error = handle_add(fd, &handle))) answer_text(&w->answer, "handle", "%lld", handle);
     return error;
 }
 
@@ -350,7 +333,7 @@ static int do_readlink(struct worker *w) {
     if (fd < 0) return errno;
     ssize_t count = readlinkat(fd, "", text, sizeof text);
     int error = count < 0 ? (errno == ENOENT ? EINVAL : errno) : 0;
-    if (!error) answer_add(w->answer, "target", text, count);
+    if (!error) answer_add(&w->answer, "target", text, count);
     close(fd);
     return error;
 }
@@ -383,7 +366,7 @@ static int open_existing(struct worker *w, int flags) {
 
 /* `data` of the answer. */
 static int read_some(struct worker *w, int fd, long long offset, long long size) {
-    char *word = w->answer->frame + w->answer->used; /* read into its place */
+    char *word = w->answer.frame + w->answer.used; /* read into its place */
     ssize_t have = 0;
     while (have < size) {
         ssize_t count = pread(fd, word + 9 + have, size - have, offset + have);
@@ -395,7 +378,7 @@ static int read_some(struct worker *w, int fd, long long offset, long long size)
     uint32_t length = have + 5;
     memcpy(word, &length, 4);
     memcpy(word + 4, "data=", 5);
-    w->answer->used += 4 + length;
+    w->answer.used += 4 + length;
     return 0;
 }
 
@@ -425,7 +408,7 @@ static int do_open(struct worker *w) {
     struct stat info;
     if (early && !fstat(fd, &info) && info.st_size <= early && (error = read_some(w, fd, 0, early))) return close(fd), error;
     if ((error = handle_add(fd, &handle))) return error;
-    answer_text(w->answer, "handle", "%lld", handle);
+    answer_text(&w->answer, "handle", "%lld", handle);
     return 0;
 }
 
@@ -454,7 +437,7 @@ static int do_scratch(struct worker *w) {
     pthread_mutex_unlock(&lock);
     if (error || (error = scratch_read(w, at, size))) return error;
     if (size > BULK) return EINVAL;
-    answer_add(w->answer, "data", w->bulk, size);
+    answer_add(&w->answer, "data", w->bulk, size);
     return 0;
 }
 
@@ -501,11 +484,11 @@ static int do_write(struct worker *w, struct handle *h) {
         if (count <= 0) break;
         have += count;
     }
-    answer_text(w->answer, "size", "%u", have);
-    if (have < length) answer_text(w->answer, "error", "%d", why);
+    answer_text(&w->answer, "size", "%u", have);
+    if (have < length) answer_text(&w->answer, "error", "%d", why);
     struct stat info;
     struct packed packed;
-    if (!fstat(fd, &info)) pack(&info, &packed), answer_add(w->answer, "attr", &packed, sizeof packed);
+    if (!fstat(fd, &info)) pack(&info, &packed), answer_add(&w->answer, "attr", &packed, sizeof packed);
     return 0;
 }
 
@@ -615,28 +598,28 @@ static int with_object(struct worker *w, const char *verb, int fd) {
     if (!strcmp(verb, "STATFS")) {
         struct statfs s;
         if (fstatfs(fd, &s)) return errno;
-        answer_text(w->answer, "type", "%lld", (long long)s.f_type);
-        answer_text(w->answer, "bsize", "%lld", (long long)s.f_bsize);
-        answer_text(w->answer, "blocks", "%lld", (long long)s.f_blocks);
-        answer_text(w->answer, "bfree", "%lld", (long long)s.f_bfree);
-        answer_text(w->answer, "bavail", "%lld", (long long)s.f_bavail);
-        answer_text(w->answer, "files", "%lld", (long long)s.f_files);
-        answer_text(w->answer, "ffree", "%lld", (long long)s.f_ffree);
-        answer_text(w->answer, "namelen", "%lld", (long long)s.f_namelen);
+        answer_text(&w->answer, "type", "%lld", (long long)s.f_type);
+        answer_text(&w->answer, "bsize", "%lld", (long long)s.f_bsize);
+        answer_text(&w->answer, "blocks", "%lld", (long long)s.f_blocks);
+        answer_text(&w->answer, "bfree", "%lld", (long long)s.f_bfree);
+        answer_text(&w->answer, "bavail", "%lld", (long long)s.f_bavail);
+        answer_text(&w->answer, "files", "%lld", (long long)s.f_files);
+        answer_text(&w->answer, "ffree", "%lld", (long long)s.f_ffree);
+        answer_text(&w->answer, "namelen", "%lld", (long long)s.f_namelen);
         return 0;
     }
     /* a symlink's own attributes are reached neither by O_PATH nor by /proc: getxattr(link) takes the object itself */
     if (!strcmp(verb, "LISTXATTR")) {
         ssize_t count = listxattr(link, text, sizeof text);
         if (count < 0) return errno;
-        for (char *at = text; at < text + count; at += strlen(at) + 1) answer_add(w->answer, "name", at, strlen(at));
+        for (char *at = text; at < text + count; at += strlen(at) + 1) answer_add(&w->answer, "name", at, strlen(at));
         return 0;
     }
     if (!name) return EINVAL;
     if (!strcmp(verb, "GETXATTR")) {
         ssize_t count = getxattr(link, name, text, sizeof text);
         if (count < 0) return errno;
-        answer_add(w->answer, "value", text, count);
+        answer_add(&w->answer, "value", text, count);
         return 0;
     }
     if (!strcmp(verb, "REMOVEXATTR")) return removexattr(link, name) ? errno : 0;
@@ -718,7 +701,7 @@ static void *work(void *argument) {
     struct worker *w = argument;
     for (;;) {
         struct header header;
-        int slot = -1, told = 0;
+        int slot = -1;
         char *frame = w->input;
         ssize_t count = recv(w->socket, frame, MAX_FRAME, 0);
         if (count < 0 && errno == EINTR) continue;
@@ -727,20 +710,16 @@ static void *work(void *argument) {
             frame = roots->slot[slot];
         } else if (count < (ssize_t)sizeof header) _exit(0); /* process 1 closed it */
         memcpy(&header, frame, sizeof header);
-        while (told < ANSWERS && __atomic_exchange_n(&roots->told[told], 1, __ATOMIC_ACQUIRE)) told++;
-        w->answer = told < ANSWERS ? &roots->answer[told] : &w->own;
-        answer_begin(w->answer);
+        answer_begin(&w->answer);
         int error = EINVAL;
         if (!split_words(frame + sizeof header, header.length, &w->words)) {
             close_done(&w->words);
             error = serve(w);
         }
         if (slot >= 0) __atomic_store_n(&roots->taken[slot], 0, __ATOMIC_RELEASE);
-        if (error) answer_begin(w->answer);
-        uint32_t size = answer_end(w->answer, header.stream, error);
-        const void *out = w->answer == &w->own ? (const void *)w->own.frame : &told;
-        if (out == &told) size = sizeof told;
-        while (send(w->socket, out, size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
+        if (error) answer_begin(&w->answer);
+        uint32_t size = answer_end(&w->answer, header.stream, error);
+        while (send(w->socket, w->answer.frame, size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
     }
 }
 
