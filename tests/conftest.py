@@ -24,6 +24,9 @@ from engine.runtimes import netns
 os.environ.setdefault("DUTCHMAN_DEFAULT_NETWORK", "none")
 # no machine stands by but in the tests of that: each takes a second of CPU to make
 os.environ.setdefault("DUTCHMAN_STANDBY", "0")
+# whatever is started here, and whatever that starts, has this in its environment: what it is left of is known by it
+MARK = ("DUTCHMAN_TEST_SESSION", f"{os.getpid()}-{time.time_ns()}")
+os.environ[MARK[0]] = MARK[1]
 
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else all we start ignores it too
@@ -81,6 +84,21 @@ def processes_at(place: str) -> list[str]:
     return found
 
 
+def processes_of_session() -> list[str]:
+    """Those whose environment has this session's mark; not this one, whose environment was another when it began."""
+    wanted, found = "=".join(MARK).encode(), []
+    for entry in Path("/proc").iterdir() if host.LINUX else ():
+        if entry.name.isdigit():
+            try:
+                if wanted not in (entry / "environ").read_bytes().split(b"\0"):
+                    continue
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # it has just ended
+                continue
+            found.append(f"process {entry.name}: {command[:300]}")
+    return found
+
+
 def stores_below(place: Path, depth: int = 4) -> Iterator[Path]:
     for entry in place.iterdir():
         if entry.is_dir() and not entry.is_symlink():
@@ -105,7 +123,7 @@ def left_behind(base: Path) -> list[str]:
     while points := mounts_below(base):
         host.unmount(Path(points[0][0]))  # what is mounted below goes with it
     deadline = time.monotonic() + 10
-    while (running := processes_at(f"{base}/")) and time.monotonic() < deadline:
+    while (running := sorted({*processes_at(f"{base}/"), *processes_of_session()})) and time.monotonic() < deadline:
         time.sleep(0.1)
     for store in stores_below(base):
         place = state_directory(store)
