@@ -45,6 +45,7 @@ OPTIONAL = (
     "accelerator",
     "mkfs.ext4",
     "ip",
+    "guest agent",
     "runtime vm",
 )  # of the runtimes' facts: one runtime is enough
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from engine import connecting, discreet, host, userids
+from engine import connecting, discreet, guestagent, host, userids
 from engine.connections import Connections, state_directory
 from engine.containers import Containers
 from engine.drivers import Drivers
@@ -161,6 +161,8 @@ class Engine:
             self.connections,
             self._clock,
         )
+        self.agents = guestagent.Agents(self.jobs)
+        self.containers.execution.before_machine = self.agents.ready
         book = KernelBook(
             self.meta, self.journal, self.store / "containers", self.containers.all, lambda: self.drivers.default
         )
@@ -199,6 +201,8 @@ class Engine:
         if job.verb.startswith("volumes/"):
             self.failures.record(f"volume/{job.verb.split()[0].partition('/')[2]}", job.verb, error)
             return
+        if job.verb.startswith(f"{guestagent.VERB} "):
+            return  # and in the errors of the containers that wait for it
         if job.verb.startswith("kernels "):
             self.failures.record("kernels", job.verb, error)
             return

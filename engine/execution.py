@@ -100,6 +100,7 @@ class Execution:
         self.before_exit: Callable[[str], None] = lambda id: None  # the monitor's: last output is told of first
         self.after_exit: Callable[[str], None] = lambda id: None
         self.before_start: Callable[[str], None] = lambda id: None
+        self.before_machine: Callable[[str], None] = lambda id: None  # what only a virtual machine needs
 
     # --- handles ------------------------------------------------------------------------------------------------
 
@@ -213,6 +214,8 @@ class Execution:
         known["runtime"] = driver.name
         if container.runtime and container.runtime != driver.name:
             self._drivers.get(container.runtime).delete(id)  # what an earlier run left there
+        if driver.name == "vm":
+            self.before_machine(id)
         fresh = driver.name == "vm" and self._mounts.use_disk(id, image.chain_id, container.config.disk_size)
         # a guest's kernel has a policy of its own, or none
         labels = Labels() if driver.name == "vm" else selinux.of(self._directory / id, container.config)

@@ -10,7 +10,6 @@ from engine.errors import Busy, Unreachable
 from engine.execution import Execution
 from engine.lifecycle import ALIVE, State
 from engine.records import Container
-from engine.runtimes.vm.driver import VmRuntime
 from engine.runtimes.vm.guestfiles import GuestFiles, Machines
 from engine.runtimes.vm.guestupper import GuestUpper
 
@@ -56,6 +55,8 @@ class Guests:
 
     @contextmanager
     def _awake(self, container: Container) -> Iterator[GuestFiles]:
+        from engine.runtimes.vm.driver import VmRuntime  # few engines need it
+
         driver = self._execution.driver_of(container)
         assert isinstance(driver, VmRuntime)
         with driver.awake(container.id):

@@ -420,14 +420,28 @@ def start_command(mount: str | None, names: tuple[str, ...]) -> int:
     return for_each(where, names, ask, lambda name: await_start(where, name, f"start {name}", before[name]))
 
 
+@contextlib.contextmanager
+def _shown(what: str) -> Iterator[Callable[[str], None]]:
+    """On a terminal, while the block lasts: `what`, and what it was told last."""
+    if not sys.stderr.isatty():
+        yield lambda why: None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(what)) as status:
+        yield lambda why: status.update(Text(f"{what} {why}"))
+
+
 def await_start(where: Mount, name: str, what: str, before: str = "") -> None:
     """`start` returns after five seconds; this waits for the rest, as of a virtual machine on a busy host. Failure with
     the reason when it did not start: `before` was its `started_at`. Says on a terminal what it waits for."""
     container, since = ("containers", name), time.monotonic()
-    if where.field(*container, "state") == "starting" and sys.stderr.isatty():
-        click.echo(f"{name} is starting …", err=True)
-    while (state := where.field(*container, "state")) == "starting":
-        time.sleep(POLL[time.monotonic() - since > PATIENCE])
+    if (state := where.field(*container, "state")) == "starting":
+        with _shown(f"{name} is starting …") as show:
+            while (state := where.field(*container, "state")) == "starting":
+                show(where.field(*container, "reason"))
+                time.sleep(POLL[time.monotonic() - since > PATIENCE])
     if state != "stopped" or where.field(*container, "started_at") != before:
         return
     reason, more = explain(where.field(*container, "error"))

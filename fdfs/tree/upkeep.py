@@ -13,7 +13,7 @@ from fdfs.tree.text import line
 def reason(engine: Any, name: str) -> str:
     container = engine.containers.get(name)
     due = engine.containers.restarts.due(container.id)
-    return line("; ".join(filter(None, [_due(due), container.reason])))
+    return line("; ".join(filter(None, [_due(due), engine.agents.waits(container.id), container.reason])))
 
 
 def _due(seconds: float | None) -> str:

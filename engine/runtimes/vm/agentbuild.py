@@ -1,26 +1,37 @@
 """The guest's agent as a static program, built from guest/*.c by Zig's C compiler, which carries musl for each target.
 
 Floor 2. Same sources and compiler, same bytes. Built once per sources, compiler and architecture, into a cache of the
-caller. Thread- and process-safe: made aside, renamed into place. Deterministic: no paths, times or build ids inside.
+caller. Thread- and process-safe: one builds at a time, the others wait for it; made aside, renamed into place; what one
+that was killed has left is removed by the next, and its compiler ends with it. Deterministic: no paths, times or build
+ids inside.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from engine import host
 from engine.errors import RuntimeFailure, Unsupported
 
 SOURCES = Path(__file__).parent / "guest"
 ARCHITECTURES = ("x86_64", "aarch64")
 FLAGS = ("-static", "-Os", "-s", "-std=gnu11", "-Wall", "-fno-sanitize=all", "-g0", "-Wl,--build-id=none")
 DEADLINE = 600  # seconds: the first build of an architecture makes its C library too
+LOOK = 0.5  # seconds between two looks at the compiler, or at who builds
+ASIDE, LOCK = ".agent-", ".lock"
 
 
 def compiler() -> str:
@@ -56,31 +67,88 @@ def check(architecture: str, cache: Path) -> None:
         compiler()
 
 
-def build(architecture: str, cache: Path) -> Path:
-    """The agent for `architecture` (uname's name) below `cache`, made when absent. RuntimeFailure: no build."""
+def build(
+    architecture: str,
+    cache: Path,
+    tell: Callable[[str], None] = lambda text: None,
+    check_on: Callable[[], None] = lambda: None,
+) -> Path:
+    """The agent for `architecture` (uname's name) below `cache`, made when absent. RuntimeFailure: no build.
+
+    `tell` hears what is waited for; `check_on` is called often, to end it by raising.
+    """
     check(architecture, cache)
     if (found := built(architecture, cache)) is not None:
         return found
-    target = cache / f"agent-{architecture}-{build_id()}-{compiler()}"
+    version = compiler()
+    target = cache / f"agent-{architecture}-{build_id()}-{version}"
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".agent-", dir=cache) as aside:
-        made = Path(aside) / "agent"
-        compile_sources(architecture, made)
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        made.chmod(0o755)
-        made.replace(target)
+
+    def look(seconds: float) -> None:
+        check_on()
+        tell(f"Zig {version} builds the agent of guests, once: {seconds:.0f} s (1 to 4 minutes with its C library)")
+
+    with _alone(cache, tell, check_on):
+        if (found := built(architecture, cache)) is not None:
+            return found
+        for left in cache.glob(f"{ASIDE}*"):
+            host.remove_tree(left)
+        with tempfile.TemporaryDirectory(prefix=ASIDE, dir=cache) as aside:
+            made = Path(aside) / "agent"
+            compile_sources(architecture, made, look)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
+            made.chmod(0o755)
+            made.replace(target)
     return target
 
 
-def compile_sources(architecture: str, output: Path) -> None:
-    """Compile now, whatever a cache has."""
+@contextmanager
+def _alone(cache: Path, tell: Callable[[str], None], check_on: Callable[[], None]) -> Iterator[None]:
+    """Nobody else builds below `cache`; the lock goes with this process."""
+    with open(cache / LOCK, "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                check_on()
+                tell("another process builds the agent of guests")
+                time.sleep(LOOK)
+        yield
+
+
+def compile_sources(architecture: str, output: Path, look: Callable[[float], None] = lambda seconds: None) -> None:
+    """Compile now, whatever a cache has. `look` is called often with the seconds it has taken; it may raise."""
     names = [path.name for path in sorted(SOURCES.glob("*.c"))]
     argv = [sys.executable, "-m", "ziglang", "cc", "-target", f"{architecture}-linux-musl", *FLAGS]
     argv += [f'-DBUILD="{build_id()}"', "-o", str(output.absolute()), *names]
-    try:
-        done = subprocess.run(argv, cwd=SOURCES, capture_output=True, timeout=DEADLINE, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        raise RuntimeFailure(f"the compiler took longer than {DEADLINE} s") from None
-    if done.returncode:
-        raise RuntimeFailure(f"the guest's agent does not compile: {done.stderr.decode(errors='replace')[-2000:]}")
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(
+            argv,
+            cwd=SOURCES,
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=words,
+            start_new_session=True,
+            preexec_fn=partial(host.die_with_parent, signal.SIGKILL, os.getpid()),
+        )
+        try:
+            while (taken := time.monotonic() - began) < DEADLINE:
+                look(taken)
+                try:
+                    process.wait(LOOK)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+            else:
+                raise RuntimeFailure(f"the compiler took longer than {DEADLINE} s")
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # it has children
+            process.wait()
+            raise
+        words.seek(0)
+        said = words.read()
+    if process.returncode:
+        raise RuntimeFailure(f"the guest's agent does not compile: {said.decode(errors='replace')[-2000:]}")
