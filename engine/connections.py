@@ -40,6 +40,7 @@ from engine.runtimes import netns
 from engine.runtimes.base import RunSpec, Runtime
 from engine.runtimes.netbase import Backend, Link
 from engine.runtimes.netfiles import NetworkMode, RunNetwork, refresh
+from engine.runtimes.vm import usernetworks
 from engine.store.meta import Meta
 
 log = logging.getLogger(__name__)
@@ -106,9 +107,7 @@ class Connections:
     def summary(self) -> str:
         """For `status`."""
         why = self._backend.missing()
-        if why:
-            return f"loopback only: {why}"
-        return "netavark" if self._backend.resolves else "netavark, without names: aardvark-dns is not installed"
+        return f"loopback only: {why}" if why else self._backend.summary
 
     @property
     def usable(self) -> bool:
@@ -179,6 +178,9 @@ class Connections:
         with self._locked(id):
             self._release(id)  # what an earlier run left
             links, ports = self._allocate(id, name, hostname, wanted, config)
+        if self._backend.inside:
+            self._backend.setup(Path(), id, name, links, ports, config.dns)
+            return Setup(usernetworks.of_run(name, links, ports, config.dns))
         path = self._netns / id
         resolvers = tuple(gateway for link in links for _, gateway in link.subnets) if self._backend.resolves else ()
         network = RunNetwork(

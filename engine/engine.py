@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from engine import connecting, discreet, guestagent, host, userids
+from engine import connecting, discreet, guestagent, host, hostfiles, userids
 from engine.connections import Connections, state_directory
 from engine.containers import Containers
 from engine.drivers import Drivers
@@ -42,6 +42,7 @@ from engine.runtimes.netavark import Netavark
 from engine.runtimes.netbase import Backend
 from engine.runtimes.usernet import UserNetworks
 from engine.runtimes.vm import report, standbys
+from engine.runtimes.vm.usernetworks import GuestNetworks
 from engine.scheduler import Clock
 from engine.store import check
 from engine.store.blobs import Blobs
@@ -51,6 +52,7 @@ from engine.store.meta import Meta
 from engine.store.policy import PolicyFile
 from engine.store.trees import Trees
 from engine.store.usage import Usage
+from engine.unmounted import Unmounted
 from engine.volumefill import unmount_litter
 from engine.volumes import Volumes
 
@@ -108,7 +110,7 @@ class Engine:
         """Everything, in order; what has been opened is closed again when a later step fails."""
         self.store.mkdir(parents=True, exist_ok=True, mode=0o700)
         holder = f"pid {os.getpid()}" + (f", mount {self.mount}" if self.mount else "")
-        undo.callback(host.lock_file(self.store / "lock", holder).close)
+        undo.callback(hostfiles.lock_file(self.store / "lock", holder).close)
         for name in DIRECTORIES:
             (self.store / name).mkdir(mode=0o700, exist_ok=True)
         undo.callback(self._log_to_file())
@@ -132,7 +134,7 @@ class Engine:
         self.remotes = Remotes(self.store)
         undo.callback(self.remotes.close)
         self.volumes = Volumes(self.store, self.meta, self.journal)
-        self.mounts = RootfsMounts(self.store, self.trees)
+        self.mounts = (Unmounted if host.MACOS else RootfsMounts)(self.store, self.trees)
         self.jobs = Jobs(self.meta, self.journal, on_failure=self._job_failed)
         undo.callback(self.jobs.close)
         self.policy, self.usage = PolicyFile(self.store), Usage(self.store)
@@ -147,6 +149,8 @@ class Engine:
         backend: Backend = Netavark(place / "netavark")
         if userids.rootless() is not None:
             backend = UserNetworks(place / "netavark", host.runtime_dir())
+        elif host.MACOS:
+            backend = GuestNetworks()
         self.connections = Connections(self.meta, self.journal, self.networks, backend, place)
         self.containers = Containers(
             self.store,

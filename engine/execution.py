@@ -227,7 +227,7 @@ class Execution:
         user = container.config.user or config.runtime.user
         with ExitStack() as stack:
             # nothing is made or copied there then, and mounting a disk takes longer than all else
-            if fresh and not self.attachments.specs(container, config):
+            if not self._mounts.shows or (fresh and not self.attachments.specs(container, config)):
                 rootfs = stack.enter_context(self._mounts.only_image(image.chain_id, id))
             else:
                 rootfs = self.rootfs(id, image.chain_id, driver, labels.private)

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from engine import loops, userids
-from engine.errors import Busy, Unsupported
+from engine.errors import Unsupported
 
 LINUX = sys.platform.startswith("linux")
 MACOS = sys.platform == "darwin"
@@ -96,6 +96,8 @@ def runtime_dir() -> Path:
     """Where sockets and mount points of this boot live. An engine without root has its user's, inside and outside."""
     if is_root() and LINUX and userids.rootless() is None:
         return Path("/run/dutchman")
+    if MACOS and "XDG_RUNTIME_DIR" not in os.environ:  # temporary files are swept there when nobody touched them lately
+        return Path.home() / ".dutchman"
     import tempfile  # brings random, shutil and more, and processes that own a container want to start fast
 
     return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"dutchman-{userids.owner()[0]}"
@@ -113,6 +115,18 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def sync(fd: int) -> None:
+    """What was written to `fd` is durable: fsync(2) of macOS leaves it in the disk's cache (fcntl(2), F_FULLFSYNC)."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(fd, full)
+            return
+        except OSError:
+            pass  # a file system that knows no such thing
+    os.fsync(fd)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` with `data`: aside, fsync, rename, fsync the directory. Nothing changes when it fails."""
     import tempfile
@@ -124,7 +138,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            sync(fd)
         finally:
             os.close(fd)
         os.rename(aside, path)
@@ -165,29 +179,6 @@ def _open_beneath(root_fd: int, path: str | bytes, flags: int, mode: int) -> int
         return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=here)
     finally:
         os.close(here)
-
-
-def lock_file(path: Path, holder: str) -> IO[str]:
-    """Take the exclusive lock at `path` and write `holder` (one line) into it; it is held while the file is open.
-
-    Raises Busy with what the present holder wrote. The lock goes with its process, so a killed holder never blocks.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    handle = os.fdopen(fd, "r+")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        text = handle.read(4096).strip()
-        handle.close()
-        raise Busy(
-            f"the store {path.parent} is held by another daemon: {text or 'starting'}",
-            hint="use it through its mount, or run `dutchman down` first",
-        ) from error
-    handle.seek(0)
-    handle.truncate()
-    handle.write(holder + "\n")
-    handle.flush()
-    return handle
 
 
 # --- mounts -----------------------------------------------------------------------------------------------------
@@ -346,6 +337,11 @@ def sync_file_system(fd: int) -> None:
 
 def mounts() -> list[tuple[str, str, str]]:
     """(mount point, filesystem type, source) of every mount of this process, in mount order."""
+    if MACOS:
+        import subprocess
+
+        told = subprocess.run(["/sbin/mount"], capture_output=True, timeout=10).stdout.decode(errors="surrogateescape")
+        return mounts_told(told)
     out = []
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
@@ -355,6 +351,12 @@ def mounts() -> list[tuple[str, str, str]]:
     return out
 
 
+def mounts_told(text: str) -> list[tuple[str, str, str]]:
+    """The same from what mount(8) of macOS prints, which asks no file system: `SOURCE on POINT (KIND, …)`."""
+    found = (re.fullmatch(r"(.*?) on (/.*) \(([^,)]+).*\)", line) for line in text.splitlines())
+    return [(match[2], match[3], match[1]) for match in found if match]
+
+
 def unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
@@ -362,8 +364,6 @@ def unescape(field: str) -> str:
 def is_mounted(path: Path) -> bool:
     """Whether something is mounted exactly at `path`. Reads the mount table: never touches a dead mount."""
     wanted = os.path.abspath(path)
-    if not LINUX:
-        return os.path.ismount(wanted)
     return any(point == wanted for point, _, _ in mounts())
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from engine import host
 from engine.errors import Busy, InvalidArgument, NotFound, TooLarge, Unsupported
@@ -57,6 +58,29 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if call(fd, mode, offset, length) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def lock_file(path: Path, holder: str) -> IO[str]:
+    """Take the exclusive lock at `path` and write `holder` (one line) into it; it is held while the file is open.
+
+    Raises Busy with what the present holder wrote. The lock goes with its process, so a killed holder never blocks.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.fdopen(fd, "r+")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        text = handle.read(4096).strip()
+        handle.close()
+        raise Busy(
+            f"the store {path.parent} is held by another daemon: {text or 'starting'}",
+            hint="use it through its mount, or run `dutchman down` first",
+        ) from error
+    handle.seek(0)
+    handle.truncate()
+    handle.write(holder + "\n")
+    handle.flush()
+    return handle
 
 
 def share(fd: int, seconds: float) -> None:

@@ -72,6 +72,8 @@ def mount_of(path: Path) -> tuple[str, list[str]]:
 class RootfsMounts:
     """The mounts of the store at `store`."""
 
+    shows = True  # what a container has while it does not run
+
     def __init__(self, store: Path, trees: Trees) -> None:
         self._containers = store / "containers"
         self._tree_mounts = store / "run" / "trees"
@@ -89,8 +91,6 @@ class RootfsMounts:
 
     def _adopt(self) -> None:
         """Learn what an earlier daemon left mounted, and take down trees that nothing lies on."""
-        if not host.LINUX:
-            return
         points = {point for point, _, _ in host.mounts()}
         for directory in self._containers.iterdir() if self._containers.is_dir() else ():
             if points & {os.path.abspath(directory / "vm" / "disk"), os.path.abspath(directory)}:

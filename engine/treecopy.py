@@ -169,7 +169,8 @@ def _share(source: int, target: int) -> bool:
 
 def _piece(source: int, target: int, count: int, at: int) -> int:
     try:
-        return os.copy_file_range(source, target, count, at, at)
+        if hasattr(os, "copy_file_range"):
+            return os.copy_file_range(source, target, count, at, at)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
@@ -191,6 +192,8 @@ def copy_metadata(source: int, target: int) -> None:
 
 def _copy_xattrs(source: int | bytes, target: int | bytes) -> None:
     """What the target's file system does not take is left out, as cp -a does."""
+    if not hasattr(os, "listxattr"):  # of macOS Python has none
+        return
     follow = isinstance(source, int)
     try:
         names = os.listxattr(source, follow_symlinks=follow)

@@ -97,8 +97,9 @@ class Volumes:
         fill: Callable[[Path], None] | None = None,
     ) -> Volume:
         """Its directory is made aside, filled, and in place with the row: a crash leaves both or litter."""
-        if self._meta.row("SELECT 1 FROM volumes WHERE name = ?", (name,)):
-            raise AlreadyExists(f"a volume named {name} exists", at=name)
+        same = "name = ?" if host.LINUX else "name = ? COLLATE NOCASE"  # as most disks of a Mac see it
+        if row := self._meta.row(f"SELECT name FROM volumes WHERE {same}", (name,)):
+            raise AlreadyExists(f"a volume named {row['name']} exists", at=name)
         aside = self._tmp / f"volume-new-{time.time_ns()}-{name}"
         aside.mkdir(mode=0o700)
         try:
@@ -109,7 +110,7 @@ class Volumes:
                 self._fill_aside(driver, aside, options, fill)
             host.fsync_dir(aside)
             with self._meta.tx() as db:
-                if db.execute("SELECT 1 FROM volumes WHERE name = ?", (name,)).fetchone():
+                if db.execute(f"SELECT 1 FROM volumes WHERE {same}", (name,)).fetchone():
                     raise AlreadyExists(f"a volume named {name} exists", at=name)
                 db.execute(
                     "INSERT INTO volumes (name, driver, options, labels, created_ns) VALUES (?, ?, ?, ?, ?)",

@@ -151,8 +151,8 @@ def _overwritten(here: int, name: str, goal: Place) -> bool:
     does. False when there is none."""
     with ExitStack() as stack:
         try:
-            found = goal.open(goal.path, os.O_PATH)
-        except FileNotFoundError:
+            found = goal.open(goal.path, getattr(os, "O_PATH", os.O_RDWR | os.O_NONBLOCK))
+        except (FileNotFoundError, IsADirectoryError):
             return False
         stack.callback(os.close, found)
         if not stat.S_ISREG(os.fstat(found).st_mode):
@@ -161,8 +161,11 @@ def _overwritten(here: int, name: str, goal: Place) -> bool:
         stack.callback(os.close, source)
         if os.path.samestat(os.fstat(source), os.fstat(found)):
             raise OSError(errno.EINVAL, "a file cannot be copied onto itself", goal.text)
-        target = os.open(f"/proc/self/fd/{found}", os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)  # exactly what was seen
-        stack.callback(os.close, target)
+        target = found
+        if hasattr(os, "O_PATH"):
+            target = os.open(f"/proc/self/fd/{found}", os.O_WRONLY | os.O_CLOEXEC)  # exactly what was seen
+            stack.callback(os.close, target)
+        os.ftruncate(target, 0)
         _bytes(source, target)
     return True
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import os
 from typing import Any
 
-import fuse
-
+from engine import host
 from fdfs.entry import Attr
 
+# macFUSE, then FUSE-T, which fusepy does not know
+LIBRARIES = tuple(f"/usr/local/lib/{name}.dylib" for name in ("libfuse.2", "libfuse", "libosxfuse.2", "libfuse-t"))
+
+
+def _fusepy() -> Any:
+    """It looks for its library when it is imported."""
+    if host.MACOS and (found := [path for path in LIBRARIES if os.path.exists(path)]):
+        os.environ.setdefault("FUSE_LIBRARY_PATH", found[0])
+    return importlib.import_module("fuse")
+
+
+fuse: Any = _fusepy()
 lib = fuse._libfuse
 
 
@@ -36,7 +49,9 @@ fuse_new = _function(
     ctypes.c_size_t,
     ctypes.c_void_p,
 )
-fuse_kern_chan_new = _function("fuse_kern_chan_new", "FUSE_2.4", ctypes.c_void_p, ctypes.c_int)
+fuse_kern_chan_new: Any = None  # for mounts made outside of a user namespace
+if host.LINUX:
+    fuse_kern_chan_new = _function("fuse_kern_chan_new", "FUSE_2.4", ctypes.c_void_p, ctypes.c_int)
 fuse_get_session = _function("fuse_get_session", "FUSE_2.6", ctypes.c_void_p, ctypes.c_void_p)
 fuse_session_loop = _function("fuse_session_loop", "FUSE_2.4", ctypes.c_int, ctypes.c_void_p)
 fuse_session_exit = _function("fuse_session_exit", "FUSE_2.4", None, ctypes.c_void_p)

@@ -22,10 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import fuse
-
 from engine import host
 from engine.errors import Busy, RuntimeFailure, Unsupported
+from engine.runtimes.fusermount import unmount_fuse
 from fdfs.libfuse import (
     DONT_MASK,
     INT,
@@ -36,6 +35,7 @@ from fdfs.libfuse import (
     CallerContext,
     Table,
     fill_stat,
+    fuse,
     fuse_get_session,
     fuse_kern_chan_new,
     fuse_mount,
@@ -135,7 +135,8 @@ class Binding:
         return ctypes.CFUNCTYPE(RESULTS.get(name, INT), *args)(guarded)
 
     def _init(self, connection: int) -> None:
-        ctypes.c_uint.from_address(connection + WANT).value |= DONT_MASK
+        if host.LINUX:  # of macFUSE the structure is another
+            ctypes.c_uint.from_address(connection + WANT).value |= DONT_MASK
 
     # --- direct callbacks: bytes paths, raw addresses ---------------------------------------------------------------
 
@@ -274,11 +275,11 @@ def umask() -> int:
 def clear_stale(mount: Path) -> bool:
     """Detach what a killed daemon left at `mount`; whether there was something. Busy when it is in use and alive."""
     found = False
-    while host.LINUX and host.is_mounted(mount):
+    while host.is_mounted(mount):
         try:
             os.stat(mount)
         except OSError as error:
-            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED, errno.ENXIO):  # the last: macFUSE
                 raise
         else:
             raise Busy(f"{mount} is already a mount point", hint="another daemon serves it, or choose another --mount")
@@ -291,7 +292,9 @@ def detach(mount: Path) -> None:
     """Take a FUSE mount away at once, with everything bound below it."""
     try:
         host.unmount(mount)
-    except (PermissionError, Unsupported):
+    except Unsupported:
+        unmount_fuse(mount)
+    except PermissionError:
         fuse_unmount(os.fsencode(mount), None)  # not root: libfuse asks fusermount
 
 
@@ -344,7 +347,10 @@ class Mount:
             self._channel = fuse_mount(name, ctypes.byref(self._args))
         if not self._channel:
             raise RuntimeFailure(
-                f"cannot mount at {self._mount}", hint="is it an empty directory, and is /dev/fuse there?"
+                f"cannot mount at {self._mount}",
+                hint="is it an empty directory, and has macFUSE been allowed (System Settings, Privacy & Security)?"
+                if host.MACOS
+                else "is it an empty directory, and is /dev/fuse there?",
             )
         handle = fuse_new(
             self._channel, ctypes.byref(self._args), ctypes.byref(self._table), ctypes.sizeof(self._table), None

@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine import host
+
 _NAME = re.compile(rb"(?:.*/)?(\.fuse_hidden[0-9a-f]{16})", re.DOTALL)  # hide_node() in libfuse's fuse.c
 
 Identity = tuple[int, int]  # st_dev, st_ino
@@ -54,6 +56,8 @@ def closed(identity: Identity) -> None:
 
 def keep(name: bytes, fd: int) -> bool:
     """Take over the O_PATH descriptor of a file whose name goes; False, and nothing, when it is not open."""
+    if not host.LINUX:  # it cannot be opened by its descriptor there: it keeps the name libfuse made up
+        return False
     st = os.fstat(fd)
     identity = st.st_dev, st.st_ino
     with _lock:

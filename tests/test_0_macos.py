@@ -2,87 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-
-# what CPython has on Linux and not on macOS (the "Availability" lines of its library reference; errno.h, sys/socket.h)
-SCRIPT = r'''
-import ctypes, errno, fcntl, importlib, mmap, os, pkgutil, resource, select, signal, socket, sys, time
-
-LACKS = {
-    os: """eventfd pidfd_ memfd_ MFD_ EFD_ O_PATH O_TMPFILE O_NOATIME O_DIRECT O_LARGEFILE O_RSYNC
-        posix_fadvise POSIX_FADV_ posix_fallocate getxattr setxattr listxattr removexattr XATTR_
-        sched_setaffinity sched_getaffinity sched_setscheduler sched_getscheduler sched_setparam
-        sched_getparam sched_rr_ sched_param pipe2 setresuid setresgid getresuid getresgid copy_file_range
-        splice SPLICE_ getrandom GRND_ fdatasync ST_NODEV ST_NOEXEC ST_NOATIME ST_NODIRATIME ST_RELATIME
-        ST_APPEND ST_MANDLOCK ST_SYNCHRONOUS ST_WRITE RWF_ P_PIDFD login_tty unshare setns CLONE_""",
-    signal: """pidfd_send_signal SIGRTMIN SIGRTMAX SIGPOLL SIGPWR SIGSTKFLT SIGCLD sigtimedwait sigwaitinfo""",
-    fcntl: """F_ADD_SEALS F_GET_SEALS F_SEAL_ F_SETPIPE_SZ F_GETPIPE_SZ F_OFD_ F_NOTIFY F_SETLEASE F_GETLEASE
-        F_SETSIG F_GETSIG DN_ LOCK_MAND LOCK_READ LOCK_WRITE LOCK_RW F_EXLCK F_SHLCK""",
-    socket: """AF_VSOCK VMADDR_ VM_SOCKETS_ SO_VM_ AF_NETLINK NETLINK_ AF_PACKET PACKET_ AF_ALG ALG_ AF_CAN CAN_
-        AF_TIPC TIPC_ SOCK_CLOEXEC SOCK_NONBLOCK SO_PEERCRED SO_PASSCRED SO_PEERSEC SO_DOMAIN SO_PROTOCOL
-        SO_BINDTODEVICE SO_MARK SCM_CREDENTIALS MSG_NOSIGNAL MSG_CMSG_CLOEXEC MSG_MORE MSG_CONFIRM
-        MSG_ERRQUEUE TCP_USER_TIMEOUT TCP_KEEPIDLE""",
-    select: """epoll EPOLLIN EPOLLOUT EPOLLPRI EPOLLERR EPOLLHUP EPOLLET EPOLLONESHOT EPOLL_""",
-    errno: """EREMOTEIO EBADFD ENOKEY EUCLEAN ENONET ESTRPIPE EMEDIUMTYPE ENOMEDIUM EHWPOISON ERFKILL EKEY ECHRNG
-        ECOMM ELIB EL2 EL3 ELN EUNATCH ENOCSI EBADE EBADR EXFULL ENOANO EBADRQC EBADSLT ENOPKG EADV ESRMNT
-        EDOTDOT ENOTUNIQ EREMCHG ERESTART EISNAM ENAVAIL ENOTNAM""",
-    resource: """prlimit RLIMIT_SIGPENDING RLIMIT_MSGQUEUE RLIMIT_NICE RLIMIT_RTPRIO RLIMIT_RTTIME RLIMIT_OFILE""",
-    mmap: """MAP_POPULATE MAP_STACK MAP_DENYWRITE MAP_EXECUTABLE MADV_REMOVE MADV_DONTFORK MADV_DOFORK
-        MADV_HUGEPAGE""",
-    time: """CLOCK_BOOTTIME CLOCK_TAI CLOCK_MONOTONIC_COARSE pthread_getcpuclockid""",
-}
-C = "prctl unshare setns umount2 syncfs fallocate eventfd pidfd_open capset personality mount_setattr fsopen setresuid"
-
-
-def ours():
-    for package in ("engine", "fdfs"):
-        yield package
-        top = importlib.import_module(package)
-        for module in pkgutil.walk_packages(top.__path__, f"{package}."):
-            if not module.name.endswith("__main__"):
-                yield module.name
-
-
-def load():
-    return [importlib.import_module(name).__name__ for name in ours()]
-
-
-load()  # what others wrote stays as it was found here
-for name in [name for name in sys.modules if name.split(".")[0] in ("engine", "fdfs")]:
-    del sys.modules[name]
-for module, names in LACKS.items():
-    for lacking in names.split():
-        for name in dir(module):
-            if name == lacking or lacking[-1] == "_" and name.startswith(lacking):
-                delattr(module, name)
-found = ctypes.CDLL.__getattr__
-
-
-def lookup(self, name):
-    if name in C.split():
-        raise AttributeError(f"no {name} in macOS's C library")
-    return found(self, name)
-
-
-ctypes.CDLL.__getattr__ = lookup
-sys.platform = "darwin"
-os.uname = lambda: os.uname_result(("Darwin", "mac", "23.0.0", "Darwin Kernel Version 23.0.0", "arm64"))
-loaded = load()
-from engine import host
-assert host.MACOS and not host.LINUX
-print(len(loaded))
-exec(sys.argv[1])
-'''
-
-
-def on_macos(script: str = "") -> str:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+from macos import on_macos
 
 
 def test_every_module_can_be_imported_and_finds_its_places() -> None:
@@ -115,15 +37,28 @@ assert any(f"file.filename={store}/image.vmdk" in word for word in argv)
 path = next(word for word in argv if word.startswith("socket,id=qmp")).split("path=")[1].split(",")[0]
 assert not path.startswith("/"), "relative to QEMU's directory, whatever the store's path is"
 
+exports = [("shares0", "/Users/jo/My Files", False), ("shares1", "/b", True)]
+intel = qemu.command(qemu.Machine("x86_64", "hvf", "/k", "/i", 512, 1, False, "/image", "/upper", 5, tsc_khz=1,
+    exports=exports, share="/s", owners=False))
+assert intel[1:7] == ["-M", "microvm,acpi=off,rtc=on,isa-serial=off", "-accel", "hvf", "-cpu", "host"], intel
+shown = [intel[at + 1] for at, word in enumerate(intel) if word == "-fsdev"]
+assert shown[1] == "local,id=share1,path=/Users/jo/My Files,security_model=none,multidevs=remap", shown
+assert shown[2].endswith("path=/b,security_model=none,multidevs=remap,readonly=on"), shown
+
 shutil.which = lambda *a, **k: None
+host.mounts = lambda: [("/", "apfs", "/dev/disk3s1s1")]
 rows = {check.name: check for check in doctor.examine()}
 assert rows["qemu"].advice == "brew install qemu", rows
 assert "macfuse" in rows["macFUSE"].advice and "fuse-t" in rows["macFUSE"].advice
 assert programs.advice("e2fsprogs") == "brew install e2fsprogs"
+assert not [check for check in rows.values() if not check.ok and "apt-get" in check.advice], rows
+assert select.preferred(Path("/x")) == "vm"
+vm = select.open_runtime("vm", Path("/x"))
+assert not vm.probe().ok and "conmon" not in vm.probe().reason, vm.probe()
 try:
-    select.open_runtime("vm", Path("/x"))
+    select.open_runtime("oci", Path("/x"))
 except Unsupported as error:
-    assert "conmon" in error.reason, error
+    assert "vm on macOS" in error.hint
 else:
     raise AssertionError
 assert [parse_signal(text) for text in ("USR1", "CHLD", "SIGSTOP", "RTMIN+1", "64")] == [10, 17, 19, 35, 64]
@@ -131,6 +66,10 @@ assert [parse_signal(text) for text in ("USR1", "CHLD", "SIGSTOP", "RTMIN+1", "6
 with tempfile.TemporaryDirectory() as place:
     tempfile.tempdir = place
     os.environ.pop("XDG_RUNTIME_DIR", None)
+    assert str(host.runtime_dir()) == "/Users/jo/.dutchman"  # $TMPDIR is swept of what nobody touched for days
+    for name in ("agent.sock", "attach.stream", "input", "control.sock"):
+        assert len(f"/Users/{'j' * 31}/.dutchman/s/{'0' * 12}/{name}") < hostfiles.MAX_ADDRESS
+    os.environ["HOME"] = place
     deep = Path(place, "s" * 60, "c" * 64)
     deep.mkdir(parents=True)
     with hostfiles.socket_address(Path(place) / "short.sock") as address:
@@ -148,11 +87,118 @@ print("right")
     assert said.endswith("right\n") and int(said.split()[0]) > 150  # modules
 
 
+def test_processes_signals_and_networks_there() -> None:
+    """What this host can only be told: the system's structures, its numbers, what its programs print."""
+    said = on_macos(
+        r"""
+import ctypes, signal, struct, tempfile
+from pathlib import Path
+from engine.errors import InvalidArgument, Unsupported
+from engine.netconfig import PortSpec
+from engine.runtimes import calls, conmon, monitor, pids, signals
+from engine.runtimes.netbase import Link
+from engine.runtimes.netfiles import NetworkMode
+from engine.runtimes.vm import qemu, translate, usernetworks
+
+def info(status, ppid, seconds, micro):  # struct proc_bsdinfo
+    return struct.pack("=12I16s32s5Ii2Q", 0, status, 0, 7, ppid, *[0] * 7, b"qemu", b"qemu", *[0] * 6, seconds, micro)
+
+class Proc:
+    known = {7: info(2, 5, 1700, 250), 8: info(5, 5, 1, 1)}
+    def proc_pidinfo(self, pid, flavor, arg, buffer, size):
+        assert (flavor, size) == (3, 136)
+        ctypes.memmove(buffer, self.known.get(pid, b""), len(self.known.get(pid, b"")))
+        return len(self.known.get(pid, b""))
+    def proc_listpids(self, kind, of, buffer, size):
+        if buffer is not None:
+            ctypes.memmove(buffer, struct.pack("=3i", 7, 8, 0), 12)
+        return 12
+
+asked = []
+class Libc:
+    def kqueue(self):
+        return os.dup(0)
+    def kevent(self, queue, change, count, events, room, patience):
+        asked.append(struct.unpack("=QhHIqQ", change))
+        return 0
+    def sysctl(self, names, count, buffer, size, new, length):
+        assert list(names) == [1, 49, 7] and count == 3
+        data = struct.pack("=i", 3) + b"/bin/sh\0\0\0\0sh\0-c\0a b\0HOME=/\0"
+        ctypes.memmove(buffer, data, len(data))
+        size._obj.value = len(data)
+        return 0
+
+proc = Proc()
+pids._libproc, pids._libc = lambda: proc, Libc()
+assert (pids.start_time(7), pids.start_time(8), pids.start_time(9)) == (1700000250, None, None)
+assert (pids.parent(7), pids.parent(9), pids.everybody()) == (5, 0, [7, 8])
+assert pids.words(7) == [b"sh", b"-c", b"a b"]
+held = pids.open_process(7, 1700000250)
+assert held.pid == 7 and asked == [(7, -5, 1, 0x80000000, 0, 0)]
+os.close(held)
+assert pids.open_process(7, 1) is None
+
+signal.SIGUSR1, signal.SIGCHLD = 30, 20
+assert (signals.of_host(10), signals.of_host(15), signals.of_host(17)) == (30, 15, 20)
+assert (signals.of_linux(30), signals.of_linux(15), signals.of_linux(29 + 64)) == (10, 15, 0)
+try:
+    signals.of_host(40)
+except InvalidArgument as error:
+    assert "40" in error.reason
+else:
+    raise AssertionError
+assert translate.RLIMITS["RLIMIT_NOFILE"] == 7 and translate.RLIMITS["RLIMIT_AS"] == 9
+
+with tempfile.TemporaryDirectory(prefix="a b") as place:
+    name, flags = calls.find_monitor(Path(place))
+    assert Path(name).name.startswith("dutchman-monitor-") and flags == conmon.FLAGS
+    assert "engine.runtimes.monitor" in Path(name).read_text() and os.access(name, os.X_OK)
+    os.environ["DUTCHMAN_MONITOR"] = "conmon"
+    try:
+        calls.find_monitor(Path(place))
+    except Unsupported:
+        pass
+    else:
+        raise AssertionError
+
+table = "/dev/disk3s1s1 on / (apfs, sealed, local)\ndutchman on /Users/jo/a (b) c (macfuse, nodev, mounted by jo)\n"
+assert host.mounts_told(table) == [("/", "apfs", "/dev/disk3s1s1"), ("/Users/jo/a (b) c", "macfuse", "dutchman")]
+
+link = Link("n1", "dutchman", (("10.88.0.0/16", "10.88.0.1"),), False, "eth0", ("10.88.0.7",), ())
+inner = Link("n2", "inner", (("10.89.0.0/24", "10.89.0.1"),), True, "eth1", ("10.89.0.3",), ())
+ports = [PortSpec(host_ip="127.0.0.1", host=8080, host_last=8081, container=80, container_last=81)]
+network = usernetworks.of_run("web", [inner, link], ports, ())
+assert network.mode is NetworkMode.GUEST and network.resolvers == ("10.89.0.254",)
+inside, outside = usernetworks.describe(network.links, network.ports)
+assert (inside["ports"], inside["words"]["route"]) == ([], [])
+assert outside["words"] == {
+    "iface": "eth1", "mtu": 1500, "up": 1, "addr": ["10.88.0.7/16"], "route": ["0.0.0.0/0\x0010.88.0.1\x000"]
+}, outside
+assert qemu.net_options(1, qemu.user_net(outside), "pci") == [
+    "-netdev",
+    "user,id=net1,ipv6=off,net=10.88.0.0/16,host=10.88.0.1,dns=10.88.255.254,dhcpstart=10.88.0.7"
+    ",hostfwd=tcp:127.0.0.1:8080-10.88.0.7:80,hostfwd=tcp:127.0.0.1:8081-10.88.0.7:81",
+    "-device", "virtio-net-pci,netdev=net1",
+]
+assert ",restrict=on" in qemu.net_options(0, qemu.user_net(inside), "pci")[1]
+try:
+    usernetworks.GuestNetworks().setup(Path(), "", "web", [link], [PortSpec(container=80, container_last=80,
+        protocol="sctp")], ())
+except Unsupported as error:
+    assert "sctp" in error.reason
+else:
+    raise AssertionError
+print("right")
+"""
+    )
+    assert said.endswith("right\n")
+
+
 def test_signals_are_numbered_as_here() -> None:
-    """Linux tells what the table of engine/runtimes/base.py has to say."""
+    """Linux tells what the table of engine/runtimes/signals.py has to say."""
     import signal
 
-    from engine.runtimes.base import RTMAX, RTMIN, SIGNALS
+    from engine.runtimes.signals import RTMAX, RTMIN, SIGNALS
 
     if sys.platform == "linux":
         names = {name[3:]: int(number) for name, number in signal.Signals.__members__.items() if name[3:5] != "RT"}

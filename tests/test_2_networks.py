@@ -32,7 +32,7 @@ from engine.store.meta import Meta
 class Recording:
     """A backend that keeps what it was asked for, and fails on demand."""
 
-    resolves = True
+    resolves, inside, summary = True, False, "netavark"
 
     def __init__(self) -> None:
         self.why, self.fail = "", ""

@@ -23,6 +23,7 @@ from engine.netconfig import HOST
 from engine.runtimes.netfiles import RunNetwork
 from engine.runtimes.resources import Resources
 from engine.runtimes.selinux import Labels
+from engine.runtimes.signals import RTMAX, RTMIN, SIGNALS
 
 if TYPE_CHECKING:
     from engine.runtimes.sessions import Console, Sessions
@@ -286,13 +287,6 @@ def failure_exit_code(reason: str) -> int:
     if executing and ("permission denied" in reason or "is a directory" in reason or "format error" in reason):
         return 126
     return 128
-
-
-# Linux's numbers, for what runs in a container has them wherever the engine is: signal(7), x86 and ARM
-RTMIN, RTMAX = 34, 64
-_NAMES = """HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU
-    URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"""
-SIGNALS = {name: number for number, name in enumerate(_NAMES.split(), 1)} | {"IOT": 6, "CLD": 17, "POLL": 29}
 
 
 def parse_signal(text: str) -> int:

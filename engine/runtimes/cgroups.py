@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import userids
+from engine import host, userids
 from engine.errors import RuntimeFailure
 from engine.runtimes import delegation
 from engine.runtimes.resources import online_cpus
@@ -32,6 +32,8 @@ class Cgroups:
 
     @staticmethod
     def detect(root: Path = Path("/sys/fs/cgroup")) -> Cgroups:
+        if not host.LINUX:
+            return Cgroups(2, False, None, frozenset())
         two = (root / "cgroup.controllers").exists()
         swap = any(root.glob("*/memory.swap.max")) if two else (root / "memory/memory.memsw.limit_in_bytes").exists()
         if userids.rootless() is None:

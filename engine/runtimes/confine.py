@@ -26,8 +26,10 @@ def seccomp_of(config: ContainerConfig, options: Security, capabilities: Collect
         return None
     if options.seccomp:
         profile = seccomp.own_profile(Path(options.seccomp))
+        if not host.LINUX:
+            raise Unsupported("security_opt: seccomp profiles are compiled on Linux only", at=options.seccomp)
         return seccomp.resolve(profile, capabilities, platform.machine(), host.kernel_version())
-    if config.privileged or config.seccomp is SeccompMode.UNCONFINED:
+    if config.privileged or config.seccomp is SeccompMode.UNCONFINED or not host.LINUX:
         return None
     return seccomp.default_profile(capabilities)
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from engine import host
 from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
-from engine.runtimes import pids, selinux
+from engine.runtimes import pids, selinux, signals
 from engine.runtimes.pids import boot_id, ended, open_process, start_time
 
 CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
@@ -143,12 +143,12 @@ _FACTS: dict[str, Any] = {
 
 
 def send_signal(pid: int, started: int, signum: int, what: str) -> None:
-    """Signal exactly that process. Busy, saying `what` it is of, when it has ended."""
+    """Send exactly that process a signal, by Linux's number. Busy, saying `what` it is of, when it has ended."""
     process = open_process(pid, started)
     if process is None:
         raise Busy(f"the {what}'s process has ended")
     try:
-        pids.send(process, signum)
+        pids.send(process, signals.of_host(signum))
     except ProcessLookupError as error:
         raise Busy(f"the {what}'s process has ended") from error
     finally:

@@ -47,7 +47,7 @@ def mount_fuse(place: Path, options: str) -> int:
 
 def unmount_fuse(place: Path) -> None:
     """Detach the FUSE mount at `place`. RuntimeFailure says why not."""
-    argv = [fusermount(), "-u", "-z", "-q", "--", str(place)]
+    argv = ["/sbin/umount", "-f", str(place)] if host.MACOS else [fusermount(), "-u", "-z", "-q", "--", str(place)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
     if done.returncode and host.is_mounted(place):
         raise RuntimeFailure(f"cannot unmount {place}: {done.stderr.decode(errors='replace').strip()}")

@@ -77,6 +77,12 @@ class Netavark:
             return "iptables is not installed"
         return ""
 
+    inside = False
+
+    @property
+    def summary(self) -> str:
+        return "netavark" if self.resolves else "netavark, without names: aardvark-dns is not installed"
+
     @property
     def resolves(self) -> bool:
         """Whether containers find each other by name."""

@@ -31,8 +31,18 @@ class Backend(Protocol):
     """What makes networks on the host. Errors: RuntimeFailure with its words, DeadlineExceeded, Unsupported."""
 
     @property
+    def summary(self) -> str:
+        """For `status`, when nothing is missing."""
+        ...
+
+    @property
     def resolves(self) -> bool:
         """Whether containers find each other by name."""
+        ...
+
+    @property
+    def inside(self) -> bool:
+        """Whether virtual machines have their networks in themselves, and the host makes no namespace for them."""
         ...
 
     def missing(self) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from engine.config import ContainerConfig
 from engine.errors import InvalidArgument
-from engine.netconfig import HOST_GATEWAY
+from engine.netconfig import HOST_GATEWAY, PortSpec
+from engine.runtimes.netbase import Link
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class NetworkMode(StrEnum):
     OWN = "own"  # a namespace the runtime makes, with loopback alone
     JOINED = "joined"  # a namespace made beforehand
     HOST = "host"
+    GUEST = "guest"  # the virtual machine makes them by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class RunNetwork:
     addresses: tuple[str, ...] = ()  # the container's own
     resolvers: tuple[str, ...] = ()  # that know the names of other containers; empty: the host's
     gateway: str = ""  # where the container reaches the host
+    links: tuple[Link, ...] = ()  # of GUEST
+    ports: tuple[PortSpec, ...] = ()
 
 
 LOCAL = """\

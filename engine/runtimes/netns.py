@@ -88,7 +88,8 @@ def inside(namespace: Path, work: Callable[[], None]) -> None:
 
 def remove(path: Path) -> None:
     """Let go of the namespace at `path`; interfaces in it end with its last process. Idempotent."""
-    host.unmount(path)
+    if host.LINUX:
+        host.unmount(path)
     path.unlink(missing_ok=True)
 
 

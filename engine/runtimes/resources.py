@@ -7,6 +7,7 @@ verifyPlatformContainerResources. Pure but for the list of CPUs that are online.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,4 +115,4 @@ class Resources:
 
 def online_cpus() -> str:
     """A list such as 0-3."""
-    return ONLINE.read_text().strip()
+    return ONLINE.read_text().strip() if ONLINE.exists() else f"0-{(os.cpu_count() or 1) - 1}"

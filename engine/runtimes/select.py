@@ -12,7 +12,6 @@ from engine.runtimes.base import Runtime
 from engine.runtimes.fake import FakeRuntime
 from engine.runtimes.seccomp import PACKAGE, profile_path
 
-NO_MONITOR = "runtime vm: on macOS nothing keeps logs and exit codes of containers yet: conmon is for Linux"
 NAMES = ("auto", "oci", "vm", "fake")
 
 
@@ -27,9 +26,8 @@ def open_runtime(kind: str, containers: Path) -> Runtime:
     if kind == "auto":
         kind = preferred(containers)
     if kind in ("oci", "vm"):
-        if not host.LINUX:
-            reason = NO_MONITOR if kind == "vm" and host.MACOS else f"runtime {kind} needs a Linux host"
-            raise Unsupported(reason, hint="use runtime: fake")
+        if not (host.LINUX or (kind == "vm" and host.MACOS)):
+            raise Unsupported(f"runtime {kind} needs a Linux host", hint="use runtime: vm on macOS, fake elsewhere")
         if kind == "vm":
             from engine.runtimes.vm.driver import VmRuntime
 
@@ -44,7 +42,7 @@ def preferred(containers: Path) -> str:
     """What `auto` means on this host: vm where a virtual machine runs at the speed of its CPU and nothing is missing,
     else oci. Without QEMU or a guest's kernel nothing is tried."""
     if not host.LINUX:
-        return "oci"
+        return "vm" if host.MACOS else "oci"
     from engine.runtimes.vm import accel, report
 
     if not report.possible(containers):
@@ -61,8 +59,9 @@ def preferred(containers: Path) -> str:
 def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, str]]:
     """(name, ok, detail, what to install or do) for everything containers need of this host."""
     if not host.LINUX:
-        none = ("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")
-        return [none, *(vm_report(containers or host.runtime_dir() / "none") if host.MACOS else [])]
+        if host.MACOS:
+            return vm_report(containers or host.default_store() / "containers")
+        return [("containers", False, f"{sys.platform}: containers need a Linux host", "use runtime: fake")]
     from engine.runtimes import rootless
     from engine.runtimes.calls import first_line
     from engine.runtimes.cgroups import Cgroups

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine import userids
+from engine import host, userids
 from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument, Unsupported
 from engine.mountspec import Propagation
@@ -198,6 +198,10 @@ def _mounts(spec: RunSpec) -> list[dict[str, Any]]:
 
 def init_program() -> Path:
     """The program that is process 1 with `init`. Unsupported when none is installed."""
+    if not host.LINUX:
+        raise Unsupported(
+            "init: this host has no program of Linux", at="init", hint="take an image that has one, as tini"
+        )
     for path in INIT_PROGRAMS:
         if path.is_file():
             return path

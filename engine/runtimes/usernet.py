@@ -31,6 +31,12 @@ class UserNetworks:
         self._uplink = Uplink(runtime)
         self._netavark = Netavark(state, self._uplink)
 
+    inside = False
+
+    @property
+    def summary(self) -> str:
+        return self._netavark.summary
+
     @property
     def resolves(self) -> bool:
         return self._netavark.resolves

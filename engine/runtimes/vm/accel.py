@@ -26,6 +26,7 @@ from pathlib import Path
 from engine import host
 from engine.errors import Unsupported
 from engine.programs import find
+from engine.runtimes import pids
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +160,7 @@ def runs_guests(qemu: Path, arch: str, accelerator: Accelerator, limit: float = 
 def boot_id() -> str:
     """Of this boot of the host; empty where it cannot be told."""
     try:
-        if host.MACOS:
-            told = subprocess.run(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, timeout=5)
-            return told.stdout.decode(errors="replace").strip()
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return pids.boot_id()
     except (OSError, subprocess.SubprocessError):
         return ""
 

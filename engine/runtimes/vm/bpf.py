@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -112,13 +113,10 @@ def compile_profile(profile: Mapping[str, Any], arch: str) -> bytes:
                 number = library.seccomp_syscall_resolve_name(str(name).encode())
                 if number != UNKNOWN:  # else this libseccomp is older than the call, as with runc
                     _rule(library, context, action, number, rule.get("args") or ())
-        fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
-        try:
-            _check(library.seccomp_export_bpf(context, fd), "the program")
-            size = os.lseek(fd, 0, os.SEEK_END)
-            return os.pread(fd, size, 0)
-        finally:
-            os.close(fd)
+        with tempfile.TemporaryFile() as file:
+            _check(library.seccomp_export_bpf(context, file.fileno()), "the program")
+            file.seek(0)
+            return file.read()
     finally:
         library.seccomp_release(context)
 

@@ -44,9 +44,12 @@ from engine.runtimes.vm import (
     network,
     qemu,
     scratch,
+    sharing,
     shim,
     standbys,
     templates,
+    translate,
+    usernetworks,
     virtiofs,
     vsock,
 )
@@ -114,6 +117,7 @@ class VmRuntime(OciRuntime):
         files_ = [*spec_.layers, scratch.make(place / scratch.NAME)]
         *parts, free = disks.describe(files_, place / "image.vmdk")
         joined = spec_.network.mode is NetworkMode.JOINED
+        own = usernetworks.describe(spec_.network.links, spec_.network.ports)
         networks = max(1, len(settings.networks)) if joined else 0
         taps = max(networks, NICS) if joined else 0
         seccomp = config.get("linux", {}).pop("seccomp", None)
@@ -144,10 +148,12 @@ class VmRuntime(OciRuntime):
             "netns": str(spec_.network.path or ""),
             "taps": taps,
             "networks": networks,  # those it starts with
+            "usernets": own,
+            "exports": None if host.LINUX else sharing.numbers(translate.bind_sources(config)),
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},
             "seccomp": "" if seccomp is None else _filter(json.dumps(seccomp), arch),
         }
-        if settings.fast_start and choice.accelerator is not accel.Accelerator.HVF:  # it saves no guests
+        if settings.fast_start and host.LINUX:  # HVF saves no guests
             made_of = {"kernel": [kernel.digest, kernel.image_digest], "initfs": initfs.name}
             wish = templates.wanted(machine, taps, made_of | {"version": self.probe().version})
             plan["template"] = wish | {"directory": str(kernel.directory / "templates")}

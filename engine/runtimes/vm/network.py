@@ -150,7 +150,7 @@ def words(interface: Interface) -> dict[str, Any]:
     anywhere = {False: "0.0.0.0/0", True: "::/0"}
     return {
         "iface": interface.name,
-        "mac": interface.mac,
+        **({"mac": interface.mac} if interface.mac else {}),
         "mtu": interface.mtu,
         "up": 1,
         "addr": list(interface.addresses),

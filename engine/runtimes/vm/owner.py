@@ -14,17 +14,15 @@ Errors before the container waits for `start` go to the creator; later ones to r
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -47,13 +45,10 @@ POWEROFF_SECONDS = 5.0
 MOUNT_SECONDS = 30.0  # for the guest to answer one request while it sets itself up
 DISK_SECONDS = 5.0  # for the host to let go of the disk
 CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
-CONTAINERS = re.compile("/containers/[0-9a-f]{64}/")  # in a path: of a container's own mounts, in whatever store
 ROOTFS = "/run/rootfs"  # in the guest
 TCG = "tcg"  # accel.Accelerator.TCG
 MAIN = "main"  # the agent's name of the container's first process
 GONE = 137  # exit code when the machine ended under the container: as if it had been killed
-LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)  # same as MS_*
-CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
 
 
 def preparation(plan: Mapping[str, Any], document: Mapping[str, Any]) -> list[tuple[str, Words]]:
@@ -72,6 +67,8 @@ def preparation(plan: Mapping[str, Any], document: Mapping[str, Any]) -> list[tu
         options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap,directio"
         kind, options = ("virtiofs", "") if plan.get("virtiofsd") else ("9p", options)
         mounts.append(("shares", translate.SHARES, kind, 0, options))
+        for number in plan.get("exports") or ():  # each by itself (sharing.py)
+            mounts.append((f"shares{number}", f"{translate.SHARES}/{number}", kind, 0, options))
     requests: list[tuple[str, Words]] = [
         ("CLOCK", {"ns": time.time_ns()}),
         ("ENTROPY", {"seed": os.urandom(256)}),
@@ -100,13 +97,13 @@ class Owner:
         """`guarded`: QEMU is ended with this process by one of ours, not by the kernel."""
         self.document: dict[str, Any] = json.loads((bundle / "config.json").read_bytes())
         self.plan: dict[str, Any] = json.loads((bundle / "vm.json").read_bytes())
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self.place = bundle.parent / "run" / "vm"
         self.reason = bundle.parent / "run" / "reason"
         self._guarded = guarded
         self._guard: Guard | None = None
         self._upper = -1
         self._shared = self.place / "shares"
+        self._exports: Sequence[tuple[str, str, bool]] = ()
         self._before = ""  # what was tried before the machine was started as it was
         self._keeper: socket.socket | None = None
         self._broken = ""  # QEMU's word for a machine that stopped for good
@@ -275,6 +272,8 @@ class Owner:
                 watch=guest_watch.fileno(),
                 taps=tuple(taps),
                 share=str(self._shared),
+                exports=self._exports,
+                usernets=plan.get("usernets", ()),
             )
             (self.place / "qmp.sock").unlink(missing_ok=True)
             self._guard = Guard() if self._guarded else None
@@ -289,7 +288,10 @@ class Owner:
                     preexec_fn=partial(self._child, os.getpid(), self._guard),
                 )
         except OSError as error:
-            raise RuntimeFailure(f"QEMU cannot be started: {error}", hint="apt-get install qemu-system-x86") from error
+            from engine.runtimes.vm.accel import package
+
+            hint = package(plan["machine"]["arch"])
+            raise RuntimeFailure(f"QEMU cannot be started: {error}", hint=hint) from error
         finally:
             for fd in taps:
                 os.close(fd)
@@ -328,32 +330,16 @@ class Owner:
         os.setsid()  # a terminal's ^C is for the guest's process
 
     def _shares(self) -> None:
-        """Fill the directory QEMU exports: what the container's mounts name bound into it, in a mount namespace that
-        ends with this process: the host's own table of mounts stays as it is."""
+        """Fill the directory QEMU exports with what the container's mounts name."""
+        from engine.runtimes.vm import sharing  # a machine that stood by needs none of it
+
         sources = translate.bind_sources(self.document)
-        place = self._shared
-        place.mkdir(exist_ok=True, mode=0o700)
-        if not sources:
-            return
-        if self._libc.unshare(CLONE_NEWNS) < 0:
-            raise RuntimeFailure(f"a mount namespace for what is shared: {os.strerror(ctypes.get_errno())}")
-        host.mount("none", Path("/"), "none", host.MS_REC | MS_SLAVE)
-        for number, (source, writable) in enumerate(sources.items()):
-            target = place / str(number)
-            host.remove_tree(target)
-            target.mkdir() if os.path.isdir(source) else target.touch()
-            host.mount(source, target, "none", host.MS_BIND | host.MS_REC)
-            if not writable:  # whatever the guest says
-                kept = os.statvfs(target).f_flag & LOCKED  # without root the kernel refuses to drop them
-                host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY | kept)
-        # copies of the store's and people's mounts would keep disks and file systems alive that others take down;
-        # of other stores, too: the disk of a machine that is about to start must be mounted nowhere
-        store = str(self.place.parents[3])
-        for point, kind, _ in reversed(list(host.mounts())):
-            within = point.startswith(f"{store}/") or kind.startswith("fuse") or CONTAINERS.search(point)
-            if within and not point.startswith(f"{place}/"):
-                with contextlib.suppress(PermissionError):  # somebody else's, of before this user's namespace
-                    host.unmount(Path(point))
+        self._shared.mkdir(exist_ok=True, mode=0o700)
+        if (numbers := self.plan.get("exports")) is not None:
+            sharing.gather(self._shared, sources, numbers)
+            self._exports = sharing.exports(sources, numbers)
+        elif sources:
+            sharing.bind(self._shared, sources, self.place.parents[3])
 
     def _prepare(self, link: AgentClient) -> None:
         """The guest's clock, its generator of random numbers, its file systems."""
@@ -376,6 +362,9 @@ class Owner:
                 for interface in network.join(Path(self.plan["netns"]), self.plan["networks"]):
                     assert self.link is not None
                     self.link.call("NET", network.words(interface))
+            for described in self.plan.get("usernets", ()):
+                assert self.link is not None
+                self.link.call("NET", described["words"])
             start_fifo.unlink(missing_ok=True)
 
         self.relay.before["START"] = before_start

@@ -19,6 +19,7 @@ import threading
 import tty
 
 from engine.errors import EngineError
+from engine.runtimes import signals
 from engine.runtimes.vm.client import AgentClient, Data, Exit, Stream
 from engine.runtimes.vm.protocol import STDERR
 
@@ -58,7 +59,8 @@ def hand_on(link: AgentClient, id: str, terminal: int | None) -> None:
             number = signal.sigwait(HANDED_ON | {signal.SIGWINCH})
             try:
                 if number != signal.SIGWINCH:
-                    link.call("SIGNAL", {"id": id, "signal": int(number)})
+                    if known := signals.of_linux(number):
+                        link.call("SIGNAL", {"id": id, "signal": known})
                 elif terminal is not None:
                     rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8)))
                     link.call("RESIZE", {"id": id, "rows": rows, "columns": columns})

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from engine.errors import InvalidArgument
 from engine.runtimes.vm.accel import Accelerator
@@ -63,7 +64,13 @@ class Tap:
 class UserNet:
     """QEMU's own network, without any right of the host: egress, and ports published on the host."""
 
-    ports: tuple[tuple[str, str, int, int], ...] = ()  # protocol, host address, host port, guest port
+    ports: Sequence[tuple[str, str, int, int]] = ()  # protocol, host address, host port, guest port
+    subnet: str = ""  # CIDR; empty: QEMU's, and what follows
+    gateway: str = ""
+    resolver: str = ""  # where the guest asks for names
+    address: str = ""  # the guest's
+    internal: bool = False  # leads nowhere
+    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +174,8 @@ class Machine:
     qmp: str = "qmp.sock"
     taps: tuple[int, ...] = ()
     share: str | None = None  # a directory, by 9p, with the tag SHARES
+    exports: Sequence[tuple[str, str, bool]] = ()  # more of them: tag, directory, whether it is read-only
+    usernets: Sequence[Mapping[str, Any]] = ()  # values of UserNet, and more
     owners: bool = True  # of shared files, may be changed by the guest: QEMU has the ids for it
     ram: str = ""  # a template's (templates.py)
     making: bool = False  # of a template: its disks are placeholders
@@ -187,6 +196,8 @@ def command(machine: Machine) -> list[str]:
     platform = Platform(machine.arch, Accelerator(machine.accelerator), machine.acpi, machine.tsc_khz)
     kinds = ("null-co", "null-co") if machine.making else ("raw" if machine.standby else "vmdk", "raw")
     socket = VIRTIOFS if machine.virtiofs else ""
+    shares = [Share(Path(machine.share), SHARES, owners=machine.owners, socket=socket)] if machine.share else []
+    shares += [Share(Path(path), tag, read_only, machine.owners) for tag, path, read_only in machine.exports]
     guest = Guest(
         kernel=Path(machine.kernel),
         initfs=Path(machine.initfs),
@@ -199,11 +210,16 @@ def command(machine: Machine) -> list[str]:
         disks=[Disk(Path(machine.image), "image", True, kinds[0]), Disk(Path(machine.upper), "upper", False, kinds[1])],
         ram=machine.ram,
         making=machine.making,
-        shares=[Share(Path(machine.share), SHARES, owners=machine.owners, socket=socket)] if machine.share else [],
-        nets=[Tap(fd) for fd in machine.taps],
+        shares=shares,
+        nets=[*(Tap(fd) for fd in machine.taps), *map(user_net, machine.usernets)],
         arguments=machine.append,
     )
     return argv(Path(machine.qemu or f"qemu-system-{machine.arch}"), platform, guest)
+
+
+def user_net(values: Mapping[str, Any]) -> UserNet:
+    known = {field.name: values[field.name] for field in fields(UserNet) if field.name in values}
+    return UserNet(**known)
 
 
 def memory_of(limit: int | None) -> int:
@@ -230,6 +246,7 @@ def options(kind: str, values: Mapping[str, object]) -> str:
 def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     """The whole command line. InvalidArgument when the machine has no room for the devices."""
     count = 1 + len(guest.disks) + len(guest.shares) + len(guest.nets) + (guest.vsock is not None)
+    count += machine.kind == "microvm" and len(guest.shares) > 1 and not guest.nets  # see below
     if count > machine.slots:
         raise InvalidArgument(
             f"{count} disks, shares and networks, and this machine has room for {machine.slots}",
@@ -268,22 +285,31 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
         out += ["-chardev", f"socket,id=watch,fd={guest.watch_fd}", "-mon", "chardev=watch,mode=control"]
     for number, disk in enumerate(guest.disks):
         out += disk_options(number, disk, suffix)
-    for number, share in enumerate(guest.shares):
-        if share.socket:
-            out += ["-chardev", options("socket", {"id": f"share{number}", "path": share.socket})]
-            out += ["-device", f"vhost-user-fs-{suffix},chardev=share{number},tag={quoted(share.tag)}"]
-            continue
-        model = "passthrough" if share.owners else "none"  # which says that it did what it could not
-        values = {"id": f"share{number}", "path": share.path, "security_model": model, "multidevs": "remap"}
-        out += ["-fsdev", options("local", values | ({"readonly": "on"} if share.read_only else {}))]
-        out += ["-device", f"virtio-9p-{suffix},fsdev=share{number},mount_tag={quoted(share.tag)}"]
-    for number, net in enumerate(guest.nets):
-        out += net_options(number, net, suffix)
+    shares = [share_options(number, share, suffix) for number, share in enumerate(guest.shares)]
+    nets = [net_options(number, net, suffix) for number, net in enumerate(guest.nets)]
+    if machine.kind == "microvm" and len(shares) > 1:
+        # the fifth device has the clock's interrupt, which the kernel's 9p asks for too late: let it be another's
+        nets = nets or [["-device", f"virtio-rng-{suffix}"]]
+        shares[1:1] = nets
+    else:
+        shares += nets
+    for words in shares:
+        out += words
     if guest.vsock is not None:
         out += vsock_options(guest.vsock, suffix)
     if machine.kind == "virt":
         out += ["-device", "virtio-rng-pci"]
     return out
+
+
+def share_options(number: int, share: Share, suffix: str) -> list[str]:
+    if share.socket:
+        out = ["-chardev", options("socket", {"id": f"share{number}", "path": share.socket})]
+        return [*out, "-device", f"vhost-user-fs-{suffix},chardev=share{number},tag={quoted(share.tag)}"]
+    model = "passthrough" if share.owners else "none"  # which says that it did what it could not
+    values = {"id": f"share{number}", "path": share.path, "security_model": model, "multidevs": "remap"}
+    out = ["-fsdev", options("local", values | ({"readonly": "on"} if share.read_only else {}))]
+    return [*out, "-device", f"virtio-9p-{suffix},fsdev=share{number},mount_tag={quoted(share.tag)}"]
 
 
 def disk_options(number: int, disk: Disk, suffix: str) -> list[str]:
@@ -308,10 +334,15 @@ def net_options(number: int, net: Tap | UserNet, suffix: str) -> list[str]:
     if isinstance(net, Tap):
         mac = f",mac={net.mac}" if net.mac else ""
         return ["-netdev", f"tap,id={name},fd={net.fd}", "-device", f"virtio-net-{suffix},netdev={name}{mac}"]
+    layout = ""
+    if net.subnet:
+        layout = f",ipv6=off,net={net.subnet},host={net.gateway},dns={net.resolver},dhcpstart={net.address}"
+        layout += ",restrict=on" if net.internal else ""
     forwards = "".join(
-        f",hostfwd={protocol}:{address}:{port}-:{inside}" for protocol, address, port, inside in net.ports
+        f",hostfwd={protocol}:{address}:{port}-{net.address}:{inside}" for protocol, address, port, inside in net.ports
     )
-    return ["-netdev", f"user,id={name}{forwards}", "-device", f"virtio-net-{suffix},netdev={name}"]
+    mac = f",mac={net.mac}" if net.mac else ""
+    return ["-netdev", f"user,id={name}{layout}{forwards}", "-device", f"virtio-net-{suffix},netdev={name}{mac}"]
 
 
 def vsock_options(device: VsockDevice, suffix: str) -> list[str]:

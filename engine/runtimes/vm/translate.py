@@ -7,13 +7,15 @@ Source: runtime-spec config.md, config-linux.md; cgroup v2 files: Documentation/
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping
 from typing import Any
 
 from engine.runtimes.vm.protocol import Values, fields
 from engine.runtimes.vm.verbs import mount_flags
 
+# <asm-generic/resource.h>: Linux's numbers, whatever the host is
+_LIMITS = "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME"
+RLIMITS = {f"RLIMIT_{name}": number for number, name in enumerate(_LIMITS.split())}
 SHARES = "/run/shares"  # in the guest: where the 9p export is mounted
 Words = dict[str, Any]
 
@@ -40,8 +42,7 @@ def process_words(process: Mapping[str, Any], bits: Mapping[str, int]) -> Words:
         masks[1] = masks[2] = masks[4]  # an ordinary user has after execve what is ambient
     words["caps"] = fields(*(f"{mask:x}" for mask in masks))
     words["rlimit"] = [
-        fields(getattr(resource, item["type"]), _limit(item["soft"]), _limit(item["hard"]))
-        for item in process.get("rlimits", ())
+        fields(RLIMITS[item["type"]], _limit(item["soft"]), _limit(item["hard"])) for item in process.get("rlimits", ())
     ]
     if process.get("noNewPrivileges"):
         words["no_new_privs"] = 1
