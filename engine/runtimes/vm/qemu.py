@@ -246,7 +246,9 @@ def options(kind: str, values: Mapping[str, object]) -> str:
 def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     """The whole command line. InvalidArgument when the machine has no room for the devices."""
     count = 1 + len(guest.disks) + len(guest.shares) + len(guest.nets) + (guest.vsock is not None)
-    count += machine.kind == "microvm" and len(guest.shares) > 1 and not guest.nets  # see below
+    # without ACPI the fifth device has the clock's interrupt, which the kernel's 9p asks for too late
+    late = machine.kind == "microvm" and not machine.acpi and len(guest.shares) > 1
+    count += late and not guest.nets
     if count > machine.slots:
         raise InvalidArgument(
             f"{count} disks, shares and networks, and this machine has room for {machine.slots}",
@@ -287,8 +289,7 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
         out += disk_options(number, disk, suffix)
     shares = [share_options(number, share, suffix) for number, share in enumerate(guest.shares)]
     nets = [net_options(number, net, suffix) for number, net in enumerate(guest.nets)]
-    if machine.kind == "microvm" and len(shares) > 1:
-        # the fifth device has the clock's interrupt, which the kernel's 9p asks for too late: let it be another's
+    if late:
         nets = nets or [["-device", f"virtio-rng-{suffix}"]]
         shares[1:1] = nets
     else:
