@@ -152,6 +152,9 @@ class Owner:
         known = self.plan.get("standby")
         if known is None:
             return False
+        if self.plan["taps"]:
+            import engine.runtimes.vm.network  # noqa: F401 -- at START there would be no time
+
         try:
             taken = standby.take(self.place)
             self.qemu, self._keeper = taken.machine, taken.keeper  # open for as long as this process lives

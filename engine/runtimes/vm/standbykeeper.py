@@ -22,6 +22,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,13 @@ class _Kept:
             end, out, err = stream.wait(deadline=ANSWER_SECONDS)
             if (end.code, out) != (0, b"warm\n"):
                 raise RuntimeFailure(f"the program ended with {end.code}: {(out + err)[-200:]!r}")
+            if self.request["taps"]:  # addresses for documentation, RFC 5737 and 3849
+                addresses = ("192.0.2.2/24", "2001:db8::2/64")
+                routes = (network.Route("default", "192.0.2.1"), network.Route("default", "2001:db8::1"))
+                some = network.Interface("eth0", "02:00:00:00:00:02", 1500, addresses, routes)
+                for words in (network.words(some), network.empty_words("eth0", addresses)):
+                    with contextlib.suppress(GuestError):  # a kernel without IPv6
+                        link.call("NET", words, deadline=ANSWER_SECONDS)
             link.call("RESET", {"disk": ["/dev/vda", "/dev/vdb"]}, deadline=ANSWER_SECONDS)
         except GuestError as error:
             raise RuntimeFailure(error.reason) from error
@@ -316,9 +324,13 @@ class _Kept:
         from engine.runtimes.vm.owner import preparation, run_words
 
         plan, document, (upper, *trees) = wish["plan"], wish["document"], fds
+        moved: Future[None] = Future()
         if plan["taps"]:
             namespace, *trees = trees
-            _move_taps(plan["taps"], namespace)
+            # aside, for that takes as long as all else
+            threading.Thread(target=_move_taps, args=(plan["taps"], namespace, moved), daemon=True).start()
+        else:
+            moved.set_result(None)
         shares = os.open(self.place / "shares", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for number, (tree, (is_dir, writable)) in enumerate(zip(trees, wish["shares"], strict=True)):
             self._attach(shares, str(number), tree, is_dir, writable)
@@ -330,6 +342,7 @@ class _Kept:
                 stream, _ = link.open("RUN", run_words(plan, document), deadline=ANSWER_SECONDS)
             except GuestError as error:
                 return {"stream": 0, "refused": [error.errno, error.verb, error.step]}
+            moved.result()
             return {"stream": stream.number, "refused": None}
         finally:
             link.close()
@@ -350,18 +363,22 @@ class _Kept:
             host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY | kept)
 
 
-def _move_taps(count: int, namespace: int) -> None:
+def _move_taps(count: int, namespace: int, done: Future[None]) -> None:
     target = f"/proc/self/fd/{namespace}"
     lines = "".join(f"link set dev tap{number} netns {target}\n" for number in range(count))
-    done = subprocess.run(
-        [shutil.which("ip", path=network.PATHS) or "ip", "-batch", "-"],
-        input=lines.encode(),
-        capture_output=True,
-        timeout=10.0,
-        pass_fds=[namespace],
-    )
-    if done.returncode:
-        raise RuntimeFailure(f"ip: {' '.join(done.stderr.decode(errors='replace').split())[:300]}")
+    try:
+        ip = subprocess.run(
+            [shutil.which("ip", path=network.PATHS) or "ip", "-batch", "-"],
+            input=lines.encode(),
+            capture_output=True,
+            timeout=10.0,
+            pass_fds=[namespace],
+        )
+        if ip.returncode:
+            raise RuntimeFailure(f"ip: {' '.join(ip.stderr.decode(errors='replace').split())[:300]}")
+        done.set_result(None)
+    except BaseException as error:
+        done.set_exception(error)
 
 
 def _first(seconds: float | None, *fds: int) -> int:
