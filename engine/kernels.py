@@ -33,6 +33,7 @@ from engine.errors import AlreadyExists, Busy, Damaged, InvalidArgument, NotFoun
 from engine.kernelimage import KernelFile
 from engine.kernelmodules import Chosen
 from engine.runtimes.vm import initfs
+from engine.runtimes.vm.standbykeeper import sweep
 from engine.runtimes.vm.templates import MAKING
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+~-]{0,127}\Z")
@@ -210,11 +211,12 @@ class Kernels:
         return [kernel for kernel in self.all() if kernel.name != default and not self.users(kernel.name)]
 
     def clean(self) -> None:
-        """Remove what a daemon left that ended in the middle of an import or of making a template, and downloads that
-        nobody went on with for a week."""
+        """Remove what a daemon left that ended in the middle of an import or of making a template or a machine that was
+        to stand by, and downloads that nobody went on with for a week."""
         here = self.directory
         for path in [*here.glob(f"{ASIDE}*"), *here.glob(f"*/{host.ASIDE}*"), *here.glob(f"*/templates/{MAKING}*")]:
             path.unlink() if path.is_symlink() or path.is_file() else host.remove_tree(path)
+        sweep(here, young=False)
         for path in self.directory.glob(f"{PART}*"):
             if time.time() - path.lstat().st_mtime > PART_SECONDS:
                 path.unlink()

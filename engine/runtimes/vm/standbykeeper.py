@@ -84,7 +84,7 @@ def keep(request: Mapping[str, Any]) -> None:
     place (in there, with the program's disks: make_disks), plan (parts, overlay, capabilities, seccomp) and document
     (throwaway) of what is run."""
     directory, place = Path(request["directory"]), Path(request["place"])
-    _sweep(directory.parent.parent)
+    sweep(directory.parent.parent)
     lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     kept = _Kept(place, request)
@@ -113,16 +113,16 @@ def _note(lock: int, request: Mapping[str, Any], machine: int) -> None:
     os.pwrite(lock, json.dumps(shape | {"pid": os.getpid(), "qemu": machine, "since": int(time.time())}).encode(), 0)
 
 
-def _sweep(kernels: Path) -> None:
+def sweep(kernels: Path, young: bool = True) -> None:
     """What killed keepers left."""
     for pattern in (ASIDE, standby.NAME):
         for left in kernels.glob(f"*/templates/{pattern}*"):
-            if not alive(left):
+            if not alive(left, young):
                 host.remove_tree(left)
 
 
-def alive(place: Path) -> bool:
-    """Whether its keeper lives. One that was just begun counts as alive."""
+def alive(place: Path, young: bool = True) -> bool:
+    """Whether its keeper lives. One that was just begun counts as alive if `young` ones do."""
     try:
         with open(place / "lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -130,7 +130,7 @@ def alive(place: Path) -> bool:
         return True
     except FileNotFoundError:
         with contextlib.suppress(FileNotFoundError):
-            return time.time() - place.stat().st_mtime < LIMIT_SECONDS
+            return young and time.time() - place.stat().st_mtime < LIMIT_SECONDS
     return False
 
 
