@@ -260,8 +260,9 @@ def _mount() -> Check:
 def examine() -> list[Check]:
     """Every fact, in the order in which to repair them."""
     checks = [_python(), *_kernel(), *_rootless(), *_fuse(), *_networks(), _store(), _mount()]
+    optional = ("accelerator",) if host.MACOS else OPTIONAL  # there is one runtime there
     for name, ok, found, advice in host_report():
-        checks.append(Check(name, ok, found, advice, needed=name not in OPTIONAL and not (name == "runc" and _crun())))
+        checks.append(Check(name, ok, found, advice, needed=name not in optional and not (name == "runc" and _crun())))
     return checks
 
 

@@ -31,12 +31,15 @@ from engine.images.catalog import Image, Images
 from engine.lifecycle import ALIVE, State
 from engine.model import ImageConfig
 from engine.mounts import RootfsMounts
+from engine.mountspec import MountKind
 from engine.records import Container, Records
 from engine.runtimes import base, selinux
 from engine.runtimes.base import Exit, Runtime, make_spec, parse_signal
 from engine.runtimes.selinux import Labels
 from engine.store.meta import Meta
 from engine.store.trees import Trees
+from engine.unmounted import Unmounted
+from engine.volumefill import empty
 from engine.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -229,6 +232,7 @@ class Execution:
             # nothing is made or copied there then, and mounting a disk takes longer than all else
             if not self._mounts.shows or (fresh and not self.attachments.specs(container, config)):
                 rootfs = stack.enter_context(self._mounts.only_image(image.chain_id, id))
+                self._lay_out(container, config, image.chain_id, rootfs)
             else:
                 rootfs = self.rootfs(id, image.chain_id, driver, labels.private)
             attached = stack.enter_context(self.attachments.attached(container, config, rootfs, user, labels))
@@ -280,6 +284,19 @@ class Execution:
             self.attachments.release(after)
             self._connections.release_later(id)
             self.after_exit(id)
+
+    def _lay_out(self, container: Container, config: ImageConfig, chain_id: str, rootfs: Path) -> None:
+        """Where the root file system is not mounted: what new volumes get of it."""
+        if not isinstance(self._mounts, Unmounted):
+            return
+        for item in self.attachments.specs(container, config):
+            if item.type is MountKind.VOLUME:
+                try:
+                    new = empty(self._volumes.path(item.source))
+                except NotFound:
+                    new = True
+                if new:
+                    self._mounts.lay_out(chain_id, rootfs, item.target)
 
     def watch(self, container: Container) -> None:
         """Re-attach to a container that runs since before this daemon."""

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine import host
@@ -26,6 +26,7 @@ NOT_SHOWN = "this host cannot mount what a container has while it does not run"
 HINT = "start it: while it runs its own agent serves its files"
 LOOKED_UP = ("etc/passwd", "etc/group")
 SECONDS = 30.0  # for debugfs
+PIECE = 1 << 20
 
 
 class Unmounted(RootfsMounts):
@@ -68,6 +69,12 @@ class Unmounted(RootfsMounts):
             place = outline(self._trees.open(chain_id), self._disk(id), self._disk(id).parent / "outline")
         yield place
 
+    def lay_out(self, chain_id: str, rootfs: Path, target: str) -> None:
+        """What the image has at `target`, for a volume that is new, in the outline `rootfs`."""
+        tree = self._trees.open(chain_id)
+        with suppress(KeyError):
+            write_out(tree, tree.lookup(target.strip("/").encode()), rootfs / target.strip("/"))
+
     def forget(self, id: str) -> None:
         self.given(id)
         with self._guard:
@@ -102,6 +109,30 @@ def outline(tree: Tree, disk: Path, place: Path) -> Path:
     finally:
         os.close(fd)
     return place
+
+
+def write_out(tree: Tree, nid: int, place: Path) -> None:
+    """A directory of a tree, made at `place` by whoever runs this: modes, times and links are the tree's, owners are
+    not, and there are no device nodes."""
+    info = tree.stat(nid)
+    if not stat.S_ISDIR(info.mode):
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    for name, child, _ in tree.readdir(nid):
+        here, about = place / os.fsdecode(name), tree.stat(child)
+        if stat.S_ISDIR(about.mode):
+            write_out(tree, child, here)
+        elif os.path.lexists(here):  # the container's own, looked up before
+            continue
+        elif stat.S_ISLNK(about.mode):
+            here.symlink_to(os.fsdecode(tree.readlink(child)))
+        elif stat.S_ISREG(about.mode):
+            with open(here, "xb") as file:
+                for at in range(0, about.size, PIECE):
+                    file.write(tree.pread(child, min(PIECE, about.size - at), at))
+            here.chmod(stat.S_IMODE(about.mode))
+            os.utime(here, ns=(about.mtime_ns, about.mtime_ns))
+    place.chmod(stat.S_IMODE(info.mode) | stat.S_IRWXU)
 
 
 def _file(tree: Tree, disk: Path, name: str) -> bytes:

@@ -42,7 +42,7 @@ with Engine(store) as engine:
     box.create("web", ContainerConfig.model_validate({
         "image": "busybox", "command": ["sh", "-c", script], "ports": [f"127.0.0.1:{port}:80"], "hostname": "mac",
         "ulimits": {"nofile": "777"},
-        "volumes": [f"{shared}:/in", f"{shared}:/ro:ro", "data:/data"],
+        "volumes": [f"{shared}:/in", f"{shared}:/ro:ro", "data:/etc"],
     }))
     box.start("web")
     reach(engine, "web", State.RUNNING, seconds=120)
@@ -52,6 +52,7 @@ with Engine(store) as engine:
     address = engine.connections.addresses(web.id)[0].address
     assert log()[:6] == ["root", "from the host", "mac", f"inet {address}", "read-only", "777"], log()
     assert (shared / "answer").read_text() == "back\n"
+    assert (store / "volumes/data/data/passwd").read_bytes().startswith(b"root:x:0:0")  # the image's
     answer = eventually(lambda: _get(port), 60)
     assert answer == b"served\n", answer
     files = engine.guests.files(web)

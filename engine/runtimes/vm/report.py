@@ -48,6 +48,10 @@ def rows(containers: Path | None = None) -> list[Row]:
     out.append(("accelerator", choice.accelerator.hardware, choice.reason, advice))
     mkfs = find("mkfs.ext4")
     out.append(("mkfs.ext4", mkfs is not None, mkfs or "not installed", "" if mkfs else how_to_get("e2fsprogs")))
+    if host.MACOS:
+        debugfs = find("debugfs")
+        missing = "" if debugfs else how_to_get("e2fsprogs")
+        out.append(("debugfs", debugfs is not None, debugfs or "not installed", missing))
     if host.LINUX:
         ip = shutil.which("ip", path=PATHS)
         out.append(("ip", ip is not None, ip or "not installed", "" if ip else "apt-get install iproute2"))
