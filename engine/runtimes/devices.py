@@ -11,8 +11,9 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
+from engine import host
 from engine.config import ContainerConfig
-from engine.errors import InvalidArgument, NotFound
+from engine.errors import InvalidArgument, NotFound, Unsupported
 from engine.options import Device, device, device_rule
 
 MAX_DEVICES = 4096
@@ -55,6 +56,8 @@ def of_host() -> list[dict[str, Any]]:
 
 
 def _named(wanted: Device) -> list[dict[str, Any]]:
+    if not host.LINUX:
+        raise Unsupported("devices: those of this host mean nothing to Linux", at=wanted.source)
     try:
         info = os.stat(wanted.source)
     except FileNotFoundError as error:

@@ -262,7 +262,7 @@ def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, 
         "maskedPaths": [] if bare else list(MASKED_PATHS),
         "readonlyPaths": [] if bare else list(READONLY_PATHS),
     }
-    if config.privileged:
+    if config.privileged and host.LINUX:
         own = {node["path"] for node in nodes}
         nodes += [node for node in devices.of_host() if node["path"] not in own]
     if nodes:
