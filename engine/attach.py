@@ -202,9 +202,8 @@ class Attachments:
                 source = stack.enter_context(
                     self._places.mapped(source, item.idmap, identify(rootfs, user), item.source)
                 )
-            return Mount(
-                item.type, source, item.target, item.read_only, (item.propagation,) if item.propagation else ()
-            )
+            spread = (item.propagation,) if item.propagation else ()
+            return Mount(item.type, source, item.target, item.read_only, spread, isinstance(item.idmap, str))
         options = item.volume
         if item.source == volumeusers.anonymous_name(container.id, item.target):
             self._volumes.anonymous(container.id, item.target)
@@ -225,7 +224,8 @@ class Attachments:
         if item.idmap:
             who = identify(rootfs, user)
             source = stack.enter_context(self._places.mapped(source, item.idmap, who, f"volume {item.source}"))
-        return Mount(item.type, source, item.target, item.read_only or volume.read_only)
+        read_only = item.read_only or volume.read_only
+        return Mount(item.type, source, item.target, read_only, some_ids=isinstance(item.idmap, str))
 
     def _label(self, source: Path, context: str, name: str, out: Attached) -> None:
         if not relabel(source, context):

@@ -13,7 +13,7 @@ import pytest
 from dutchman import demo_archive, wait_for
 from guestkernel import copy_kernels
 from mounting import Daemon, can_mount
-from runtimebench import no_vm, skip_or_fail
+from runtimebench import SLOW, no_vm, skip_or_fail
 
 from engine.runtimes.vm import virtiofs
 
@@ -29,6 +29,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "host/two").write_text("two\n")
     os.chown(place / "host/two", 1234, 2345)
     os.chmod(place / "host/two", 0o640)
+    for name in KINDS:
+        for kind in ("given", "mapped"):
+            (place / name / kind).mkdir(parents=True)
+            (place / name / kind / "file").write_text(f"{kind}\n")
+            for path in (place / name / kind, place / name / kind / "file"):
+                os.chown(path, 500, 501)
+        (place / name / "one").write_text("one\n")
+        os.chmod(place / name / "one", 0o600)
     return place
 
 
@@ -49,7 +57,13 @@ def daemon(place: Path) -> Iterator[Daemon]:
         for name, kind in KINDS.items():
             daemon.sh(f"mkdir containers/{name}; cd containers/{name}/config; echo demo:1 > image")
             daemon.sh(f"cd containers/{name}/config; printf 'sleep\\n1000\\n' > command")
-            daemon.sh(f"cd containers/{name}/config; printf '%s\\n' {' '.join(mounts)} > volumes")
+            own = (
+                f"{place / name}/given:/given:U",
+                f"{place / name}/mapped:/mapped:idmap",
+                f"{place / name}/one:/one:U",
+            )
+            daemon.sh(f"cd containers/{name}/config; printf '%s\\n' {' '.join((*mounts, *own))} > volumes")
+            daemon.sh(f"echo 1000:1001 > containers/{name}/config/user")
             daemon.sh(f"echo 64m > containers/{name}/config/disk_size")
             daemon.sh(f"echo {'true' if kind == '9p' else 'false'} > containers/{name}/config/fast_start")
             daemon.sh(f"echo start > containers/{name}/ctl || cat containers/{name}/error", timeout=START)
@@ -61,9 +75,9 @@ def daemon(place: Path) -> Iterator[Daemon]:
             daemon.run(f"echo kill > containers/{name}/ctl")
 
 
-def inside(daemon: Daemon, name: str, script: str) -> str:
+def inside(daemon: Daemon, name: str, script: str, user: str = "0:0") -> str:
     """Output of a shell script in the container; its errors, too."""
-    return daemon.sh(f"{sys.executable} -m fdfs exec {name} sh -c '{script}' 2>&1", timeout=120)
+    return daemon.sh(f"{sys.executable} -m fdfs exec --user {user} {name} sh -c '{script}' 2>&1", timeout=120)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -80,6 +94,21 @@ def test_mounts_of_the_host(daemon: Daemon, place: Path, name: str) -> None:
     assert inside(daemon, name, "cd /host; rm hard link sub/f; ls").split() == ["one", "sub", "two"]
     made = inside(daemon, name, "mkfifo /host/fifo && rm /host/fifo && echo made; true")
     assert ("made" in made) == (KINDS[name] == "virtiofs")  # QEMU's 9p makes no special files: README, Limits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_owners_are_as_the_container_should_see_them(daemon: Daemon, place: Path, name: str) -> None:
+    """An ordinary user of the container has what is given to it or mapped, and makes files of its own there."""
+    seen = inside(daemon, name, "stat -c %u:%g /given /given/file /mapped /mapped/file /one", "1000:1001")
+    assert seen.split() == ["1000:1001"] * 5
+    script = "for d in given mapped; do echo a > /$d/new; mkdir /$d/dir; ln -s new /$d/link; chmod 600 /$d/new; done"
+    assert not inside(daemon, name, f"{script}; echo b >> /one; echo b >> /mapped/file", "1000:1001")
+    assert "ermission denied" in inside(daemon, name, "echo c > /host/no; true", "1000:1001")
+    for kind, (uid, gid) in (("given", (1000, 1001)), ("mapped", (500, 501))):
+        for path in ("", "file", "new", "dir", "link"):
+            info = os.lstat(place / name / kind / path)
+            assert (info.st_uid, info.st_gid) == (uid, gid), (kind, path)
+    assert (place / name / "one").read_text() == "one\nb\n" and os.stat(place / name / "one").st_uid == 1000
 
 
 def test_a_full_disk_is_an_error_inside_and_through_the_mount(daemon: Daemon) -> None:
@@ -109,3 +138,27 @@ def test_one_volume_of_two_machines_and_the_host(daemon: Daemon) -> None:
     wait_for(lambda: inside(daemon, "fs", "ls /vol").split() == ["d", "g"], 30)
     inside(daemon, "fs", "rm -r /vol/g /vol/d")
     assert not os.listdir(data.parent)
+
+
+if SLOW:
+
+    def test_what_two_machines_append_is_all_there_with_consistent(daemon: Daemon) -> None:
+        """Each by 9p, each with the file open all the while."""
+        script = (
+            "while [ ! -e /vol/go ]; do :; done; i=0; while [ $i -lt 200 ]; do echo $0; i=$((i+1)); done >> /vol/log"
+        )
+        for name in ("one", "two"):
+            daemon.sh(f"mkdir containers/{name}; cd containers/{name}/config; echo demo:1 > image")
+            daemon.sh(f"echo v:/vol:consistent > containers/{name}/config/volumes")
+            with open(daemon.mount / "containers" / name / "config/command", "w") as file:
+                file.write(f"sh\n-c\n{script}\n{name}\n")
+            daemon.sh(f"echo start > containers/{name}/ctl", timeout=START)
+            state = daemon.mount / "containers" / name / "state"
+            wait_for(lambda state=state: state.read_text() == "running\n", START)
+        data = daemon.mount / "volumes/v/data"
+        (data / "go").touch()
+        for name in ("one", "two"):
+            daemon.until(f"cat containers/{name}/state", "stopped", seconds=START)
+        lines = (data / "log").read_text().split()
+        assert (lines.count("one"), lines.count("two"), len(lines)) == (200, 200, 400)
+        daemon.sh("rm volumes/v/data/log volumes/v/data/go; rmdir containers/one containers/two", timeout=60)

@@ -50,6 +50,7 @@ class Mount:
     target: str
     read_only: bool = False
     options: tuple[str, ...] = ()  # further mount(8) options, e.g. size=64m for a tmpfs
+    some_ids: bool = False  # only some owners can be there; root may be none of them
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from engine import host, userids
 from engine.config import Namespace
 from engine.errors import Busy, DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.kernels import Kernels
+from engine.mountspec import Consistency
 from engine.netconfig import HOST
 from engine.runtimes import conmon
 from engine.runtimes.base import Probe, RunSpec, State, Status
@@ -149,16 +150,22 @@ class VmRuntime(OciRuntime):
             "taps": taps,
             "networks": networks,  # those it starts with
             "usernets": own,
+            # with a cache a program can map a file shared and writable, and what two machines append gets lost
+            "consistent": any(item.consistency is Consistency.CONSISTENT for item in settings.volumes),
             "exports": None if host.LINUX else sharing.numbers(translate.bind_sources(config)),
             "capabilities": {name: bit for bit, name in enumerate(CAPABILITIES)},
             "seccomp": "" if seccomp is None else _filter(json.dumps(seccomp), arch),
         }
-        if settings.fast_start and host.LINUX:  # HVF saves no guests
+        # QEMU's 9p makes a file as root and gives it away: where root has no id it makes none
+        picky = any(mount.some_ids and not mount.read_only for mount in spec_.mounts)
+        fast = settings.fast_start and host.LINUX  # HVF saves no guests
+        served = virtiofs.find() if "virtiofs" in kernel.features and (picky or not fast) else ""
+        if fast and not served:
             made_of = {"kernel": [kernel.digest, kernel.image_digest], "initfs": initfs.name}
             wish = templates.wanted(machine, taps, made_of | {"version": self.probe().version})
             plan["template"] = wish | {"directory": str(kernel.directory / "templates")}
-        elif "virtiofs" in kernel.features and (program := virtiofs.find()):
-            machine["virtiofs"], plan["virtiofsd"] = True, program
+        elif served:
+            machine["virtiofs"], plan["virtiofsd"] = True, served
         # sessions look users up in the files the container started with; the guest has the disk from here on
         names = place / "names"
         for name in ("passwd", "group"):

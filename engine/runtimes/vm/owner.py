@@ -64,7 +64,9 @@ def preparation(plan: Mapping[str, Any], document: Mapping[str, Any]) -> list[tu
     ]
     if translate.bind_sources(document):
         # directio: what others write to a volume is seen at once (Linux 6.4; before, cache=mmap meant that)
-        options = "trans=virtio,version=9p2000.L,msize=512000,access=any,cache=mmap,directio"
+        # access=user: what a user makes is that user's
+        options = "trans=virtio,version=9p2000.L,msize=512000,access=user,directio,cache="
+        options += "none" if plan.get("consistent") else "mmap"
         kind, options = ("virtiofs", "") if plan.get("virtiofsd") else ("9p", options)
         mounts.append(("shares", translate.SHARES, kind, 0, options))
         for number in plan.get("exports") or ():  # each by itself (sharing.py)
