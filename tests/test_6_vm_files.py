@@ -8,11 +8,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import manyfiles
 import pytest
 from dutchman import demo_archive, wait_for
 from guestkernel import copy_kernels
 from mounting import Daemon, can_mount
-from runtimebench import bench_of
+from runtimebench import SLOW, bench_of
 
 from engine import loops
 from engine.runtimes.vm.guestfiles import GuestFiles
@@ -131,3 +132,33 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     assert (place / "new").read_text() == "text\nmore\n"
     assert (place / "d/big").read_bytes() == big
     assert {"A /new", "A /d"} <= set(daemon.sh("cat containers/m/changes").splitlines())
+
+
+if SLOW:
+
+    @pytest.mark.timeout(1800)
+    def test_ten_thousand_files_go_in_and_out_of_a_machine(daemon: Daemon, tmp_path: Path) -> None:
+        manyfiles.make(tmp_path / "many", 10_000)
+        given = manyfiles.facts(tmp_path / "many")
+        assert len(given) == 10_000 + manyfiles.FOLDERS + 1
+        daemon.sh("mkdir containers/m; cd containers/m/config; echo demo:1 > image; echo vm > runtime")
+        daemon.sh(r"printf 'sleep\n100000\n' > containers/m/config/command")
+        daemon.sh("echo start > containers/m/ctl", timeout=120)
+        wait_for(lambda: daemon.sh("cat containers/m/state").strip() == "running", 120)
+        inside = daemon.mount / "containers/m/rootfs/many"
+        daemon.sh(f"cp -a {tmp_path}/many containers/m/rootfs/", timeout=900)
+        daemon.sh(f"cp -a containers/m/rootfs/many {tmp_path}/back", timeout=900)
+        assert manyfiles.facts(tmp_path / "back") == given
+        # and as a process in it sees them
+        daemon.sh("echo 'run sh -c \"find /many | wc -l\"' > containers/m/exec/ctl", timeout=60)
+        wait_for(lambda: daemon.run("grep . containers/m/exec/1/exit_code").returncode == 0, 120)
+        assert int(daemon.sh("cat containers/m/exec/1/stdout")) == len(given)
+        daemon.sh("rm -r containers/m/rootfs/many/d[5-9]*", timeout=900)
+        left = {path: fact for path, fact in given.items() if path[:2] not in ("d5", "d6", "d7", "d8", "d9")}
+        assert 4_000 < len(left) < 5_000
+        # on its disk, once it has ended
+        daemon.sh("echo 'stop 0' > containers/m/ctl", timeout=60)
+        wait_for(lambda: daemon.sh("cat containers/m/state").strip() == "stopped", 60)
+        found = manyfiles.facts(inside)
+        assert found.pop(".") != left.pop(".")  # when it was last changed
+        assert found == left

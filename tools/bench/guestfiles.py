@@ -1,11 +1,13 @@
 """Files of a running machine through the mount, and the same on the host's own file system in between.
 
-Prints JSON lines: {"bench": "guestfiles", "what", "where": "machine" | "stopped" | "host", …}: `write` and `read` of a
-big file in MB/s (write: cp, which ends when close(2) has said that all is there), `cp -a` in, `cp -a` out and `rm -r`
-of small files in files a second; medians. `stopped` is the container's disk on the host, by the same mount. What was
-copied is compared before anything is printed. CPU is in seconds of the daemon, of the machine's owner, of QEMU.
+Prints JSON lines: {"bench": "guestfiles", "what", "where": "machine" | "stopped" | "host" | "tmpfs", …}: `write` and
+`read` of a big file in MB/s (write: cp, which ends when close(2) has said that all is there; `cold` is the first read,
+of a file that is in no cache of the guest), `cp -a` in, `cp -a` out and `rm -r` of small files in files a second;
+medians. `stopped` is the container's disk on the host, by the same mount; `host` and `tmpfs` are directories of it.
+With --tar also `tar_in` and `tar_out`: as one archive, by `dutchman cp` and by tar(1) run in the machine (`exec`).
+What was copied is compared, metadata too, before it is told. CPU: seconds of the daemon, of the owner, of QEMU.
 Needs root on Linux, runc, conmon, QEMU, busybox-static and a kernel: --kernel FILE, else what tools/setup test fetched.
-Usage: python tools/bench/guestfiles.py [--megabytes N] [--files N] [--rounds N] [--kernel FILE]
+Usage: python tools/bench/guestfiles.py [--megabytes N] [--files N] [--rounds N] [--tar] [--kernel FILE]
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+import manyfiles
 from engines import add_busybox
 from guestkernel import package
 from mounting import Daemon
@@ -62,16 +65,51 @@ def state(container: Path, wanted: str) -> None:
         time.sleep(0.02)
 
 
+def same(small: Path, back: Path) -> None:
+    if manyfiles.facts(back) != manyfiles.facts(small):
+        raise SystemExit(f"{back} is not what was copied")
+
+
 def once(target: Path, big: Path, small: Path, back: Path) -> dict[str, float]:
     """Seconds of each; what came back is what was given."""
-    out = {"write": timed("cp", big, target / "big"), "read": timed("cmp", big, target / "big")}
+    out = {"write": timed("cp", big, target / "big"), "cold": timed("cp", target / "big", back)}
+    subprocess.run(["cmp", big, back], check=True)
+    os.unlink(back)
+    out["read"] = timed("cp", target / "big", "/dev/null")
     out["in"] = timed("cp", "-a", small, target / "small")
     out["out"] = timed("cp", "-a", target / "small", back)
-    subprocess.run(["diff", "-r", small, back], check=True)
+    same(small, back)
     out["rm"] = timed("rm", "-r", target / "small")
     shutil.rmtree(back)
     os.unlink(target / "big")
     return out
+
+
+def tars(mount: Path, small: Path, back: Path) -> dict[str, dict[str, float]]:
+    """The same files as an archive, by each way: seconds."""
+    ours = f"{sys.executable} -m fdfs"
+    ways = {
+        "cp": (f"{ours} cp - c:/tars", f"{ours} cp c:/tars/. -"),
+        "exec": (f"{ours} exec -i c busybox tar -C /tars -xf -", f"{ours} exec c busybox tar -C /tars -cf - ."),
+    }
+    environment = os.environ | {"DUTCHMAN_MOUNT": str(mount), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    taken: dict[str, dict[str, float]] = {}
+    for way, (into, out_of) in ways.items():
+        target = mount / "containers/c/rootfs/tars"
+        for folder in (target, back):
+            folder.mkdir()
+        taken[way] = {}
+        for what, command in (
+            ("tar_in", f"tar -C {small} -c . | {into}"),
+            ("tar_out", f"{out_of} | tar -C {back} -xp"),
+        ):
+            begin = time.perf_counter()
+            subprocess.run(["bash", "-ec", f"set -o pipefail; {command}"], check=True, env=environment)
+            taken[way][what] = time.perf_counter() - begin
+        subprocess.run(["diff", "-r", "--no-dereference", small, back], check=True)
+        for folder in (target, back):
+            subprocess.run(["rm", "-r", folder], check=True)
+    return taken
 
 
 def main() -> None:
@@ -79,17 +117,15 @@ def main() -> None:
     options.add_argument("--megabytes", type=int, default=100)
     options.add_argument("--files", type=int, default=1000)
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--tar", action="store_true")
     options.add_argument("--kernel", type=Path)
     given = options.parse_args()
     place = Path(tempfile.mkdtemp(prefix="dutchman-bench-"))
     big, small, native = place / "big", place / "small", place / "native"
     big.write_bytes(os.urandom(given.megabytes * 1_000_000))
+    memory = Path(tempfile.mkdtemp(prefix="dutchman-bench-", dir="/dev/shm"))
     native.mkdir()
-    for number in range(given.files):
-        file = small / f"d{number % 20}" / f"f{number}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(os.urandom(number * 37 % 5000))
-        os.utime(file, ns=(10**18 + number, 10**18 + number))
+    manyfiles.make(small, given.files)
     with Engine(place / "store", runtime="oci") as engine:
         add_busybox(engine)
         kernel = engine.kernels.import_(given.kernel or package())
@@ -107,13 +143,16 @@ def main() -> None:
         assert daemon.process is not None
         pids = [daemon.process.pid, owner, qemu]
         say(kernel=kernel.version, cpus=os.cpu_count(), load=os.getloadavg()[0], megabytes=given.megabytes)
-        taken: dict[str, list[dict[str, float]]] = {"machine": [], "host": [], "stopped": []}
+        taken: dict[str, list[dict[str, float]]] = {"machine": [], "host": [], "tmpfs": [], "stopped": []}
         before = cpu(pids)
         for _ in range(given.rounds):
-            for where, target in (("machine", container / "rootfs"), ("host", native)):
+            for where, target in (("machine", container / "rootfs"), ("host", native), ("tmpfs", memory)):
                 taken[where].append(once(target, big, small, place / "back"))
         used = [round((after - was) / given.rounds, 2) for after, was in zip(cpu(pids), before, strict=True)]
         say(what="cpu of a round", seconds=dict(zip(("daemon", "owner", "qemu"), used, strict=True)))
+        for way, seconds in (tars(daemon.mount, small, place / "back") if given.tar else {}).items():
+            for what, each in seconds.items():
+                say(what=what, where="machine", by=way, files_s=round(given.files / each, 1))
         (container / "ctl").write_text("stop 0\n")
         state(container, "stopped")
         for _ in range(given.rounds):
@@ -121,7 +160,8 @@ def main() -> None:
         for where, rounds in taken.items():
             for what in rounds[0]:
                 seconds = statistics.median(each[what] for each in rounds)
-                unit, count = ("mb_s", given.megabytes) if what in ("write", "read") else ("files_s", given.files)
+                big_one = what in ("write", "cold", "read")
+                unit, count = ("mb_s", given.megabytes) if big_one else ("files_s", given.files)
                 spread = [round(count / each[what], 1) for each in rounds]
                 say(what=what, where=where, **{unit: round(count / seconds, 1)}, rounds=spread)
     except BaseException:
@@ -130,7 +170,8 @@ def main() -> None:
     finally:
         daemon.run("echo kill > containers/c/ctl")
         daemon.stop()
-        shutil.rmtree(place, ignore_errors=True)
+        for folder in (place, memory):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -203,8 +203,10 @@ static int open_parent(struct words *words, const char *key, char **name) {
     return errno = error, fd;
 }
 
+static int fds_here; /* this process is in /proc/self/fd: a walk there takes an emulated CPU longer than what is done then */
+
 static const char *link_of(int fd, char text[40]) {
-    snprintf(text, 40, "/proc/self/fd/%d", fd);
+    snprintf(text, 40, "%s%d", fds_here ? "" : "/proc/self/fd/", fd);
     return text;
 }
 
@@ -217,8 +219,12 @@ static void pack(const struct stat *s, struct packed *out) {
 /* The names of its xattrs, joined by NUL: their length; -1: not known here. */
 static ssize_t names_of(int fd, const char *name, char text[MAX_NAMES]) {
     char link[300];
-    snprintf(link, sizeof link, *name ? "/proc/self/fd/%d/%s" : "/proc/self/fd/%d", fd, name);
-    ssize_t count = *name ? llistxattr(link, text, MAX_NAMES) : listxattr(link, text, MAX_NAMES);
+    ssize_t count = *name ? -1 : flistxattr(fd, text, MAX_NAMES);
+    if (*name || (count < 0 && errno == EBADF)) { /* it is open as a path only */
+        link_of(fd, link);
+        if (*name) snprintf(link + strlen(link), sizeof link - 40, "/%s", name);
+        count = *name ? llistxattr(link, text, MAX_NAMES) : listxattr(link, text, MAX_NAMES);
+    }
     return count > 0 ? count - 1 : count;
 }
 
@@ -351,6 +357,16 @@ static int own(struct words *words, int parent, const char *name, int chmod_too,
     return error;
 }
 
+/* The same of an open file; what it has already is not set again, which takes longer than to look. */
+static int own_open(struct words *words, int fd, mode_t mode) {
+    long long uid, gid;
+    struct stat info;
+    if (number_of(words, "uid", 10, -1, &uid) || number_of(words, "gid", 10, -1, &gid)) return EINVAL;
+    if ((uid != -1 || gid != -1) && fchown(fd, uid, gid)) return errno;
+    if (fstat(fd, &info)) return errno;
+    return (info.st_mode ^ mode) & 07777 && fchmod(fd, mode & 07777) ? errno : 0;
+}
+
 static int open_existing(struct worker *w, int flags) {
     struct stat info;
     char link[40];
@@ -397,7 +413,7 @@ static int do_open(struct worker *w) {
         if (parent < 0) return errno;
         folder_time(parent, before);
         fd = openat(parent, name, flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, mode & 07777);
-        error = fd < 0 ? errno : own(&w->words, parent, name, 1, mode);
+        error = fd < 0 ? errno : own_open(&w->words, fd, mode);
         if (fd >= 0) answer_folder(w, parent, before);
         close(parent);
         if (fd >= 0 && error) return close(fd), error;
@@ -654,15 +670,14 @@ int is_file_verb(const char *verb) {
 
 static int changes_object(const char *verb) { return strcmp(verb, "STATFS") && strcmp(verb, "GETXATTR") && strcmp(verb, "LISTXATTR"); }
 
-/* Of an object that was changed and is no folder's entry by that: its folder, so that the host still knows it. */
-static void object_folder(struct worker *w) {
+/* An object, and its folder where it has one: resolved once, for the host is told of both. */
+static int open_object(struct worker *w, int *folder) {
     char *name;
-    int64_t times[2];
-    int fd = open_parent(&w->words, "path", &name);
-    if (fd < 0) return;
-    folder_time(fd, times);
-    answer_folder(w, fd, times);
-    close(fd);
+    *folder = open_parent(&w->words, "path", &name);
+    if (*folder < 0) return errno == EINVAL ? open_path(&w->words, O_PATH) : -1; /* the root itself has none */
+    int fd = openat(*folder, name, O_PATH | O_NOFOLLOW | O_CLOEXEC), error = errno;
+    if (fd < 0) close(*folder);
+    return errno = error, fd;
 }
 
 static int serve(struct worker *w) {
@@ -673,18 +688,20 @@ static int serve(struct worker *w) {
     for (int i = 0; others[i].verb; i++)
         if (!strcmp(others[i].verb, verb)) return others[i].run(w);
     if (!strcmp(verb, "RENAME") || !strcmp(verb, "LINK")) return two_names(w, verb);
-    int names = one_of(by_name, verb), error;
+    int names = one_of(by_name, verb), changes = !names && changes_object(verb), folder = -1, error;
     if (!names && !one_of(by_object, verb)) return ENOSYS;
-    int fd = names ? open_parent(&w->words, "path", &name) : open_path(&w->words, O_PATH);
+    int fd = names ? open_parent(&w->words, "path", &name) : changes ? open_object(w, &folder) : open_path(&w->words, O_PATH);
     if (fd < 0) return errno;
     if (names) {
         int64_t before[2];
         folder_time(fd, before);
         if (!(error = with_name(w, verb, fd, name))) answer_folder(w, fd, before);
-    } else if (!(error = with_object(w, verb, fd)) && changes_object(verb)) {
+    } else if (!(error = with_object(w, verb, fd)) && changes) {
         error = answer_attr(w, fd, "");
-        if (!error) object_folder(w);
+        int64_t times[2];
+        if (!error && folder >= 0) folder_time(folder, times), answer_folder(w, folder, times);
     }
+    if (folder >= 0) close(folder);
     close(fd);
     return error;
 }
@@ -742,6 +759,7 @@ int files_start(void) {
     if (pair[1] != keep && dup2(pair[1], keep) < 0) _exit(1);
     syscall(SYS_close_range, 4u, ~0u, 0u);
     umask(0);
+    fds_here = !chdir("/proc/self/fd");
     for (int i = 0; i < WORKERS; i++) {
         workers[i].socket = keep;
         if (i && pthread_create(&workers[i].thread, NULL, work, &workers[i])) say("agent: one file worker less: %s", strerror(errno));
