@@ -63,6 +63,7 @@ class ContainerConfig(Frozen):
 
     # what runs
     image: Text = ""
+    platform: Text = Field("", description="os/architecture[/variant] of the image; empty: what its name stands for")
     command: Argv = Field(None, description="arguments; replaces the image's CMD")
     entrypoint: Argv = Field(None, description="replaces the image's ENTRYPOINT (and drops its CMD)")
     env: Mapping = Field(default_factory=dict, description="KEY=VALUE lines, added to the image's")

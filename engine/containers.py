@@ -34,6 +34,7 @@ from engine.failures import Failures
 from engine.guests import Guests
 from engine.health import HealthChecks, machine_changed
 from engine.images.catalog import Images
+from engine.images.manifests import parse_platform
 from engine.images.reference import parse as parse_reference
 from engine.lifecycle import ALIVE, State, Verb
 from engine.logs import ContainerLogs
@@ -206,7 +207,7 @@ class Containers:
         config = config or fields.validated({})
         self._check(config)
         if config.image:
-            self.execution.find_image(config.image)
+            self.execution.find_image(config)
         return self.records.create(name, config, self._make_directory)
 
     def _make_directory(self, id: str) -> None:
@@ -262,6 +263,8 @@ class Containers:
                 parse_reference(config.image)
             except InvalidArgument as error:
                 raise InvalidArgument(f"image: {error.reason}", at=error.at or config.image, hint=error.hint) from error
+        if config.platform:
+            parse_platform(config.platform)
         if config.stop_signal:
             try:
                 parse_signal(config.stop_signal)

@@ -279,7 +279,7 @@ class Engine:
             "store": str(self.store),
             "mount": str(self.mount or ""),
             "runtime": self._runtime,
-            "accelerator": report.summary(),
+            **report.summaries(),
             **standbys.summary(self.kernels.directory),
             "rootfs": self._rootfs(),
             "networks": self.connections.summary(),

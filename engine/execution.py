@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.attach import Attachments
+from engine.config import ContainerConfig
 from engine.connections import Connections
 from engine.drivers import Drivers
 from engine.errors import Busy, EngineError, Gone, InvalidArgument, NoSpace, NotFound, RuntimeFailure, Unsupported
 from engine.giving import relabel
+from engine.images import platforms
 from engine.images.catalog import Image, Images
 from engine.lifecycle import ALIVE, State
 from engine.model import ImageConfig
@@ -144,7 +146,7 @@ class Execution:
                 return self._images.get(container.image)
             except NotFound:
                 pass
-        return self.find_image(container.config.image)
+        return self.find_image(container.config)
 
     def image_env(self, container: Container) -> tuple[str, ...]:
         """The variables of its image; none when that is gone."""
@@ -153,13 +155,14 @@ class Execution:
         except EngineError:
             return ()
 
-    def find_image(self, text: str) -> Image:
+    def find_image(self, config: ContainerConfig) -> Image:
+        text = config.image
         if not text:
             raise InvalidArgument(
                 "image: none is set", at="image", hint="echo IMAGE > config/image, then start it again"
             )
         try:
-            return self._images.resolve(text)
+            return platforms.named(self._images, text, config.platform)
         except NotFound as error:
             raise NotFound(
                 error.reason, at=error.at or text, hint=error.hint or f"echo 'pull {text}' > images/ctl"

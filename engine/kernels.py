@@ -143,25 +143,36 @@ class Kernels:
         except (ValueError, TypeError) as error:
             raise Damaged(f"kernel.json of {name} is damaged: {error}", at=name, hint="remove and import it") from error
 
-    def get(self, name: str | None = None) -> Kernel:
-        """The kernel `name`, or the default one. NotFound says how to get one."""
+    def get(self, name: str | None = None, arch: str = "") -> Kernel:
+        """The kernel `name`, or the default one; of `arch` where that is given. NotFound says how to get one;
+        InvalidArgument when `name` is for another."""
         if not name:
-            name = self.default()
+            name = self.default(arch)
             if name is None:
-                raise NotFound("no guest kernel is here", hint=HINT)
+                other = arch not in ("", platform_arch())
+                words = f"no guest kernel {f'for {arch} ' if arch else ''}is here"
+                raise NotFound(words, at=arch or None, hint=HINT + (f"; add arch={arch}" if other else ""))
         if not NAME.match(name) or name == DEFAULT:
             raise NotFound(f"no kernel {name[:140]!r} is here", at=name[:140], hint=HINT)
-        return self._load(name)
+        kernel = self._load(name)
+        if arch and kernel.arch != arch:
+            raise InvalidArgument(f"kernel {name} is for {kernel.arch}, the guest is {arch}", at=name)
+        return kernel
 
-    def default(self) -> str | None:
-        """The one chosen, else that with the newest version; None when there are none."""
+    def default(self, arch: str = "") -> str | None:
+        """The one chosen, else that with the newest version; None when there are none. `arch`: of that architecture;
+        else one of another than this host's only where there is no other."""
+        every = self.all()
         try:
             chosen = os.path.basename(os.readlink(self.directory / DEFAULT))
         except OSError:
             chosen = ""
-        if chosen and (self.directory / chosen / "kernel.json").exists():
+        others = {kernel.name for kernel in every if arch and kernel.arch != arch}
+        if chosen and chosen not in others and (self.directory / chosen / "kernel.json").exists():
             return chosen
-        found = [kernel for kernel in self.all() if kernel.arch == platform_arch()] or self.all()
+        found = [kernel for kernel in every if kernel.arch == (arch or platform_arch())]
+        if not found and not arch:
+            found = every
         newest = max(found, key=lambda item: [int(part) for part in re.findall(r"\d+", item.version)], default=None)
         return None if newest is None else newest.name
 
@@ -206,9 +217,9 @@ class Kernels:
         shutil.rmtree(aside)
 
     def unused(self) -> list[Kernel]:
-        """What no container wants or runs with and is not the default, by name."""
-        default = self.default()
-        return [kernel for kernel in self.all() if kernel.name != default and not self.users(kernel.name)]
+        """What no container wants or runs with and is no default, of any architecture, by name."""
+        defaults = {self.default(), *(self.default(arch) for arch in kernelimage.ARCHITECTURES)}
+        return [kernel for kernel in self.all() if kernel.name not in defaults and not self.users(kernel.name)]
 
     def clean(self) -> None:
         """Remove what a daemon left that ended in the middle of an import or of making a template or a machine that was

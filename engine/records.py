@@ -152,7 +152,7 @@ class Records:
             fields = sorted(key for key in new if new[key] != old[key])
             if not fields:
                 return before
-            image = "" if "image" in fields else before.image  # resolved anew by the next start
+            image = "" if {"image", "platform"} & set(fields) else before.image  # resolved anew by the next start
             db.execute(
                 "UPDATE containers SET config = ?, image = ? WHERE id = ?", (config.model_dump_json(), image, id)
             )

@@ -88,6 +88,7 @@ def _create(mount: Mount, name: str | None, what: str) -> str:
 @click.option("--no-healthcheck", is_flag=True, help="Not the image's health check either.")
 @network_options
 @click.option("--pull", "policy", type=click.Choice(PULL), default="missing", help="Fetch the image first.")
+@click.option("--platform", metavar="OS/ARCH", help="Of the image, such as linux/arm64: emulated by runtime vm.")
 @click.option("--kernel", metavar="NAME", help="The kernel of its virtual machine, instead of the default.")
 @click.option("--runtime", metavar="NAME", help="oci, vm or fake, instead of the engine's default.")
 @click.argument("image")
@@ -142,13 +143,13 @@ def run_command(
     if tty and interactive and not detach and not os.isatty(0):
         raise Failure(f"{what}: the input is not a terminal", "hint: leave out -t")
     if policy == "always":
-        pull(where, image)
+        pull(where, image, config.get("platform"))
     chosen = _create(where, name, what)
     container = ("containers", chosen)
     try:
         where.write(container, "config.yaml", json.dumps(config, ensure_ascii=False).encode(), what=what)
         if starts:
-            _start(where, chosen, what, image if policy == "missing" else "")
+            _start(where, chosen, what, image if policy == "missing" else "", config.get("platform"))
     except Failure as failure:
         ended = where.field(*container, "exit_code")
         with contextlib.suppress(OSError):  # it never ran: nothing is kept of it
@@ -175,16 +176,16 @@ def run_command(
     return code
 
 
-def _start(where: Mount, name: str, what: str, missing: str) -> None:
-    """`missing` is the image to pull if that is what the start is refused for."""
+def _start(where: Mount, name: str, what: str, missing: str, platform: str | None) -> None:
+    """`missing` is the image to pull, of `platform`, if that is what the start is refused for."""
     try:
         where.command(("containers", name), "start", what=what)
         await_start(where, name, what)
     except Failure as failure:
         if not missing or NO_IMAGE not in failure.reason or ID.fullmatch(missing):
             raise
-        pull(where, missing)
-        _start(where, name, what, "")
+        pull(where, missing, platform)
+        _start(where, name, what, "", platform)
 
 
 @click.pass_context

@@ -50,10 +50,10 @@ def make_tar(files: Mapping[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def busybox_rootfs_tar() -> bytes:
+def busybox_rootfs_tar(busybox: Path = BUSYBOX) -> bytes:
     """A root filesystem of Debian's busybox-static: /bin/busybox, its applets as symlinks, /etc/passwd, /tmp …"""
     files: dict[str, Any] = {name: None for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "var")}
-    files["bin/busybox"] = (0o755, BUSYBOX.read_bytes())
+    files["bin/busybox"] = (0o755, busybox.read_bytes())
     for applet in APPLETS.split():
         files[f"bin/{applet}"] = "busybox"
     files["etc/passwd"] = b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"

@@ -149,6 +149,24 @@ def test_kernels_live_side_by_side_and_one_is_the_default(kernels: Kernels) -> N
     assert kernels.get(None).name == "6.10.0" and not (kernels.directory / "default").is_symlink()
 
 
+def test_each_architecture_has_its_default(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(NotFound, match="no guest kernel for aarch64") as caught:
+        kernels.get(None, "aarch64")
+    assert str(caught.value.hint).endswith("; add arch=aarch64")
+    for version in ("6.8.0-arm", "6.9.1-arm"):
+        kernels.add(arm64(version), "test", arch="aarch64")
+    assert kernels.default() == kernels.default("aarch64") == "6.9.1-arm"  # there is no other
+    assert kernels.default("x86_64") is None
+    kernels.add(vmlinux("6.1.0"), "test", arch="x86_64")
+    assert (kernels.default(), kernels.get(None, "x86_64").name) == ("6.1.0", "6.1.0")
+    assert [kernel.name for kernel in kernels.unused()] == ["6.8.0-arm"]
+    kernels.choose("6.8.0-arm")
+    assert (kernels.default(), kernels.default("aarch64"), kernels.default("x86_64")) == ("6.8.0-arm",) * 2 + ("6.1.0",)
+    with pytest.raises(InvalidArgument, match=r"kernel 6.1.0 is for x86_64, the guest is aarch64"):
+        kernels.get("6.1.0", "aarch64")
+
+
 def test_a_kernel_in_use_stays(tmp_path: Path) -> None:
     wanted: dict[str | None, list[str]] = {"6.9.1": ["web"], None: ["db"]}
     kernels = Kernels(tmp_path, lambda name: wanted.get(name, []))

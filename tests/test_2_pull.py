@@ -340,6 +340,13 @@ def test_an_index_is_kept_and_its_other_platforms_are_shown(tmp_path: Path, regi
             ("linux-amd64", True),
             ("linux-arm64", True),
         }
+        assert platforms.named(store.images, name, "").digest == own.digest
+        for wanted, image in (("linux/amd64", amd), ("arm64", arm), ("linux/arm64/v8", arm), ("linux/amd64/v3", amd)):
+            assert platforms.named(store.images, name, wanted).digest == image.digest
+            assert platforms.named(store.images, image.digest, wanted).digest == image.digest
+        with pytest.raises(NotFound, match=r"no such image for linux/s390x: that is for linux/amd64") as caught:
+            platforms.named(store.images, amd.digest, "linux/s390x")
+        assert f"pull {name} platform=linux/s390x" in str(caught.value.hint) or own is not amd
         indexes = [digest for digest in store.blobs.all() if b'"manifests"' in store.blobs.read(digest, 1 << 24)[:200]]
         assert len(indexes) == 1
         store.images.collect()

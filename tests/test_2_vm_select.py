@@ -38,14 +38,14 @@ def containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_where_hardware_runs_guests_it_is_vm(containers: Path) -> None:
     assert preferred(containers) == "vm"
     assert isinstance(open_runtime("auto", containers), VmRuntime)
-    assert report.summary() == "kvm runs guest code"
+    assert report.summary("x86_64") == "kvm runs guest code"
 
 
 def test_what_failed_with_a_real_guest_is_not_taken(containers: Path) -> None:
     accel.Accelerators().refuse(accel.find_qemu(""), "x86_64", "with a real guest: QEMU aborted")
     assert preferred(containers) == "oci"
     assert open_runtime("auto", containers).name == "oci"
-    assert report.summary().endswith("kvm cannot be used: with a real guest: QEMU aborted")
+    assert report.summary("x86_64").endswith("kvm cannot be used: with a real guest: QEMU aborted")
 
 
 def test_without_kernel_qemu_or_a_working_probe_it_is_oci(containers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_without_kernel_qemu_or_a_working_probe_it_is_oci(containers: Path, monk
     (containers.parent / "kernels" / "6.1").mkdir(parents=True)
     monkeypatch.setattr(accel, "find_qemu", no_qemu)
     assert preferred(containers) == "oci"
-    assert report.summary() == "none: qemu-system-x86_64 is not installed"
+    assert report.summary("x86_64") == "none: qemu-system-x86_64 is not installed"
 
 
 def test_only_the_choice_of_a_person_takes_an_emulated_one(containers: Path) -> None:

@@ -77,6 +77,32 @@ def test_platforms_of_an_index(daemon: Daemon, registry: Registry) -> None:
     assert daemon.sh(f"cat {image}/platforms/linux-amd64/platform") == "linux/amd64\n"
 
 
+def test_a_containers_platform(daemon: Daemon, registry: Registry) -> None:
+    done = cli(daemon, "run", "--platform", "linux/s390x", "--name", "other", registry.name("demo:1"))
+    assert done.returncode != 0 and "no image for linux/s390x; there is linux/amd64, linux/arm64" in done.stderr, done
+    assert not (daemon.mount / "containers/other").exists()
+    name = registry.name("demo:1")
+    done = cli(daemon, "run", "-d", "--platform", "arm64", "--name", "other", name, "sleep", "inf")  # it is pulled
+    assert done.returncode == 0, done.stderr
+    assert daemon.sh("cat containers/other/config/platform") == "arm64\n"
+    assert daemon.sh("cat containers/other/rootfs/etc/motd") == "arm\n"
+    arm = f"images/{registry.host}/demo:1/platforms/linux-arm64"
+    assert daemon.sh(f"cat {arm}/used_by") == "other\n"
+    daemon.sh("echo kill > containers/other/ctl")
+    daemon.until("cat containers/other/state", "stopped")
+    daemon.refused("echo 'linux/a b' > containers/other/config/platform", "Invalid argument")
+    assert "a platform is os/architecture" in daemon.sh("cat containers/other/error")
+    daemon.sh("echo linux/s390x > containers/other/config/platform")  # as the name of an image that is not here
+    daemon.refused("echo start > containers/other/ctl", "No such file")
+    assert f"pull {name} platform=linux/s390x" in daemon.sh("cat containers/other/error")
+    daemon.sh("rmdir containers/other")
+    daemon.sh(f"echo 'run {name} name=other platform=linux/amd64 -- sleep inf' > containers/ctl")
+    assert daemon.sh("cat containers/other/rootfs/etc/motd") == "hello\n"
+    daemon.sh("echo kill > containers/other/ctl")
+    daemon.until("cat containers/other/state", "stopped")
+    daemon.sh("rmdir containers/other")
+
+
 def test_push_and_save_and_export(daemon: Daemon, registry: Registry, place: Path) -> None:
     image = f"images/{registry.host}/demo:1"
     digest = os.path.basename(os.readlink(daemon.mount / image))

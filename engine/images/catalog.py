@@ -9,6 +9,7 @@ Threading: all methods from any thread; readers never wait for a writer.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -210,18 +211,19 @@ class Images:
 
     def used(self) -> dict[str, list[str]]:
         """Every image that has users, and their names."""
-        rows = self.meta.query("SELECT name, image, json_extract(config, '$.image') AS wanted FROM containers")
-        meant: dict[str, str] = {}
-        out: dict[str, list[str]] = {}
-        for row in sorted(rows, key=lambda row: str(row["name"])):
-            image, wanted = row["image"], row["wanted"] or ""
-            if not image and wanted:
-                if wanted not in meant:
+        from engine.images.platforms import named  # made of this module
+
+        wanted = "json_extract(config, '$.image', '$.platform') AS wanted"
+        meant, out = dict[str, str](), dict[str, list[str]]()
+        for row in self.meta.query(f"SELECT name, image, {wanted} FROM containers ORDER BY name"):
+            (text, platform), image = json.loads(row["wanted"]), row["image"]
+            if not image and text:
+                if row["wanted"] not in meant:
                     try:
-                        meant[wanted] = self.resolve(wanted).digest
+                        meant[row["wanted"]] = named(self, text, platform or "").digest
                     except EngineError:
-                        meant[wanted] = ""  # a container may name an image that is not here
-                image = meant[wanted]
+                        meant[row["wanted"]] = ""  # a container may name an image that is not here
+                image = meant[row["wanted"]]
             if image:
                 out.setdefault(image, []).append(row["name"])
         return out

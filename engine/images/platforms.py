@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.errors import NotFound
 from engine.images import manifests
-from engine.images.catalog import Images
+from engine.images.catalog import Image, Images
 from engine.images.manifests import Index, Platform
+from engine.images.reference import parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,24 @@ class Entry:
     digest: str
     size: int
     present: bool
+
+
+def named(images: Images, text: str, platform: str) -> Image:
+    """The image people mean by `text`; where that is for another platform than `platform`, what came with it out of the
+    same index. NotFound says how to get it."""
+    image = images.resolve(text)
+    if not platform:
+        return image
+    wanted = manifests.parse_platform(platform)
+    others = {entry.name: entry.digest for entry in listed(images, image.digest) if entry.present}
+    for one in manifests.acceptable(wanted):
+        if image.platform == str(one):
+            return image
+        if (digest := others.get(str(one).replace("/", "-"))) is not None:
+            return images.get(digest)
+    names = images.references(image.digest)
+    hint = f"pull it: echo 'pull {parse(names[0]).familiar()} platform={wanted}' > images/ctl" if names else None
+    raise NotFound(f"no such image for {wanted}: that is for {image.platform}", at=str(wanted), hint=hint)
 
 
 def keep(images: Images, raw: bytes, index: Index) -> str:

@@ -6,7 +6,6 @@ confined than asked for). SELinux contexts are in selinux.py.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,20 @@ from engine.runtimes import seccomp
 APPARMOR = Path("/sys/kernel/security/apparmor/profiles")
 
 
-def seccomp_of(config: ContainerConfig, options: Security, capabilities: Collection[str]) -> dict[str, Any] | None:
-    """`linux.seccomp`; None for unconfined. InvalidArgument or NotFound names the profile's file."""
+def seccomp_of(
+    config: ContainerConfig, options: Security, capabilities: Collection[str], machine: str
+) -> dict[str, Any] | None:
+    """`linux.seccomp` on such a machine; None for unconfined. InvalidArgument or NotFound names the profile's file."""
     if options.seccomp == "unconfined":
         return None
     if options.seccomp:
         profile = seccomp.own_profile(Path(options.seccomp))
         if not host.LINUX:
             raise Unsupported("security_opt: seccomp profiles are compiled on Linux only", at=options.seccomp)
-        return seccomp.resolve(profile, capabilities, platform.machine(), host.kernel_version())
+        return seccomp.resolve(profile, capabilities, machine, host.kernel_version())
     if config.privileged or config.seccomp is SeccompMode.UNCONFINED or not host.LINUX:
         return None
-    return seccomp.default_profile(capabilities)
+    return seccomp.default_profile(capabilities, machine)
 
 
 def apparmor_of(options: Security) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import platform
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -99,15 +98,15 @@ def _fault(data: Any) -> str:
     return ""
 
 
-def default_profile(capabilities: Collection[str]) -> dict[str, Any]:
-    """`linux.seccomp` for a process bounded by `capabilities` here. Unsupported when no profile is installed."""
+def default_profile(capabilities: Collection[str], machine: str) -> dict[str, Any]:
+    """`linux.seccomp` for a process bounded by `capabilities`. Unsupported when no profile is installed here."""
     path = profile_path()
     if path is None:
         raise Unsupported(
             f"no default seccomp profile: none of {', '.join(map(str, PROFILES))} is there",
             hint=f"apt-get install {PACKAGE}, or set seccomp: unconfined",
         )
-    return resolve(_load(path), capabilities, platform.machine(), host.kernel_version())
+    return resolve(_load(path), capabilities, machine, host.kernel_version())
 
 
 def resolve(

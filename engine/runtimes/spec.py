@@ -17,7 +17,7 @@ from engine.config import ContainerConfig, MountKind, Namespace
 from engine.errors import InvalidArgument, Unsupported
 from engine.mountspec import Propagation
 from engine.options import rlimits, security, sysctl_namespace, tmpfs
-from engine.runtimes import confine, devices
+from engine.runtimes import confine, devices, foreign
 from engine.runtimes.base import RunSpec
 from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.netfiles import NetworkMode, hosts_text, resolv_text
@@ -234,6 +234,8 @@ def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, 
     InvalidArgument names the field that cannot be; Unsupported what is not installed.
     """
     config = spec.config
+    if not guest:
+        foreign.check(spec.image)
     who = identify(spec.rootfs, spec.user)
     caps = capabilities(config)
     environment = list(spec.env)
@@ -269,7 +271,7 @@ def build(spec: RunSpec, cgroups: Cgroups, *, guest: bool = False) -> dict[str, 
         linux["devices"] = nodes
     if sysctls := _sysctls(config, [item["type"] for item in namespaces]):
         linux["sysctl"] = sysctls
-    if (profile := confine.seccomp_of(config, options, caps)) is not None:
+    if (profile := confine.seccomp_of(config, options, caps, foreign.machine_of(spec.image))) is not None:
         linux["seccomp"] = profile
     process: dict[str, Any] = {}
     if config.ulimits:

@@ -249,7 +249,9 @@ def remove(engine: Any, name: str, call: Call | None = None) -> None:
 
 
 def run(engine: Any, call: Call) -> str:
-    container = engine.containers.run(call.args[0], call.options.get("name"), list(call.rest) if call.rest else None)
+    platform = {"platform": call.options["platform"]} if "platform" in call.options else {}
+    argv = list(call.rest) if call.rest else None
+    container = engine.containers.run(call.args[0], call.options.get("name"), argv, **platform)
     return str(container.name)
 
 
@@ -410,7 +412,7 @@ CONTAINERS = Dir(
             verbs=table(
                 Verb(
                     name="run",
-                    args="IMAGE [name=…] [-- ARGV…]",
+                    args="IMAGE [name=…] [platform=…] [-- ARGV…]",
                     doc="create a container from an image and start it",
                     run=run,
                 ),

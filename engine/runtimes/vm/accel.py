@@ -81,6 +81,8 @@ def package(arch: str) -> str:
 
 def find_qemu(arch: str) -> Path:
     """QEMU's program for `arch`. Unsupported, with what to install, when it is not there."""
+    if arch not in MACHINES.values():
+        raise Unsupported(f"runtime vm: no virtual machines for {arch}", at=arch)
     name = f"qemu-system-{arch}"
     found = find(name)
     if found is None:
@@ -156,6 +158,11 @@ def runs_guests(qemu: Path, arch: str, accelerator: Accelerator, limit: float = 
     return f"QEMU ended with status {done.returncode}{': ' + said if said else ''}"
 
 
+def emulated(arch: str) -> Choice:
+    """For guests of another architecture than the host's."""
+    return Choice(Accelerator.TCG, f"tcg, which emulates the CPU: guests are {arch}, this host is {architecture()}")
+
+
 @cache
 def boot_id() -> str:
     """Of this boot of the host; empty where it cannot be told."""
@@ -182,9 +189,12 @@ class Accelerators:
 
     def here(self) -> Here:
         """All three, found out as by `choose`. Unsupported says what this host lacks."""
-        arch = architecture()
+        return self.of(architecture())
+
+    def of(self, arch: str) -> Here:
+        """The same for guests of `arch`: those of another than the host's are emulated, and nothing is tried."""
         qemu = find_qemu(arch)
-        return Here(arch, qemu, self.choose(qemu, arch))
+        return Here(arch, qemu, self.choose(qemu, arch) if arch == architecture() else emulated(arch))
 
     def choose(self, qemu: Path, arch: str) -> Choice:
         """The accelerator to use, found out at the first call of a boot, within LIMIT seconds."""

@@ -28,7 +28,7 @@ from engine.errors import Busy, DeadlineExceeded, EngineError, InvalidArgument, 
 from engine.kernels import Kernels
 from engine.mountspec import Consistency
 from engine.netconfig import HOST
-from engine.runtimes import conmon
+from engine.runtimes import conmon, foreign
 from engine.runtimes.base import Probe, RunSpec, State, Status
 from engine.runtimes.calls import find_monitor, first_line, program
 from engine.runtimes.conmon import Facts
@@ -89,9 +89,9 @@ class VmRuntime(OciRuntime):
 
     def _find(self) -> tuple[Probe, str, str]:
         monitor, self._flags = find_monitor(self._state)
-        kernel = self._kernels.get(None)
-        agentbuild.check(accel.architecture(), agents())
-        here = self._accelerators.here()
+        kernel = self._kernels.get(self._kernels.default(accel.architecture()))  # else what there is
+        agentbuild.check(kernel.arch, agents())
+        here = self._accelerators.of(kernel.arch)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         shim = program(self._state, "dutchman-vm", "vm.shim")
         reason = f"{here.choice.reason}; kernel {kernel.name}"
@@ -110,9 +110,12 @@ class VmRuntime(OciRuntime):
                 raise InvalidArgument(f"{kind}: a virtual machine cannot have the host's", at=kind)
         if not spec_.layers:
             raise Unsupported("the vm runtime needs the image's layers")
-        here = self._accelerators.here()
-        arch, choice = here.arch, here.choice
-        kernel = self._kernels.get(getattr(settings, "kernel", "") or None)
+        arch = foreign.machine_of(spec_.image)
+        here = self._accelerators.of(arch)
+        choice = here.choice
+        kernel = self._kernels.get(settings.kernel, arch)
+        if settings.init:
+            foreign.check_init(arch)
         place = spec_.directory / "vm"
         place.mkdir(exist_ok=True, mode=0o700)
         files_ = [*spec_.layers, scratch.make(place / scratch.NAME)]

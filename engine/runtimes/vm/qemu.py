@@ -106,7 +106,8 @@ class Platform:
     @property
     def machine(self) -> str:
         if self.kind == "virt":
-            return "virt,gic-version=host" if self.accelerator is Accelerator.KVM else "virt"
+            gic = {Accelerator.KVM: ",gic-version=host", Accelerator.TCG: ",gic-version=3"}  # 2 is for 8 CPUs at most
+            return "virt" + gic.get(self.accelerator, "")
         acpi = "on" if self.acpi else "off"
         # a hardware guest has kvmclock or a calibrated TSC; an emulated one needs the old timer to begin with
         timers = "pit=on,pic=on,rtc=on" if not self.accelerator.hardware else "rtc=on"
@@ -334,6 +335,7 @@ def net_options(number: int, net: Tap | UserNet, suffix: str) -> list[str]:
     name = f"net{number}"
     if isinstance(net, Tap):
         mac = f",mac={net.mac}" if net.mac else ""
+        mac += ",romfile=" if suffix == "pci" else ""  # nothing boots from it
         return ["-netdev", f"tap,id={name},fd={net.fd}", "-device", f"virtio-net-{suffix},netdev={name}{mac}"]
     layout = ""
     if net.subnet:

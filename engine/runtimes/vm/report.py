@@ -26,13 +26,23 @@ def possible(containers: Path) -> bool:
         return False
 
 
-def summary() -> str:
-    """The accelerator of guests, as far as it is known; nothing is tried for it. For `status`."""
+def summaries() -> dict[str, str]:
+    """For `status`, the accelerators of guests as far as they are known; nothing is tried for it: `accelerator` of this
+    host's architecture, `accelerator_<arch>` of others."""
     try:
-        arch = accel.architecture()
-        choice = accel.Accelerators().known(accel.find_qemu(arch), arch)
+        here = accel.architecture()
+    except Unsupported as error:
+        return {"accelerator": f"none: {error.reason.removeprefix('runtime vm: ')}"}
+    others = sorted(set(accel.MACHINES.values()) - {here})
+    return {"accelerator": summary(here), **{f"accelerator_{arch}": summary(arch) for arch in others}}
+
+
+def summary(arch: str) -> str:
+    try:
+        qemu = accel.find_qemu(arch)
     except Unsupported as error:
         return f"none: {error.reason.removeprefix('runtime vm: ')}"
+    choice = accel.Accelerators().known(qemu, arch) if arch == accel.architecture() else accel.emulated(arch)
     return "not tried yet" if choice is None else choice.reason
 
 
