@@ -39,6 +39,13 @@ class SeccompMode(StrEnum):
     UNCONFINED = "unconfined"
 
 
+class VmTransport(StrEnum):
+    AUTO = "auto"
+    SERIAL = "serial"
+    HYBRID = "hybrid"
+    VSOCK = "vsock"
+
+
 class Namespace(StrEnum):
     PRIVATE = ""
     HOST = "host"
@@ -124,6 +131,9 @@ class ContainerConfig(Frozen):
     # driver and logs
     kernel: Text = Field("", description="of its virtual machine: a name in kernels/; empty: the default one")
     fast_start: bool = Field(True, description="its virtual machine may start from a snapshot (kernels/), not boot")
+    vm_transport: VmTransport = Field(
+        VmTransport.AUTO, description="to its virtual machine: serial (auto), hybrid (vhost-device-vsock) or vsock"
+    )
     runtime: Text = Field("", description="oci, vm or fake; empty: the engine's default")
     log_max_size: Size = Field(16 << 20, description="bytes of a log segment before it is rotated")
     log_max_total: Size = Field(1 << 30, description="bytes of all its log segments on disk; the oldest are dropped")

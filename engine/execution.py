@@ -105,7 +105,8 @@ class Execution:
         self.before_exit: Callable[[str], None] = lambda id: None  # the monitor's: last output is told of first
         self.after_exit: Callable[[str], None] = lambda id: None
         self.before_start: Callable[[str], None] = lambda id: None
-        self.before_machine: Callable[[str], None] = lambda id: None  # what only a virtual machine needs
+        # what only a virtual machine needs
+        self.before_machine: Callable[[str, ImageConfig], None] = lambda id, image: None
 
     # --- handles ------------------------------------------------------------------------------------------------
 
@@ -220,8 +221,9 @@ class Execution:
         known["runtime"] = driver.name
         if container.runtime and container.runtime != driver.name:
             self._drivers.get(container.runtime).delete(id)  # what an earlier run left there
+        config = self._images.config(image.digest)
         if driver.name == "vm":
-            self.before_machine(id)
+            self.before_machine(id, config)
         fresh = driver.name == "vm" and self._mounts.use_disk(id, image.chain_id, container.config.disk_size)
         # a guest's kernel has a policy of its own, or none
         labels = Labels() if driver.name == "vm" else selinux.of(self._directory / id, container.config)
@@ -229,7 +231,6 @@ class Execution:
             self._mounts.release(id)
             if (upper := self._mounts.upper(id)).exists():
                 relabel(upper, labels.private)
-        config = self._images.config(image.digest)
         user = container.config.user or config.runtime.user
         with ExitStack() as stack:
             # nothing is made or copied there then, and mounting a disk takes longer than all else

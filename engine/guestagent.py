@@ -10,7 +10,9 @@ import threading
 
 from engine.errors import RuntimeFailure
 from engine.jobs import Jobs, State, Task
-from engine.runtimes.vm import accel, agentbuild
+from engine.model import ImageConfig
+from engine.runtimes import foreign
+from engine.runtimes.vm import agentbuild
 
 VERB = "agent build"
 
@@ -19,15 +21,15 @@ class Agents:
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
         self._lock = threading.Lock()
-        self._job = 0
+        self._building: dict[str, int] = {}  # architecture -> job
         self._waiting: dict[str, int] = {}  # container -> job
 
-    def ready(self, id: str) -> None:
-        """Returns when there is an agent for the machine of container `id`. Unsupported when none can be built,
-        RuntimeFailure when it was not."""
+    def ready(self, id: str, image: ImageConfig) -> None:
+        """Returns when there is an agent for the machine of container `id`, of this image. Unsupported when none can be
+        built, RuntimeFailure when it was not."""
         from engine.runtimes.vm import driver  # few engines need it
 
-        architecture, cache = accel.architecture(), driver.agents()
+        architecture, cache = foreign.machine_of(image), driver.agents()
         agentbuild.check(architecture, cache)
         if agentbuild.built(architecture, cache) is not None:
             return
@@ -36,9 +38,10 @@ class Agents:
             return agentbuild.build(architecture, cache, task.progress, task.check).name
 
         with self._lock:
-            if not self._job or self._jobs.get(self._job).state is not State.RUNNING:
-                self._job = self._jobs.start(f"{VERB} {architecture}", work)
-            number = self._waiting[id] = self._job
+            number = self._building.get(architecture, 0)
+            if not number or self._jobs.get(number).state is not State.RUNNING:
+                number = self._building[architecture] = self._jobs.start(f"{VERB} {architecture}", work)
+            self._waiting[id] = number
         try:
             job = self._jobs.wait(number)
         finally:

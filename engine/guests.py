@@ -12,6 +12,7 @@ from engine.lifecycle import ALIVE, State
 from engine.records import Container
 from engine.runtimes.vm.guestfiles import GuestFiles, Machines
 from engine.runtimes.vm.guestupper import GuestUpper
+from engine.runtimes.vm.machinefacts import facts
 
 FREEZE_SECONDS = 15.0  # for processes in the middle of something to stop
 
@@ -20,7 +21,7 @@ class Guests:
     """Of the store's containers, whose directories are in `root`."""
 
     def __init__(self, root: Path, execution: Execution) -> None:
-        self._execution = execution
+        self._execution, self._root = execution, root
         self._machines = Machines(root)
 
     def has(self, container: Container) -> bool:
@@ -61,6 +62,12 @@ class Guests:
         assert isinstance(driver, VmRuntime)
         with driver.awake(container.id):
             yield self._machines.of(container.id)
+
+    def machine(self, container: Container) -> dict[str, str]:
+        """What is known of its virtual machine while it has one."""
+        if container.state not in ALIVE or container.runtime != "vm":
+            return {}
+        return facts(self._root / container.id)
 
     @contextmanager
     def still(self, container: Container) -> Iterator[GuestUpper]:

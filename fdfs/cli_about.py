@@ -56,6 +56,11 @@ def _pairs(text: str) -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in text.splitlines())
 
 
+def _flat(text: str) -> Document:
+    """KEY VALUE lines."""
+    return {key: _number(value.strip()) for key, _, value in (line.partition(" ") for line in text.splitlines())}
+
+
 def container(where: Mount, name: str) -> Document:
     """NotFound is a Failure. `config` as config.yaml has it."""
     import yaml
@@ -64,6 +69,7 @@ def container(where: Mount, name: str) -> Document:
     out: Document = {"name": name, **{key: _number(where.field(*place, key)) for key in (*SHOWN, *MORE)}}
     for key in ("addresses", "ports"):
         out[key] = str(out[key]).splitlines()
+    out["machine"] = _flat(where.field(*place, "machine"))
     out["config"] = yaml.safe_load(where.read(*place, "config.yaml"))
     return out
 
@@ -215,6 +221,9 @@ def inspect_command(mount: str | None, template: str | None, names: tuple[str, .
         for key in SHOWN:
             value = where.field(*place, key)
             click.echo(f"{key}: {value if value.isdigit() and len(value) < 16 else json.dumps(value)}")
+        if machine := where.field(*place, "machine"):
+            lines = (f"  {key}: {json.dumps(value)}" for key, value in _flat(machine).items())
+            click.echo("machine:\n" + "\n".join(lines))
         click.echo("config:\n" + "\n".join(f"  {line}" for line in config.splitlines()))
 
 
@@ -238,8 +247,7 @@ def info_command(mount: str | None, template: str | None) -> None:
     """The engine and what it has: the same as `status`, with this host."""
     where = Mount.find(mount)
     system = os.uname()
-    lines = [line.partition(" ")[::2] for line in where.read("status").splitlines()]
-    document = {key: _number(value.strip()) for key, value in lines}
+    document = _flat(where.read("status"))
     document |= {
         "kernel": system.release,
         "machine": system.machine,

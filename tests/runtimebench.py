@@ -46,6 +46,7 @@ COMMANDS["vm"] = COMMANDS["oci"]
 SLOW = bool(os.environ.get("DUTCHMAN_SLOW_TESTS"))  # a machine that is emulated takes seconds to boot
 REAL = ("oci", "vm")  # drivers that run programs
 OWN = ("own",) if SLOW else ()  # vm under our own monitor in place of conmon, as on macOS
+TRANSPORT = os.environ.get("DUTCHMAN_TEST_TRANSPORT", "")  # of guests' agents, in all tests of the driver
 PATIENCE = {"fake": 1.0, "oci": 1.0, "vm": 8.0}  # how much longer a driver may take
 
 
@@ -103,6 +104,8 @@ class Bench:
         directory.mkdir(parents=True, exist_ok=True)
         if id not in self.ids:
             self.ids.append(id)
+        if self.kind == "vm" and TRANSPORT:
+            fields = {"vm_transport": TRANSPORT, **fields}
         config = ContainerConfig(command=argv, **fields)
         run = make_spec(id=id, name="n", directory=directory, rootfs=self.rootfs(), config=config, mounts=mounts)
         if self.kind != "vm":

@@ -178,7 +178,7 @@ assert qemu.net_options(1, qemu.user_net(outside), "pci") == [
     "-netdev",
     "user,id=net1,ipv6=off,net=10.88.0.0/16,host=10.88.0.1,dns=10.88.255.254,dhcpstart=10.88.0.7"
     ",hostfwd=tcp:127.0.0.1:8080-10.88.0.7:80,hostfwd=tcp:127.0.0.1:8081-10.88.0.7:81",
-    "-device", "virtio-net-pci,netdev=net1",
+    "-device", "virtio-net-pci,netdev=net1,romfile=",
 ]
 assert ",restrict=on" in qemu.net_options(0, qemu.user_net(inside), "pci")[1]
 try:

@@ -22,7 +22,7 @@ from fdfs.tree.errors import error_file
 from fdfs.tree.history import HISTORY
 from fdfs.tree.networks import CONTAINER_FILES
 from fdfs.tree.sessions import EXEC
-from fdfs.tree.text import line, stamp
+from fdfs.tree.text import flat, line, stamp
 from fdfs.tree.upkeep import UPKEEP
 from fdfs.tree.usage import USAGE
 
@@ -85,6 +85,10 @@ def oom(engine: Any, name: str) -> str:
 
 def runtime(engine: Any, name: str) -> str:
     return line(engine.containers.get(name).runtime)
+
+
+def machine(engine: Any, name: str) -> str:
+    return flat(engine.containers.guests.machine(engine.containers.get(name)))
 
 
 # --- configuration ----------------------------------------------------------------------------------------------
@@ -373,6 +377,11 @@ CONTAINER = Dir(
         File(name="oom", doc="1 when its last run was ended for want of memory", show=oom),
         *UPKEEP,
         File(name="runtime", doc="the driver that runs it", show=runtime),
+        File(
+            name="machine",
+            doc="its virtual machine while it runs, flat-keyed: arch accelerator kernel transport …",
+            show=machine,
+        ),
         *USAGE,
         *CONTAINER_FILES,
         File(

@@ -50,6 +50,7 @@ from engine.runtimes.vm import (
     standbys,
     templates,
     translate,
+    transport,
     usernetworks,
     virtiofs,
     vsock,
@@ -114,6 +115,7 @@ class VmRuntime(OciRuntime):
         here = self._accelerators.of(arch)
         choice = here.choice
         kernel = self._kernels.get(settings.kernel, arch)
+        way = transport.choose(settings.vm_transport, kernel.features)
         if settings.init:
             foreign.check_init(arch)
         place = spec_.directory / "vm"
@@ -123,7 +125,7 @@ class VmRuntime(OciRuntime):
         joined = spec_.network.mode is NetworkMode.JOINED
         own = usernetworks.describe(spec_.network.links, spec_.network.ports)
         networks = max(1, len(settings.networks)) if joined else 0
-        taps = max(networks, NICS) if joined else 0
+        taps = max(networks, NICS - (way != transport.SERIAL)) if joined else 0  # it is one device more
         seccomp = config.get("linux", {}).pop("seccomp", None)
         cpuinfo = Path("/proc/cpuinfo")
         initfs = kernel.initfs(agentbuild.build(arch, agents()))
@@ -151,6 +153,7 @@ class VmRuntime(OciRuntime):
             "overlay": "" if userids.rootless() is None else ",userxattr",
             "netns": str(spec_.network.path or ""),
             "taps": taps,
+            "transport": way,
             "networks": networks,  # those it starts with
             "usernets": own,
             # with a cache a program can map a file shared and writable, and what two machines append gets lost
@@ -161,7 +164,7 @@ class VmRuntime(OciRuntime):
         }
         # QEMU's 9p makes a file as root and gives it away: where root has no id it makes none
         picky = any(mount.some_ids and not mount.read_only for mount in spec_.mounts)
-        fast = settings.fast_start and host.LINUX  # HVF saves no guests
+        fast = settings.fast_start and host.LINUX and way == transport.SERIAL  # HVF saves no guests
         served = virtiofs.find() if "virtiofs" in kernel.features and (picky or not fast) else ""
         if fast and not served:
             made_of = {"kernel": [kernel.digest, kernel.image_digest], "initfs": initfs.name}

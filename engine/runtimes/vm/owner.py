@@ -22,7 +22,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -37,6 +37,7 @@ from engine.runtimes.vm.relay import Relay
 
 if TYPE_CHECKING:
     from engine.runtimes.vm.templates import Template
+    from engine.runtimes.vm.transport import Way
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Owner:
         self._exports: Sequence[tuple[str, str, bool]] = ()
         self._before = ""  # what was tried before the machine was started as it was
         self._keeper: socket.socket | None = None
+        self.way: Way | None = None
         self._broken = ""  # QEMU's word for a machine that stopped for good
         self._console = bytearray()
         self.qemu: subprocess.Popen[bytes] | standby.Machine | None = None
@@ -160,7 +162,7 @@ class Owner:
         try:
             taken = standby.take(self.place)
             self.qemu, self._keeper = taken.machine, taken.keeper  # open for as long as this process lives
-            link = self._meet(taken.agent, taken.console, taken.watch, b"", taken.hello, taken.stream)
+            link = self._meet(lambda: taken.agent, taken.console, taken.watch, b"", taken.hello, taken.stream)
         except (EngineError, OSError, ValueError, KeyError) as error:
             self._before = f"; what stood by does not work: {error}: {self._last_words()}"
             self.qemu, self._broken = None, ""
@@ -219,21 +221,22 @@ class Owner:
         """Launch with the hardware's accelerator. When that fails: why; the plan is then to emulate. Raises what it is
         not to blame for."""
         machine = self.plan["machine"]
-        link = self._launch()
         try:
-            link.greet(faults.HELLO_SECONDS)
+            self._launch(patience=faults.HELLO_SECONDS).greet(faults.HELLO_SECONDS)
             return ""
         except EngineError as error:
-            assert self.qemu is not None
-            status = None
-            if link.lost:
+            if self.qemu is None:
+                raise
+            status, link = None, self.link
+            if link is None or link.lost:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     status = self.qemu.wait(1.0)
             said = (self.place / "qemu.log").read_text(errors="replace")[-2000:]
             why = faults.of_accelerator(machine["accelerator"], status, said, self._broken)
             if not why:
                 raise
-            link.close()
+            if link is not None:
+                link.close()
             self.end()
             self._broken = ""
             machine["accelerator"] = TCG
@@ -254,14 +257,14 @@ class Owner:
             self._broken = status
             process.kill()
 
-    def _launch(self, template: Template | None = None) -> AgentClient:
-        from engine.runtimes.vm import network, qemu, templates
+    def _launch(self, template: Template | None = None, patience: float = HELLO_SECONDS) -> AgentClient:
+        from engine.runtimes.vm import network, qemu, templates, transport
 
         plan, values, state = self.plan, dict(self.plan["machine"]), []
         if template is not None:
             values |= {"ram": str(template.ram), "tsc_khz": template.tsc_khz}
             state = [template.state]
-        agent, guest_agent = socket.socketpair()
+        self.way = way = transport.open_way(plan.get("transport", ""), self.place, partial(self._child, os.getpid()))
         console, guest_console = socket.socketpair()
         watch, guest_watch = socket.socketpair()
         taps = network.make_taps(Path(plan["netns"]), plan["taps"]) if plan["taps"] else []
@@ -271,8 +274,7 @@ class Owner:
 
                 virtiofs.serve(program, self.place, self._shared, partial(self._child, os.getpid()))
             machine = qemu.Machine(
-                **values,
-                agent=guest_agent.fileno(),
+                **values | way.values,
                 console=guest_console.fileno(),
                 watch=guest_watch.fileno(),
                 taps=tuple(taps),
@@ -289,7 +291,7 @@ class Owner:
                     stdout=words,
                     stderr=words,
                     cwd=self.place,
-                    pass_fds=[guest_agent.fileno(), guest_console.fileno(), guest_watch.fileno(), *taps, *state],
+                    pass_fds=[*way.fds, guest_console.fileno(), guest_watch.fileno(), *taps, *state],
                     preexec_fn=partial(self._child, os.getpid(), self._guard),
                 )
         except OSError as error:
@@ -300,14 +302,17 @@ class Owner:
         finally:
             for fd in taps:
                 os.close(fd)
-            for end in (guest_agent, guest_console, guest_watch):
+            for end in (guest_console, guest_watch):
                 end.close()
+            way.launched()
         first, hello = (b"", b"") if template is None else (templates.load(template), template.hello)
+        process = self.qemu
+        agent = partial(way.connect, lambda: process.poll() is not None, patience)
         return self._meet(agent, console, watch, first, hello)
 
     def _meet(
         self,
-        agent: socket.socket,
+        agent: Callable[[], socket.socket],
         console: socket.socket,
         watch: socket.socket,
         first: bytes,
@@ -320,7 +325,7 @@ class Owner:
         threading.Thread(target=self._listen, args=(console,), name="console", daemon=True).start()
         faults.follow(watch, partial(self._breaks, self.qemu), first)
         self.relay = Relay()
-        self.relay.link = self.link = AgentClient(agent, deadline=None, foreign=self.relay.took, hello=hello, run=run)
+        self.relay.link = self.link = AgentClient(agent(), deadline=None, foreign=self.relay.took, hello=hello, run=run)
         return self.link
 
     def _child(self, parent: int, guard: Guard | None = None) -> None:
@@ -373,6 +378,9 @@ class Owner:
             start_fifo.unlink(missing_ok=True)
 
         self.relay.before["START"] = before_start
+        (self.place / "accelerator").write_text(
+            self.plan["machine"]["accelerator"]
+        )  # which may be another than planned
         self.relay.listen(self.place / "agent.sock")
         clock.keep(self.link, self.place)
 
@@ -383,7 +391,7 @@ class Owner:
         if event is None:
             assert self.link is not None
             words = self._last_words()
-            why = self.link.lost
+            why = (self.way.lost() if self.way else "") or self.link.lost
             accelerator = self.plan["machine"]["accelerator"]
             if self._broken:
                 why = f"QEMU stopped it: {self._broken}"
@@ -418,6 +426,8 @@ class Owner:
         if self._guard is not None:
             self._guard.done()
         self.qemu = self._guard = None
+        if self.way is not None:
+            self.way.close()
 
     def _note(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk: the exit code still says that it ended

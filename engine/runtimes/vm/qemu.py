@@ -78,6 +78,7 @@ class VsockDevice:
     """A guest's vsock(7): by the host's kernel, as the context `cid`, or by the vhost-user daemon at `socket`."""
 
     cid: int = 0
+    fd: int = -1  # inherited: the host's device, which has that context already; -1: QEMU opens it
     socket: str = ""  # the daemon sees all of the guest's memory, which is shared with it (Linux)
 
 
@@ -169,7 +170,7 @@ class Machine:
     acpi: bool
     image: str  # a VMDK descriptor, read-only: /dev/vda in the guest
     upper: str  # raw: /dev/vdb
-    agent: int  # inherited descriptors
+    agent: int = -1  # inherited descriptors
     console: int = -1
     watch: int = -1
     qmp: str = "qmp.sock"
@@ -182,6 +183,9 @@ class Machine:
     making: bool = False  # of a template: its disks are placeholders
     standby: bool = False  # (standbys.py) its disks are plain files, to be replaced by a container's
     virtiofs: bool = False  # what is shared is served by a daemon at VIRTIOFS, not by QEMU's 9p
+    vsock: str = ""  # the socket of a vhost-user daemon for it, in QEMU's working directory
+    cid: int = 0  # of a vsock the host's kernel carries, by the device `vhost`
+    vhost: int = -1
     append: str = ""
     qemu: str = ""  # the program; empty: by its usual name
     tsc_khz: int = 0
@@ -213,6 +217,7 @@ def command(machine: Machine) -> list[str]:
         making=machine.making,
         shares=shares,
         nets=[*(Tap(fd) for fd in machine.taps), *map(user_net, machine.usernets)],
+        vsock=VsockDevice(machine.cid, machine.vhost, machine.vsock) if machine.cid or machine.vsock else None,
         arguments=machine.append,
     )
     return argv(Path(machine.qemu or f"qemu-system-{machine.arch}"), platform, guest)
@@ -262,8 +267,8 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     out += ["-m", str(guest.memory), "-smp", str(guest.cpus)]
     if shared:
         out += ["-object", f"memory-backend-memfd,id={SHARED},size={guest.memory}M,share=on"]
-        if machine.kind == "microvm":  # vhost-user daemons know no devices of before virtio 1.0
-            out += ["-global", "virtio-mmio.force-legacy=false"]
+    if machine.kind == "microvm" and (shared or guest.vsock is not None):
+        out += ["-global", "virtio-mmio.force-legacy=false"]  # neither vhost-user daemons nor vsock are of before 1.0
     if guest.ram:
         out[2] += ",memory-backend=ram"
         memory = {"id": "ram", "size": f"{guest.memory}M", "mem-path": guest.ram}
@@ -286,19 +291,18 @@ def argv(qemu: Path, machine: Platform, guest: Guest) -> list[str]:
     out += ["-mon", "chardev=qmp,mode=control"]
     if guest.watch_fd >= 0:
         out += ["-chardev", f"socket,id=watch,fd={guest.watch_fd}", "-mon", "chardev=watch,mode=control"]
-    for number, disk in enumerate(guest.disks):
-        out += disk_options(number, disk, suffix)
-    shares = [share_options(number, share, suffix) for number, share in enumerate(guest.shares)]
+    disks = [disk_options(number, disk, suffix) for number, disk in enumerate(guest.disks)]
+    devices = [share_options(number, share, suffix) for number, share in enumerate(guest.shares)]
     nets = [net_options(number, net, suffix) for number, net in enumerate(guest.nets)]
-    if late:
+    if guest.vsock is not None:  # the clock's interrupt is a disk's or a network's, whose drivers are early
+        devices += [vsock_options(guest.vsock, suffix), *disks, *nets]
+    elif late:
         nets = nets or [["-device", f"virtio-rng-{suffix}"]]
-        shares[1:1] = nets
+        devices = [*disks, devices[0], *nets, *devices[1:]]
     else:
-        shares += nets
-    for words in shares:
+        devices = [*disks, *devices, *nets]
+    for words in devices:
         out += words
-    if guest.vsock is not None:
-        out += vsock_options(guest.vsock, suffix)
     if machine.kind == "virt":
         out += ["-device", "virtio-rng-pci"]
     return out
@@ -333,10 +337,10 @@ def options_only(values: Mapping[str, object]) -> str:
 
 def net_options(number: int, net: Tap | UserNet, suffix: str) -> list[str]:
     name = f"net{number}"
+    mac = f",mac={net.mac}" if net.mac else ""
+    device = f"virtio-net-{suffix},netdev={name}{mac}" + (",romfile=" if suffix == "pci" else "")  # none boots from it
     if isinstance(net, Tap):
-        mac = f",mac={net.mac}" if net.mac else ""
-        mac += ",romfile=" if suffix == "pci" else ""  # nothing boots from it
-        return ["-netdev", f"tap,id={name},fd={net.fd}", "-device", f"virtio-net-{suffix},netdev={name}{mac}"]
+        return ["-netdev", f"tap,id={name},fd={net.fd}", "-device", device]
     layout = ""
     if net.subnet:
         layout = f",ipv6=off,net={net.subnet},host={net.gateway},dns={net.resolver},dhcpstart={net.address}"
@@ -344,13 +348,13 @@ def net_options(number: int, net: Tap | UserNet, suffix: str) -> list[str]:
     forwards = "".join(
         f",hostfwd={protocol}:{address}:{port}-{net.address}:{inside}" for protocol, address, port, inside in net.ports
     )
-    mac = f",mac={net.mac}" if net.mac else ""
-    return ["-netdev", f"user,id={name}{layout}{forwards}", "-device", f"virtio-net-{suffix},netdev={name}{mac}"]
+    return ["-netdev", f"user,id={name}{layout}{forwards}", "-device", device]
 
 
 def vsock_options(device: VsockDevice, suffix: str) -> list[str]:
     if not device.socket:
-        return ["-device", f"vhost-vsock-{suffix},guest-cid={device.cid}"]
+        fd = f",vhostfd={device.fd}" if device.fd >= 0 else ""
+        return ["-device", f"vhost-vsock-{suffix},guest-cid={device.cid}{fd}"]
     out = ["-chardev", options("socket", {"id": "vsock", "path": device.socket})]
     return [*out, "-device", f"vhost-user-vsock-{suffix},chardev=vsock"]
 

@@ -177,7 +177,7 @@ class Vsock:
 
     cid: int
 
-    def _connect(self, port: int, deadline: float) -> socket.socket:
+    def connect(self, port: int, deadline: float) -> socket.socket:
         family = getattr(socket, "AF_VSOCK", None)
         try:
             if family is None:
@@ -201,10 +201,10 @@ class Vsock:
         return sock
 
     def dial(self, port: int, *, deadline: float = DEADLINE) -> Line:
-        return SocketLine(self._connect(port, deadline))
+        return SocketLine(self.connect(port, deadline))
 
     def agent(self, *, deadline: float = DEADLINE) -> AgentClient:
-        return _client(self._connect(Port.AGENT, deadline), deadline)
+        return _client(self.connect(Port.AGENT, deadline), deadline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class Hybrid:
 
     path: Path
 
-    def _connect(self, port: int, deadline: float) -> socket.socket:
+    def connect(self, port: int, deadline: float) -> socket.socket:
         until = time.monotonic() + deadline
         sock = _unix(self.path, deadline)
         greeting = b""
@@ -239,7 +239,7 @@ class Hybrid:
         return sock
 
     def dial(self, port: int, *, deadline: float = DEADLINE) -> Line:
-        return SocketLine(self._connect(port, deadline))
+        return SocketLine(self.connect(port, deadline))
 
     def agent(self, *, deadline: float = DEADLINE) -> AgentClient:
-        return _client(self._connect(Port.AGENT, deadline), deadline)
+        return _client(self.connect(Port.AGENT, deadline), deadline)

@@ -52,7 +52,9 @@ void protocol_error(const char *what) {
 /* ---- frames out */
 static void queue_write(void) {
     while (channel >= 0 && queue_head < queue_tail) {
-        ssize_t count = write(channel, queue + queue_head, queue_tail - queue_head);
+        /* more at once on a vsock may be a packet in pieces (Linux 6.12), which vhost-device-vsock 0.3 loses */
+        size_t length = queue_tail - queue_head, most = listener < 0 ? length : 28 << 10;
+        ssize_t count = write(channel, queue + queue_head, length < most ? length : most);
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) break;
         queue_head += count;
@@ -345,8 +347,11 @@ int main(int argc, char **argv) {
         if (fds[1].revents & POLLIN) reap(signals);
         process_ready(fds + 4, count - 4);
         if (fds[3].revents & POLLIN) {
-            int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-            if (fd >= 0) {
+            struct sockaddr_vm peer = {0};
+            socklen_t size = sizeof peer;
+            int fd = accept4(listener, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+            if (fd >= 0 && peer.svm_cid != VMADDR_CID_HOST) close(fd); /* of this guest: no host of ours */
+            else if (fd >= 0) {
                 channel = fd;
                 greeted = 0;
                 continue;
