@@ -21,6 +21,8 @@ from engine.runtimes.vm import accel, qemu
 
 platform.machine = lambda: "arm64"
 os.environ["HOME"] = "/Users/jo"
+held = tempfile.TemporaryDirectory()
+os.environ["XDG_RUNTIME_DIR"] = held.name  # for what is written down
 assert str(host.default_store()) == "/Users/jo/Library/Application Support/FlyingDutchman"
 assert accel.architecture() == "aarch64" and accel.candidate(sys.platform) is accel.Accelerator.HVF
 assert "/opt/homebrew/opt/e2fsprogs/sbin" in programs.MAC_PLACES.split(":")

@@ -20,7 +20,8 @@ import socket, sys, time, urllib.request
 from pathlib import Path
 sys.path.insert(0, "tests")
 from engines import add_busybox, eventually, reach
-from engine.config import ContainerConfig, MountSpec
+from engine.commit import commit
+from engine.config import ContainerConfig
 from engine.engine import Engine
 from engine.errors import EngineError, Unsupported
 from engine.lifecycle import State
@@ -62,6 +63,24 @@ with Engine(store) as engine:
     box.sessions.end_input("web", number)
     assert box.sessions.wait("web", number, 60).exit_code == 4
     assert box.sessions.logs("web", number).read("stdout", 0, 100) == b"typed\n"
+    assert eventually(lambda: box.stats("web"), 30)
+    assert any(process.command.startswith("httpd") for process, _ in box.processes("web")), box.processes("web")
+    box.pause("web")
+    reach(engine, "web", State.PAUSED)
+    box.resume("web")
+    reach(engine, "web", State.RUNNING)
+    box.configure("web", box.get("web").config.model_copy(update={"pids": 50, "memory": 200 << 20}))
+    try:
+        box.configure("web", box.get("web").config.model_copy(update={"cpuset": "0"}))
+    except Unsupported as error:
+        assert error.at == "cpuset"
+    else:
+        raise AssertionError("nothing is tied to processors there")
+    save = lambda task: commit(box, engine.images, engine.trees, "web", "made:1", task).digest
+    assert engine.jobs.wait(engine.jobs.start("commit web made:1", save)).state.value == "done"
+    made = engine.images.resolve("made:1")
+    tree = engine.trees.open(made.chain_id)
+    assert tree.stat(tree.lookup(b"www/index.html")).size == 7
     pid = web.pid
 # another daemon finds it
 with Engine(store) as engine:

@@ -109,6 +109,8 @@ class VmRuntime(OciRuntime):
         for kind in ("pid", "ipc", "uts"):
             if getattr(settings, kind) is Namespace.HOST:
                 raise InvalidArgument(f"{kind}: a virtual machine cannot have the host's", at=kind)
+        if settings.cpuset and not host.LINUX:
+            raise Unsupported("cpuset: this host ties no process to processors", at="cpuset")
         if not spec_.layers:
             raise Unsupported("the vm runtime needs the image's layers")
         arch = foreign.machine_of(spec_.image)
@@ -289,6 +291,8 @@ class VmRuntime(OciRuntime):
             )
         if resources.cpus is not None and math.ceil(resources.cpus) > (has := int(machine["cpus"])):
             raise InvalidArgument(f"cpus: its virtual machine has {has}", at="cpus", hint=again)
+        if resources.cpuset and not host.LINUX:
+            raise Unsupported("cpuset: this host ties no process to processors", at="cpuset")
         files, state = self._files(id), self.status(id).state
         known, cut_short = files.resources, (files.bundle / "resources.new").exists()
         awake: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -234,7 +234,7 @@ class Shim:
         if limit > 0 and (used := translate.memory_in_use(link.call("STATS"))) > limit:
             raise RuntimeFailure(f"memory: {used} bytes are in use, more than the limit of {limit}")
         link.call("LIMITS", {"cgroup": translate.cgroup_words(resources)})
-        if cpus := resources.get("cpu", {}).get("cpus"):
+        if host.LINUX and (cpus := resources.get("cpu", {}).get("cpus")):
             pid = (Path(self._saved()["bundle"]).parent / "run" / "vm" / "qemu.pid").read_text()
             for thread in os.listdir(f"/proc/{int(pid)}/task"):
                 os.sched_setaffinity(int(thread), translate.cpu_numbers(cpus))
@@ -250,8 +250,9 @@ class Shim:
         except NotFound:
             saved = {}
         if saved and ("--force" in self.options or "-f" in self.options):
-            command = Path(f"/proc/{saved['pid']}/cmdline")
-            if command.exists() and self.id.encode() in command.read_bytes().split(b"\0"):
+            from engine.runtimes import pids  # no other verb needs it
+
+            if self.id.encode() in pids.words(saved["pid"]):
                 os.kill(saved["pid"], signal.SIGKILL)
         host.remove_tree(self.state)
 
