@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 from pathlib import Path
 
 from guestkernel import copy_kernels
@@ -133,14 +134,15 @@ if SLOW:
         (shared / "word").write_text("from the host\n")
         copy_kernels(store)
         try:
-            said = on_macos(
-                REAL + HELP + STORY,
-                STORE=str(store),
-                SHARED=str(shared),
-                PORT=str(free_port()),
-                XDG_RUNTIME_DIR=str(tmp_path / "r"),
-                DUTCHMAN_DEFAULT_NETWORK="dutchman",
-            )
+            with tempfile.TemporaryDirectory(prefix="dm-") as sockets:  # as short as a home: pytest's may be too long
+                said = on_macos(
+                    REAL + HELP + STORY,
+                    STORE=str(store),
+                    SHARED=str(shared),
+                    PORT=str(free_port()),
+                    XDG_RUNTIME_DIR=sockets,
+                    DUTCHMAN_DEFAULT_NETWORK="dutchman",
+                )
         finally:
             for left in store.glob("containers/*/run/pid"):  # its monitor and its QEMU end with it
                 os.kill(int(left.read_text()), signal.SIGKILL)
