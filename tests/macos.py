@@ -102,10 +102,8 @@ def on_macos(script: str = "", seconds: float = 300, **environment: str) -> str:
 # after that, for what is to be done for real: processes are held as on Linux, sockets and files are this host's anyway
 REAL = r"""
 import platform, tempfile
-from engine.runtimes import conmon, pids
+from engine.runtimes import pids
 platform.machine, tempfile._O_TMPFILE_WORKS = lambda: real_machine, False
 for name in ("boot_id", "start_time", "hold", "open_process", "send", "ended", "words", "everybody", "parent"):
     setattr(pids, name, getattr(real_pids, name))
-    if hasattr(conmon, name):
-        setattr(conmon, name, getattr(real_pids, name))
 """

@@ -21,7 +21,7 @@ from mounting import PATIENCE
 
 from engine import host
 from engine.runtimes import rootless
-from engine.runtimes.conmon import start_time
+from engine.runtimes.pids import start_time
 
 Done = subprocess.CompletedProcess[str]
 DEVICES = (Path("/dev/fuse"), Path("/dev/net/tun"))  # readable for all where udev makes them

@@ -57,7 +57,7 @@ class Kept:
     def end(self) -> int:
         """How the process ended, when its monitor has."""
         assert self.facts is not None
-        held = conmon.open_process(self.facts.conmon, self.facts.conmon_start)
+        held = pids.open_process(self.facts.conmon, self.facts.conmon_start)
         if held is not None:
             assert pids.ended(held, 60)
             os.close(held)
@@ -91,7 +91,7 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
     yield found
     if found.facts is not None:
         for pid, started in ((found.facts.pid, found.facts.pid_start), (found.facts.conmon, found.facts.conmon_start)):
-            held = conmon.open_process(pid, started)
+            held = pids.open_process(pid, started)
             if held is not None:
                 pids.send(held, signal.SIGKILL)
                 pids.ended(held, 60)

@@ -258,7 +258,7 @@ def test_facts_of_another_boot_are_not_believed(oci: Bench) -> None:
     id = oci.run("sleep")
     path = oci.place / "containers" / id / "run" / "facts.json"
     saved = path.read_text()
-    from engine.runtimes.conmon import boot_id
+    from engine.runtimes.pids import boot_id
 
     path.write_text(saved.replace(boot_id(), "another"))
     assert oci.runtime.status(id).state is State.STOPPED

@@ -12,7 +12,7 @@ import pytest
 from runtimebench import Bench, bench_of
 
 from engine.errors import InvalidArgument
-from engine.runtimes import conmon
+from engine.runtimes import conmon, pids
 from engine.runtimes.base import State
 from engine.runtimes.resources import Resources
 
@@ -29,7 +29,7 @@ def qemu_of(bench: Bench, id: str) -> int:
 
 
 def gone(bench: Bench, pid: int) -> None:
-    bench.until(lambda: conmon.start_time(pid) is None)
+    bench.until(lambda: pids.start_time(pid) is None)
 
 
 def said(bench: Bench, id: str, script: str) -> str:

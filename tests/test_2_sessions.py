@@ -16,7 +16,7 @@ from runtimebench import OWN, REAL, Bench, bench_of
 
 from engine.errors import Busy, DeadlineExceeded, EngineError, NotFound, RuntimeFailure
 from engine.logs import ContainerLogs
-from engine.runtimes import conmon, stdio
+from engine.runtimes import conmon, pids, stdio
 from engine.runtimes.base import Exit, State
 from engine.runtimes.sessions import SessionSpec
 
@@ -277,7 +277,7 @@ def test_a_killed_conmon_takes_its_process_along(oci: Execs) -> None:
     os.kill(facts.conmon, signal.SIGKILL)
     end = oci.end(number)
     assert end.exit_code == 137 and "conmon was killed" in end.reason
-    oci.bench.until(lambda: conmon.start_time(facts.pid) is None)
+    oci.bench.until(lambda: pids.start_time(facts.pid) is None)
 
 
 def test_a_containers_own_input(oci: Execs) -> None:

@@ -15,7 +15,7 @@ import pytest
 from runtimebench import Bench, bench_of
 
 from engine.errors import InvalidArgument, RuntimeFailure
-from engine.runtimes import conmon
+from engine.runtimes import pids
 from engine.runtimes.base import State
 from engine.runtimes.resources import Resources
 from engine.runtimes.vm import accel, faults
@@ -95,7 +95,7 @@ def test_a_machine_whose_creator_was_killed_does_not_go_on_booting(bench: Bench,
     os.kill(qemu, signal.SIGSTOP)  # it never answers
     owner = parent_of(qemu)
     os.kill(parent_of(owner) if who == "creator" else int((place / "conmon.pid").read_text()), signal.SIGKILL)
-    bench.until(lambda: conmon.start_time(qemu) is None and conmon.start_time(owner) is None)
+    bench.until(lambda: pids.start_time(qemu) is None and pids.start_time(owner) is None)
     thread.join(60)
     assert len(failures) == 1 and bench.runtime.status(run.id).state is State.ABSENT
 

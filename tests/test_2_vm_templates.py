@@ -26,7 +26,7 @@ from runtimebench import SLOW, Bench, bench_of
 
 from engine.errors import Busy, Damaged, RuntimeFailure
 from engine.runtimes import conmon
-from engine.runtimes.conmon import start_time
+from engine.runtimes.pids import start_time
 from engine.runtimes.vm import agentbuild, driver, standby, standbys, templatemaker, templates
 from engine.runtimes.vm.driver import VmRuntime
 from engine.runtimes.vm.standbys import Standbys

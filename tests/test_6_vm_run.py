@@ -14,7 +14,7 @@ from mounting import Daemon, can_mount
 from ociimages import busybox_rootfs_tar
 from runtimebench import SLOW, no_vm, skip_or_fail
 
-from engine.runtimes import conmon
+from engine.runtimes import pids
 
 START = 120.0  # seconds for a machine to boot on a busy host
 CHECK = "test: test -e /well || { echo I am ill; exit 1; }\\ninterval: 0.5\\ntimeout: 20\\nretries: 1\\n"
@@ -116,7 +116,7 @@ def test_how_it_ended_while_no_daemon_looked(daemon: Daemon) -> None:
     daemon.until("cat containers/web/exec/*/state", "running", seconds=60)
     daemon.kill()
     daemon.unmount()
-    wait_for(lambda: conmon.start_time(qemu) is None)
+    wait_for(lambda: pids.start_time(qemu) is None)
     daemon.start(seconds=60)
     daemon.until("cat containers/web/restarts", "2", seconds=30)
     ends = [json.loads(line) for line in daemon.sh('grep \'"to":"stopped"\' containers/web/events').splitlines()]

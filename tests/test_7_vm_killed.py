@@ -22,7 +22,7 @@ from runtimebench import SLOW, no_vm, skip_or_fail
 from test_7_networks import Harbour, missing
 
 from engine import host
-from engine.runtimes import conmon, netns
+from engine.runtimes import netns, pids
 
 START = 120.0  # seconds for a machine to boot on a busy host
 LIFE = """trap 'echo bye; exit 6' TERM
@@ -316,7 +316,7 @@ def made(daemon: Killed, case: Made) -> None:
 
 def ended(pid: int) -> None:
     until = time.monotonic() + START
-    while conmon.start_time(pid) is not None:
+    while pids.start_time(pid) is not None:
         assert time.monotonic() < until, "the machine does not end"
         time.sleep(0.05)
 

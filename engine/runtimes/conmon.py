@@ -29,11 +29,9 @@ from typing import Any
 from engine import host
 from engine.errors import Busy, DeadlineExceeded, NotFound, RuntimeFailure
 from engine.runtimes import pids, selinux, signals
-from engine.runtimes.pids import boot_id, ended, open_process, start_time
 
 CREATE_DEADLINE = 30.0  # seconds for conmon and `create`
 log = logging.getLogger(__name__)
-__all__ = ("boot_id", "ended", "open_process", "start_time")  # of pids.py, for who asks after a conmon
 
 # --full-attach: its sockets do not depend on how long the store's path is. --no-sync-log: an fsync of every segment
 # would stop the container's output meanwhile, and guard only against a power cut. Left out where conmon is older.
@@ -144,7 +142,7 @@ _FACTS: dict[str, Any] = {
 
 def send_signal(pid: int, started: int, signum: int, what: str) -> None:
     """Send exactly that process a signal, by Linux's number. Busy, saying `what` it is of, when it has ended."""
-    process = open_process(pid, started)
+    process = pids.open_process(pid, started)
     if process is None:
         raise Busy(f"the {what}'s process has ended")
     try:
@@ -260,10 +258,10 @@ def found(runtime: str, files: Files, pid: int) -> Facts:
     return Facts(
         runtime=runtime,
         conmon=conmon_pid,
-        conmon_start=start_time(conmon_pid) or 0,
+        conmon_start=pids.start_time(conmon_pid) or 0,
         pid=pid,
-        pid_start=start_time(pid) or 0,
-        boot=boot_id(),
+        pid_start=pids.start_time(pid) or 0,
+        boot=pids.boot_id(),
     )
 
 

@@ -239,8 +239,8 @@ class OciRuntime(Joined):
             return Status(State.STOPPED, None, finished[0], files.oom.exists(), finished[1])
         if facts is None:
             return Status(State.ABSENT)
-        if facts.boot != conmon.boot_id() or conmon.start_time(facts.pid) != facts.pid_start:
-            if facts.boot == conmon.boot_id() and conmon.start_time(facts.conmon) == facts.conmon_start:
+        if facts.boot != pids.boot_id() or pids.start_time(facts.pid) != facts.pid_start:
+            if facts.boot == pids.boot_id() and pids.start_time(facts.conmon) == facts.conmon_start:
                 # the process has ended and conmon is about to say how: still running for a few milliseconds
                 return Status(State.RUNNING, facts.pid)
             finished = conmon.exit_code(files)  # it may have come between the two looks
@@ -253,8 +253,8 @@ class OciRuntime(Joined):
     def watch(self, id: str, on_exit: Callable[[str, Exit], None]) -> None:
         facts = self._facts(self._files(id))
         pidfd = -1
-        if facts is not None and facts.boot == conmon.boot_id():
-            found = conmon.open_process(facts.conmon, facts.conmon_start)
+        if facts is not None and facts.boot == pids.boot_id():
+            found = pids.open_process(facts.conmon, facts.conmon_start)
             pidfd = -1 if found is None else found
         with self._lock:
             if self._closed:
@@ -282,18 +282,18 @@ class OciRuntime(Joined):
         files = self._files(id)
         facts = self._facts(files)
         if facts is not None or (self._state / id).exists():
-            if facts is not None and facts.boot == conmon.boot_id():
+            if facts is not None and facts.boot == pids.boot_id():
                 self._end(facts, id)
             binary = runtime or (facts.runtime if facts is not None else self._tools()[0])
             if (self._state / id).exists():
                 done = call([binary, "--root", str(self._state), "delete", "--force", id], DEADLINE)
                 if done.returncode and (self._state / id).exists():
                     raise RuntimeFailure(f"delete: {words(done)}")
-        if facts is not None and facts.boot == conmon.boot_id():
-            pidfd = conmon.open_process(facts.conmon, facts.conmon_start)
+        if facts is not None and facts.boot == pids.boot_id():
+            pidfd = pids.open_process(facts.conmon, facts.conmon_start)
             if pidfd is not None:
                 try:
-                    if not conmon.ended(pidfd, LAST_WORDS):  # it drains the last output, which is worth a moment
+                    if not pids.ended(pidfd, LAST_WORDS):  # it drains the last output, which is worth a moment
                         pids.send(pidfd, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
@@ -349,7 +349,7 @@ class OciRuntime(Joined):
                 ids |= {id for id, (pidfd, _) in self._watched.items() if pidfd < 0}
                 for id in ids & self._watched.keys():
                     pidfd, callback = self._watched[id]
-                    if pidfd >= 0 and not conmon.ended(pidfd, 0):
+                    if pidfd >= 0 and not pids.ended(pidfd, 0):
                         continue  # an older event, of a watch that has been replaced since
                     due.append((id, callback))
                     self._forget(id)
@@ -372,7 +372,7 @@ class OciRuntime(Joined):
             return Exit(UNKNOWN, False, time.time_ns(), "the runtime knows nothing of this container")
         reason = ""
         if conmon.exit_code(files) is None and facts is not None:
-            if facts.boot != conmon.boot_id():
+            if facts.boot != pids.boot_id():
                 code, reason = UNKNOWN, "the host was restarted"
             else:
                 try:
@@ -411,17 +411,17 @@ class OciRuntime(Joined):
         if facts is not None:
             return facts
         try:
-            pids = [int(path.read_text()) for path in (files.conmon_pid, files.pid)]
+            monitor, pid = (int(path.read_text()) for path in (files.conmon_pid, files.pid))
         except (OSError, ValueError):
             return None
-        starts = [conmon.start_time(pid) for pid in pids]
-        if starts[1] is None or not (self._state / files.id).exists():
+        started = pids.start_time(pid)
+        if started is None or not (self._state / files.id).exists():
             return None
         try:
             runtime, _ = self._tools()
         except Unsupported:
             return None
-        return Facts(runtime, pids[0], starts[0] or 0, pids[1], starts[1], conmon.boot_id())
+        return Facts(runtime, monitor, pids.start_time(monitor) or 0, pid, started, pids.boot_id())
 
     def _expect(self, id: str, *states: State) -> Facts:
         now = self.status(id).state
@@ -441,13 +441,13 @@ class OciRuntime(Joined):
 
     def _end(self, facts: Facts, id: str) -> bool:
         """Kill the container's first process, and with it its whole pid namespace; False when it had ended already."""
-        process = conmon.open_process(facts.pid, facts.pid_start)
+        process = pids.open_process(facts.pid, facts.pid_start)
         if process is None:
             return False
         try:
             pids.send(process, signal.SIGKILL)
             cgroups.thaw(self._cgroups, id)
-            if not conmon.ended(process, LAST_WORDS):
+            if not pids.ended(process, LAST_WORDS):
                 raise DeadlineExceeded(f"process {facts.pid} does not end after SIGKILL")
         except ProcessLookupError:
             return False

@@ -119,10 +119,10 @@ class OciSessions:
         if facts is None:
             waits = State.RUNNING if _begun(files).exists() else State.CREATED
             return Status(waits if _monitor(files) else State.ABSENT)
-        if facts.boot == conmon.boot_id():
-            if conmon.start_time(facts.pid) == facts.pid_start:
+        if facts.boot == pids.boot_id():
+            if pids.start_time(facts.pid) == facts.pid_start:
                 return Status(State.RUNNING, facts.pid)
-            if conmon.start_time(facts.conmon) == facts.conmon_start:
+            if pids.start_time(facts.conmon) == facts.conmon_start:
                 return Status(State.RUNNING, facts.pid)  # it has ended, and conmon is about to say how
         finished = conmon.exit_code(files)  # it may have come between the two looks
         code, when = finished if finished is not None else (UNKNOWN, None)
@@ -158,20 +158,20 @@ class OciSessions:
         monitor = _monitor_fd(files)
         try:
             facts = self._facts(files)
-            process = conmon.open_process(facts.pid, facts.pid_start) if facts is not None else None
+            process = pids.open_process(facts.pid, facts.pid_start) if facts is not None else None
             if process is not None:
                 try:
                     pids.send(process, signal.SIGKILL)
                     if monitor is not None:
-                        conmon.ended(monitor, LAST_WORDS)  # it notes the last output
+                        pids.ended(monitor, LAST_WORDS)  # it notes the last output
                 except ProcessLookupError:
                     pass
                 finally:
                     os.close(process)
-            if monitor is None or not conmon.ended(monitor, 0):
+            if monitor is None or not pids.ended(monitor, 0):
                 conmon.kill_conmon(files)  # before its pipe is closed, which would have it execute the process
             if monitor is not None:
-                conmon.ended(monitor, LAST_WORDS)
+                pids.ended(monitor, LAST_WORDS)
         finally:
             for fd in (*pipes, *(() if monitor is None else (monitor,))):
                 os.close(fd)
@@ -282,10 +282,10 @@ class OciSessions:
             pid = int(files.pid.read_text())
         except (OSError, ValueError):
             return None
-        started = conmon.start_time(pid)
+        started = pids.start_time(pid)
         if not monitor or started is None:
             return None
-        return Facts("", monitor, conmon.start_time(monitor) or 0, pid, started, conmon.boot_id())
+        return Facts("", monitor, pids.start_time(monitor) or 0, pid, started, pids.boot_id())
 
     def _watch(self, files: Files, monitor: int | None, on_exit: Callable[[Exit], None]) -> None:
         try:
@@ -312,11 +312,11 @@ class OciSessions:
         if conmon.exit_code(files) is None:
             facts = Facts.load(files.facts)
             code, reason = UNKNOWN, "it ended while nobody looked, and nothing tells how"
-            if facts is not None and facts.boot != conmon.boot_id():
+            if facts is not None and facts.boot != pids.boot_id():
                 reason = "the host was restarted"
             elif facts is not None:
                 code, reason = 137, "its conmon was killed; the process was killed with it"
-                process = conmon.open_process(facts.pid, facts.pid_start)
+                process = pids.open_process(facts.pid, facts.pid_start)
                 if process is not None:
                     pids.send(process, signal.SIGKILL)
                     os.close(process)
@@ -346,5 +346,5 @@ def _monitor(files: Files) -> int:
 def _monitor_fd(files: Files) -> pids.Held | None:
     """A descriptor of it; None when it has ended."""
     pid = _monitor(files)
-    started = conmon.start_time(pid) if pid else None
-    return None if started is None else conmon.open_process(pid, started)
+    started = pids.start_time(pid) if pid else None
+    return None if started is None else pids.open_process(pid, started)

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from engine import host, userids
 from engine.errors import AccessDenied, EngineError, RuntimeFailure, Unsupported
-from engine.runtimes.conmon import ended, open_process, start_time
+from engine.runtimes.pids import ended, open_process, start_time
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 MS_REC, MS_SLAVE = 16384, 1 << 19

@@ -28,7 +28,7 @@ from engine import host
 from engine.errors import Busy, RuntimeFailure, Unsupported
 from engine.programs import find, run_helper
 from engine.runtimes import rootless
-from engine.runtimes.conmon import ended, open_process, start_time
+from engine.runtimes.pids import ended, open_process, start_time
 
 log = logging.getLogger(__name__)
 

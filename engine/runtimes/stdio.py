@@ -33,7 +33,7 @@ from pathlib import Path
 
 from engine import attachline, host, hostfiles
 from engine.errors import DeadlineExceeded, InvalidArgument, NotFound, RuntimeFailure
-from engine.runtimes import conmon
+from engine.runtimes import conmon, pids
 from engine.runtimes.conmon import Files
 from engine.runtimes.monitor import INPUT
 from engine.runtimes.monitorinput import GONE
@@ -214,7 +214,7 @@ def _hold(files: Files, client: socket.socket) -> None:
         cwd="/",
         start_new_session=True,
     )
-    facts = {"pid": process.pid, "start": conmon.start_time(process.pid) or 0, "boot": conmon.boot_id()}
+    facts = {"pid": process.pid, "start": pids.start_time(process.pid) or 0, "boot": pids.boot_id()}
     host.write_atomic(files.run / "input.json", json.dumps(facts).encode(), 0o600)
     threading.Thread(target=process.wait, name="input-holder", daemon=True).start()  # so that it is no zombie
 
@@ -226,9 +226,9 @@ def _held(files: Files) -> socket.socket | None:
         pid, started, boot = int(facts["pid"]), int(facts["start"]), str(facts["boot"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    if boot != conmon.boot_id():
+    if boot != pids.boot_id():
         return None
-    process = conmon.open_process(pid, started)
+    process = pids.open_process(pid, started)
     if process is None:
         return None
     try:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import add_busybox
 from mounting import Daemon
-
-from engine import host
-from engine.engine import Engine
+from oneruntime import only_runtime
 
 TOP = Path("/sys/fs/cgroup/dutchman")
 LOOP = "trap 'exit 3' TERM; echo ready; while :; do sleep 0.2; done"
@@ -32,18 +28,9 @@ profile dutchman-systemtest flags=(attach_disconnected,mediate_deleted) {
 
 @pytest.fixture(scope="module", params=["runc", "crun"])
 def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    other = shutil.which({"runc": "crun", "crun": "runc"}[request.param])
-    assert other is not None
-    host.bind(Path("/dev/null"), Path(other))  # the other one is hidden
-    try:
-        daemon = Daemon(tmp_path_factory.mktemp(request.param), runtime="oci")
-        with Engine(daemon.store, runtime="oci") as engine:
-            add_busybox(engine)
-        with daemon:
-            assert f"runtime oci: {request.param} works here (cgroup v2)" in daemon.sh("cat status")
-            yield daemon
-    finally:
-        host.unmount(Path(other))
+    with only_runtime(request.param, tmp_path_factory.mktemp(request.param)) as daemon:
+        assert f"runtime oci: {request.param} works here (cgroup v2)" in daemon.sh("cat status")
+        yield daemon
 
 
 def start(daemon: Daemon, name: str, command: str, **fields: object) -> None:

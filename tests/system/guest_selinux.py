@@ -8,16 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import add_busybox
 from mounting import Daemon
-
-from engine import host
-from engine.engine import Engine
+from oneruntime import only_runtime
 
 ENFORCE = Path("/sys/fs/selinux/enforce")
 PROCESS, FILE = "system_u:system_r:container_t:s0", "system_u:object_r:container_file_t:s0"
@@ -32,18 +28,9 @@ def enforcing() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["runc", "crun"])
 def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    other = shutil.which({"runc": "crun", "crun": "runc"}[request.param])
-    assert other is not None
-    host.bind(Path("/dev/null"), Path(other))  # the other one is hidden
-    try:
-        daemon = Daemon(tmp_path_factory.mktemp(request.param), runtime="oci")
-        with Engine(daemon.store, runtime="oci") as engine:
-            add_busybox(engine)
-        with daemon:
-            assert f"runtime oci: {request.param} works here" in daemon.sh("cat status")
-            yield daemon
-    finally:
-        host.unmount(Path(other))
+    with only_runtime(request.param, tmp_path_factory.mktemp(request.param)) as daemon:
+        assert f"runtime oci: {request.param} works here" in daemon.sh("cat status")
+        yield daemon
 
 
 def context(path: Path | str) -> str:
