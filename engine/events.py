@@ -153,9 +153,8 @@ class Journal:
         self._meta = meta
         self._subscribers: list[Subscription] = []
         self._lock = threading.Lock()
-        row = meta.row("SELECT seq, off + length(line) AS end FROM events ORDER BY seq DESC LIMIT 1")
+        row = meta.row("SELECT seq FROM events ORDER BY seq DESC LIMIT 1")
         self._last: int = row["seq"] if row else 0
-        self._size: int = row["end"] if row else 0
         noted = meta.row("SELECT value FROM meta WHERE key = ?", (FIRST,))
         seq, off = map(int, noted["value"].split()) if noted else (1, 0)
         self._kept = (seq, off)
@@ -210,12 +209,12 @@ class Journal:
                 (seq, now, type, object, off, own["end"] if own else 0, line),
             )
             event = Event(seq, now, type, object, json.loads(json.dumps(data)), who, line)
-            self._meta.after_commit(lambda: self._publish(event, off + len(line)))
+            self._meta.after_commit(lambda: self._publish(event))
         return int(seq)
 
-    def _publish(self, event: Event, end: int) -> None:
+    def _publish(self, event: Event) -> None:
         with self._lock:
-            self._last, self._size = event.seq, end
+            self._last = event.seq
             for subscriber in self._subscribers:
                 subscriber._publish(event)
 
@@ -225,12 +224,14 @@ class Journal:
                 self._subscribers.remove(subscription)
 
     def size(self, object: str | None = None) -> int:
-        """Bytes of the `events` file, of all or of one object. Live; of all: from memory."""
+        """Bytes of the `events` file, of all or of one object. Live: who has seen a change finds its event in it."""
         if object is None:
-            return self._size
-        row = self._meta.row(
-            "SELECT obj_off + length(line) AS end FROM events WHERE object = ? ORDER BY obj_off DESC LIMIT 1", (object,)
-        )
+            row = self._meta.row("SELECT off + length(line) AS end FROM events ORDER BY seq DESC LIMIT 1")
+        else:
+            row = self._meta.row(
+                "SELECT obj_off + length(line) AS end FROM events WHERE object = ? ORDER BY obj_off DESC LIMIT 1",
+                (object,),
+            )
         return int(row["end"]) if row else 0
 
     def read(self, offset: int, size: int, object: str | None = None) -> bytes:
