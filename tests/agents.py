@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.runtimes.vm import agentbuild, driver, protocol, verbs
-from engine.runtimes.vm.client import AgentClient, Stream
+from engine.runtimes.vm.client import AgentClient
+from engine.runtimes.vm.streams import Stream
 
 MOUNTS = (
     ("proc", "/proc", "proc", "nosuid,noexec,nodev"),

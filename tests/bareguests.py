@@ -19,9 +19,10 @@ from engine.errors import EngineError
 from engine.kernels import Kernel
 from engine.runtimes.vm import agentbuild, driver, protocol, qemu, verbs
 from engine.runtimes.vm.accel import Accelerator
-from engine.runtimes.vm.client import AgentClient, Stream
+from engine.runtimes.vm.client import AgentClient
 from engine.runtimes.vm.protocol import Words
 from engine.runtimes.vm.qemu import Guest, Platform, VsockDevice
+from engine.runtimes.vm.streams import Stream
 from engine.runtimes.vm.vsock import Port
 
 WAIT = 200.0  # seconds: an emulated guest of another architecture, on a busy machine

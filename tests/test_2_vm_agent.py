@@ -26,8 +26,9 @@ from runtimebench import SLOW
 from engine.errors import DeadlineExceeded, InvalidArgument, RuntimeFailure
 from engine.runtimes import seccomp
 from engine.runtimes.vm import agentbuild, bpf, protocol
-from engine.runtimes.vm.client import AgentClient, Data, Exit, GuestError, Stream
+from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.protocol import ProtocolError, Side, Type, fields, frame
+from engine.runtimes.vm.streams import Data, Exit, Stream
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces without a user namespace need root")
 WAIT = 60.0

@@ -14,9 +14,10 @@ import pytest
 
 from engine.errors import DeadlineExceeded, EngineError
 from engine.runtimes.vm import protocol, pump
-from engine.runtimes.vm.client import AgentClient, Data, End, GuestError, Stream
+from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.protocol import Frame, Parser, Side, Type
 from engine.runtimes.vm.relay import Relay
+from engine.runtimes.vm.streams import Data, End, Stream
 
 WAIT = 30.0
 T = TypeVar("T")

@@ -19,8 +19,9 @@ from runtimebench import skip_or_fail
 
 from engine.errors import DeadlineExceeded, Unreachable
 from engine.kernels import Kernels
-from engine.runtimes.vm.client import AgentClient, Data
+from engine.runtimes.vm.client import AgentClient
 from engine.runtimes.vm.qemu import VsockDevice
+from engine.runtimes.vm.streams import Data
 from engine.runtimes.vm.vsock import Hybrid, Port, health
 
 SLOW = bool(os.environ.get("DUTCHMAN_SLOW_TESTS"))  # a machine that is emulated takes seconds to boot

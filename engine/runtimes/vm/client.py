@@ -1,4 +1,4 @@
-"""A connection to the agent of a guest: calls with deadlines, streams with credit, over any connected socket.
+"""A connection to the agent of a guest: calls with deadlines, and streams (streams.py), over any connected socket.
 
 Floor 2. What is only here: which stream belongs to which call. Thread-safe: any thread may call, read or write; one
 thread of the client reads the socket. Closing, by either side or for a broken rule, wakes everybody with the reason.
@@ -18,14 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 from engine.errors import DeadlineExceeded, EngineError, RuntimeFailure
 from engine.runtimes.vm import protocol
-from engine.runtimes.vm.protocol import Credit, Frame, Parser, ProtocolError, Side, Type, Values, Words
+from engine.runtimes.vm.protocol import Frame, Parser, ProtocolError, Side, Type, Values, Words
+from engine.runtimes.vm.streams import DEADLINE, KEEPS, Late, Pending, Stream
 
-DEADLINE = 10.0
-KEEPS = frozenset({"RUN", "EXEC", "DIAL"})
 FORWARD_SECONDS = 15.0  # for a frame to be taken by the guest's port
 RECEIVE = 256 << 10
 
@@ -42,41 +40,6 @@ class GuestError(OSError):
         """As an EngineError has it."""
         text = os.strerror(self.errno or 0)
         return f"{self.step}: {text}" if self.step else f"{self.verb}: {text}"
-
-
-class Data(NamedTuple):
-    flag: int  # STDOUT (also of a terminal or a dialled port) or STDERR
-    data: bytes
-
-
-class End(NamedTuple):
-    flag: int
-
-
-class Exit(NamedTuple):
-    code: int
-    oom: bool
-    signaled: bool
-
-
-Event = Data | End | Exit
-Late = Callable[[], None] | None
-
-
-class _Pending:
-    """What one stream waits for. Guarded by the client's lock."""
-
-    def __init__(self, verb: str, late: Late = None, answer: tuple[int, Values] | None = None) -> None:
-        self.verb, self.late, self.answer = verb, late, answer
-        self.keeps = verb in KEEPS  # RUN, EXEC, DIAL: lives on after RESP
-        self.abandoned = False
-        self.events: collections.deque[Event] = collections.deque()
-        self.incoming = Credit()  # of the guest
-        self.outgoing = Credit()  # ours
-        self.owed = 0  # taken by the reader, not yet given back as credit
-        self.ends: set[int] = set()
-        self.ended_input = False
-        self.over = False
 
 
 class AgentClient:
@@ -98,13 +61,13 @@ class AgentClient:
         self._foreign = foreign
         sock.setblocking(False)
         self._parser = Parser(Side.GUEST)
-        self._state = threading.Condition()  # guards all below but the sending
-        self._streams: dict[int, _Pending] = {}
+        self.state = threading.Condition()  # guards all below but the sending
+        self._streams: dict[int, Pending] = {}
         self._pings: dict[int, bool] = {}
         self._next = run
         self.running: Stream | None = None
         if run:
-            self._streams[run] = pending = _Pending("RUN", None, (0, Values(())))
+            self._streams[run] = pending = Pending("RUN", None, (0, Values(())))
             self.running = Stream(self, run, pending)
         self._hello: Values | None = None
         self.greeting = b""  # HELLO as it came
@@ -124,7 +87,7 @@ class AgentClient:
 
     def greet(self, deadline: float) -> Values:
         """HELLO, once it has come."""
-        self._wait(lambda: self._hello is not None, time.monotonic() + deadline, "the agent's hello")
+        self.wait_for(lambda: self._hello is not None, time.monotonic() + deadline, "the agent's hello")
         return self.hello
 
     @property
@@ -153,12 +116,12 @@ class AgentClient:
         """One request and its answer. Not for verbs that keep their stream. `late` is called on the reading thread when
         the guest has answered, also after the deadline; not when the connection ends before. It may not wait."""
         assert verb not in KEEPS
-        return self._ask(_Pending(verb, late), words, deadline)[1]
+        return self._ask(Pending(verb, late), words, deadline)[1]
 
     def open(self, verb: str, words: Words | None = None, *, deadline: float = DEADLINE) -> tuple[Stream, Values]:
         """RUN, EXEC or DIAL: the stream of the process or connection, and the answer."""
         assert verb in KEEPS
-        pending = _Pending(verb)
+        pending = Pending(verb)
         number, values = self._ask(pending, words, deadline)
         return Stream(self, number, pending), values
 
@@ -166,22 +129,22 @@ class AgentClient:
         """Seconds of one round trip."""
         until = time.monotonic() + deadline
         began = time.monotonic()
-        with self._state:
+        with self.state:
             number = self._number()
             self._pings[number] = False
-        self._send(protocol.frame(Type.PING, number, b"ping"), until)  # failed, it stays taken: a PONG may come
-        self._wait(lambda: self._pings[number], until, "the agent's answer to a ping")
-        with self._state:
+        self.send(protocol.frame(Type.PING, number, b"ping"), until)  # failed, it stays taken: a PONG may come
+        self.wait_for(lambda: self._pings[number], until, "the agent's answer to a ping")
+        with self.state:
             del self._pings[number]
         return time.monotonic() - began
 
     def calls(self, requests: Sequence[tuple[str, Words]], *, deadline: float = DEADLINE) -> None:
         """One after another, without waiting for the answers in between; each has `deadline` seconds. Raises as `call`
         for the first that failed."""
-        asked: collections.deque[tuple[int, _Pending]] = collections.deque()
+        asked: collections.deque[tuple[int, Pending]] = collections.deque()
         try:
             for verb, words in requests:
-                pending = _Pending(verb)
+                pending = Pending(verb)
                 asked.append((self._request(pending, words, time.monotonic() + deadline), pending))
             while asked:
                 self._answer(*asked.popleft(), time.monotonic() + deadline)
@@ -189,41 +152,41 @@ class AgentClient:
             for number, pending in asked:  # nobody waits for these any more
                 self._abandon(number, pending)
 
-    def _ask(self, pending: _Pending, words: Words | None, deadline: float) -> tuple[int, Values]:
+    def _ask(self, pending: Pending, words: Words | None, deadline: float) -> tuple[int, Values]:
         until = time.monotonic() + deadline
         number = self._request(pending, words, until)
         return number, self._answer(number, pending, until)
 
-    def _request(self, pending: _Pending, words: Words | None, until: float) -> int:
+    def _request(self, pending: Pending, words: Words | None, until: float) -> int:
         payload = protocol.request(pending.verb, words)
-        with self._state:
+        with self.state:
             number = self._number()
             self._streams[number] = pending
         try:
-            self._send(protocol.frame(Type.REQ, number, payload), until)
+            self.send(protocol.frame(Type.REQ, number, payload), until)
         except DeadlineExceeded:
             self._abandon(number, pending)
             raise
         return number
 
-    def _answer(self, number: int, pending: _Pending, until: float) -> Values:
+    def _answer(self, number: int, pending: Pending, until: float) -> Values:
         try:
-            self._wait(lambda: pending.answer is not None, until, f"the agent's answer to {pending.verb}")
+            self.wait_for(lambda: pending.answer is not None, until, f"the agent's answer to {pending.verb}")
         except DeadlineExceeded:
             self._abandon(number, pending)
             raise
         assert pending.answer is not None
         error, values = pending.answer
         if error or not pending.keeps:
-            with self._state:
+            with self.state:
                 self._streams.pop(number, None)
         if error:
             raise GuestError(error, pending.verb, values.text("step"))
         return values
 
-    def _abandon(self, number: int, pending: _Pending) -> None:
+    def _abandon(self, number: int, pending: Pending) -> None:
         """Its answer may come yet."""
-        with self._state:
+        with self.state:
             pending.abandoned = True
             if pending.answer is not None and not pending.keeps:
                 self._streams.pop(number, None)
@@ -236,8 +199,8 @@ class AgentClient:
             if self._next not in self._streams and self._next not in self._pings:
                 return self._next
 
-    def _wait(self, ready: Callable[[], bool], until: float, what: str) -> None:
-        with self._state:
+    def wait_for(self, ready: Callable[[], bool], until: float, what: str) -> None:
+        with self.state:
             while not ready():
                 if self._failure is not None:
                     raise self._failure
@@ -246,22 +209,22 @@ class AgentClient:
                     raise DeadlineExceeded(
                         f"{what} did not come in time", hint="the guest may hang; see its console log"
                     )
-                self._state.wait(left)
+                self.state.wait(left)
 
     # ---- for who hands on frames of others (relay.py)
 
     def number(self) -> int:
         """A stream nobody uses."""
-        with self._state:
+        with self.state:
             return self._number()
 
     def forward(self, data: bytes, *, deadline: float = FORWARD_SECONDS) -> None:
         """Whole frames of streams that `foreign` knows. When it takes too long, the rest goes before the next."""
-        self._send(data, time.monotonic() + deadline)
+        self.send(data, time.monotonic() + deadline)
 
     # ---- the socket
 
-    def _send(self, data: bytes, until: float) -> None:
+    def send(self, data: bytes, until: float) -> None:
         """Sends whole frames in order. On DeadlineExceeded the rest of a frame goes before the next."""
         if not self._sending.acquire(timeout=max(0.0, until - time.monotonic())):
             raise DeadlineExceeded("the guest's agent takes nothing")
@@ -324,20 +287,20 @@ class AgentClient:
 
     def _feed(self, data: bytes) -> None:
         for frame in self._parser.feed(data):
-            with self._state:
+            with self.state:
                 mine = frame.type is Type.HELLO or frame.stream in self._streams or frame.stream in self._pings
                 if mine:
                     self._take(frame)
-                    self._state.notify_all()
+                    self.state.notify_all()
             if not mine and not self._foreign(frame):  # not under the lock
                 raise ProtocolError(f"{frame.type.name} on the stream {frame.stream}, which nobody has")
 
     def _fail(self, error: EngineError) -> None:
-        with self._state:
+        with self.state:
             if self._failure is None:
                 self._failure = error
                 os.close(self._woken)
-            self._state.notify_all()
+            self.state.notify_all()
 
     def _take(self, frame: Frame) -> None:
         """One frame of the guest, under the lock. ProtocolError for what was not to come."""
@@ -363,97 +326,9 @@ class AgentClient:
             return
         if not pending.keeps or pending.answer is None:
             raise ProtocolError(f"{frame.type.name} on the stream of {pending.verb}")
-        self._take_of_stream(frame, pending)
+        if pending.take(frame):
+            self.drop(frame.stream)
 
-    def _take_of_stream(self, frame: Frame, pending: _Pending) -> None:
-        if frame.type is Type.DATA:
-            if frame.flag in pending.ends:
-                raise ProtocolError("DATA after its END")
-            pending.incoming.take(len(frame.payload))
-            pending.events.append(Data(frame.flag, frame.payload))
-        elif frame.type is Type.END:
-            if frame.flag in pending.ends:
-                raise ProtocolError("a second END")
-            pending.ends.add(frame.flag)
-            pending.events.append(End(frame.flag))
-            self._dial_over(frame.stream, pending)
-        elif frame.type is Type.EXIT:
-            code, bits = protocol.parse_exit(frame.payload)
-            pending.events.append(Exit(code, bool(bits & protocol.OOM), bool(bits & protocol.SIGNALED)))
-            self._end(frame.stream, pending)
-        else:
-            pending.outgoing.give(protocol.parse_credit(frame.payload))
-
-    def _dial_over(self, number: int, pending: _Pending) -> None:
-        if pending.verb == "DIAL" and pending.ended_input and pending.ends:
-            self._end(number, pending)
-
-    def _end(self, number: int, pending: _Pending) -> None:
-        pending.over = True
+    def drop(self, number: int) -> None:
+        """A stream that is over. The lock is held."""
         self._streams.pop(number, None)
-
-
-class Stream:
-    """Of a process or a dialled port. One reader and one writer at a time."""
-
-    def __init__(self, client: AgentClient, number: int, pending: _Pending) -> None:
-        self._client, self.number, self._pending = client, number, pending
-
-    def next(self, *, deadline: float | None = None) -> Event | None:
-        """The next event; None after the last. What is taken here is what the guest may send anew."""
-        client, pending = self._client, self._pending
-        until = time.monotonic() + (deadline if deadline is not None else 1e9)
-        client._wait(lambda: bool(pending.events) or pending.over, until, "output of the guest")
-        with client._state:
-            if not pending.events:
-                return None
-            event = pending.events.popleft()
-            if not isinstance(event, Data) or pending.over:
-                return event
-            pending.owed += len(event.data)
-            if pending.owed < protocol.WINDOW // 4:  # the guest has the rest of its window meanwhile
-                return event
-            count, pending.owed = pending.owed, 0
-            pending.incoming.give(count)
-        if not client.closed:
-            client._send(protocol.credit(self.number, count), max(until, time.monotonic() + DEADLINE))
-        return event
-
-    def write(self, data: bytes, *, deadline: float | None = DEADLINE) -> None:
-        """Blocks while the guest does not read. BrokenPipeError once the process has ended."""
-        client, pending = self._client, self._pending
-        until = time.monotonic() + (deadline if deadline is not None else 1e9)
-        view = memoryview(data)
-        while view:
-            client._wait(lambda: pending.outgoing.left > 0 or pending.over, until, "room for input")
-            with client._state:
-                if pending.over:
-                    raise BrokenPipeError("the process has ended")
-                count = min(pending.outgoing.left, len(view), protocol.BULK)
-                pending.outgoing.take(count)
-            client._send(protocol.frame(Type.DATA, self.number, bytes(view[:count])), until)
-            view = view[count:]
-
-    def end_input(self, *, deadline: float | None = DEADLINE) -> None:
-        client, pending = self._client, self._pending
-        with client._state:
-            if pending.over or pending.ended_input:
-                return
-            pending.ended_input = True
-        until = time.monotonic() + (deadline if deadline is not None else 1e9)
-        client._send(protocol.frame(Type.END, self.number), until)
-        with client._state:
-            client._dial_over(self.number, pending)
-
-    def wait(self, *, deadline: float = 3600.0) -> tuple[Exit, bytes, bytes]:
-        """Everything to the end: exit, stdout, stderr. For processes with little output."""
-        until = time.monotonic() + deadline
-        out: dict[int, bytearray] = {protocol.STDOUT: bytearray(), protocol.STDERR: bytearray()}
-        while True:
-            event = self.next(deadline=max(0.0, until - time.monotonic()))
-            if isinstance(event, Data):
-                out[event.flag] += event.data
-            elif isinstance(event, Exit):
-                return event, bytes(out[protocol.STDOUT]), bytes(out[protocol.STDERR])
-            elif event is None:
-                raise RuntimeFailure("the stream ended without an exit")

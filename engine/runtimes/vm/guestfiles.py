@@ -29,10 +29,11 @@ from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
 from engine.runtimes.vm.behind import PIPELINE
 from engine.runtimes.vm.beliefs import USES, Beliefs
-from engine.runtimes.vm.client import AgentClient, Late
+from engine.runtimes.vm.client import AgentClient
 from engine.runtimes.vm.openfile import GuestFile
 from engine.runtimes.vm.protocol import Attr, Values, Words
 from engine.runtimes.vm.scratch import Piece, Scratch
+from engine.runtimes.vm.streams import Late
 from engine.runtimes.vm.verbs import FILES
 
 log = logging.getLogger(__name__)

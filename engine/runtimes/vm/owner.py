@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from engine import host, hostfiles
 from engine.errors import EngineError, RuntimeFailure
 from engine.runtimes.vm import clock, faults, pump, standby, translate
-from engine.runtimes.vm.client import AgentClient, GuestError, Stream
+from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.guard import Guard
 from engine.runtimes.vm.protocol import Words, fields
 from engine.runtimes.vm.relay import Relay
+from engine.runtimes.vm.streams import Stream
 
 if TYPE_CHECKING:
     from engine.runtimes.vm.templates import Template

@@ -20,8 +20,9 @@ import tty
 
 from engine.errors import EngineError
 from engine.runtimes import signals
-from engine.runtimes.vm.client import AgentClient, Data, Exit, Stream
+from engine.runtimes.vm.client import AgentClient
 from engine.runtimes.vm.protocol import STDERR
+from engine.runtimes.vm.streams import Data, Exit, Stream
 
 log = logging.getLogger(__name__)
 

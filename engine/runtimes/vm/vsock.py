@@ -27,8 +27,9 @@ from typing import Protocol
 
 from engine.errors import DeadlineExceeded, EngineError, Unreachable, Unsupported
 from engine.hostfiles import socket_address
-from engine.runtimes.vm.client import AgentClient, Data, GuestError, Stream
+from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.protocol import Words
+from engine.runtimes.vm.streams import Data, Stream
 
 DEADLINE = 5.0
 MAX_GREETING = 64  # bytes of a hybrid socket's answer
