@@ -85,9 +85,14 @@ def follow(mount: Mount, reply: list[str], what: str) -> str:
     return lines[-1] if lines else ""
 
 
+platform_option = click.option(
+    "--platform", metavar="OS/ARCH", help="Another platform than this host's, such as linux/arm64."
+)
+
+
 @click.command("pull")
 @mount_option
-@click.option("--platform", metavar="OS/ARCH", help="Another platform than this host's, such as linux/arm64.")
+@platform_option
 @click.argument("reference")
 def pull_command(mount: str | None, platform: str | None, reference: str) -> None:
     """Fetch an image from a registry."""
@@ -97,8 +102,12 @@ def pull_command(mount: str | None, platform: str | None, reference: str) -> Non
 
 def pull(where: Mount, reference: str, platform: str | None = None) -> None:
     """Fetch an image and wait for it, with a bar for each layer. Failure."""
-    line = f"pull {shlex.quote(reference)}" + (f" platform={shlex.quote(platform)}" if platform else "")
-    follow(where, where.command(("images",), line, what=f"pull {reference}"), f"pull {reference}")
+    _get(where, "pull", reference, platform)
+
+
+def _get(where: Mount, verb: str, source: str, platform: str | None) -> None:
+    line = f"{verb} {shlex.quote(source)}" + (f" platform={shlex.quote(platform)}" if platform else "")
+    follow(where, where.command(("images",), line, what=f"{verb} {source}"), f"{verb} {source}")
 
 
 def names_of_images(mount: Mount) -> dict[str, str]:
@@ -114,22 +123,26 @@ def names_of_images(mount: Mount) -> dict[str, str]:
     return names
 
 
-def _told(mount: Mount, before: dict[str, str]) -> None:
+def _told(mount: Mount, before: dict[str, str], there: set[str]) -> None:
+    """The names that are new, and the digests of what is new and has none."""
     after = names_of_images(mount)
     for name in sorted(name for name, digest in after.items() if before.get(name) != digest):
         click.echo(name)
+    for digest in sorted(set(mount.names("images", "by-digest")) - there - set(after.values())):
+        click.echo(digest)
 
 
 @click.command("load")
 @mount_option
+@platform_option
 @click.argument("path", type=click.Path(exists=True))
-def load_command(mount: str | None, path: str) -> None:
+def load_command(mount: str | None, platform: str | None, path: str) -> None:
     """Take in images from an OCI layout or a docker-archive (as `docker save` writes)."""
     where = Mount.find(mount)
     before = names_of_images(where)
-    line = f"load {shlex.quote(str(absolute(path)))}"
-    follow(where, where.command(("images",), line, what=f"load {path}"), f"load {path}")
-    _told(where, before)
+    there = set(where.names("images", "by-digest"))
+    _get(where, "load", str(absolute(path)), platform)
+    _told(where, before, there)
 
 
 @click.command("import")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from engine.errors import Damaged, EngineError, InvalidArgument, NotFound, TooLarge
-from engine.images import files
+from engine.images import files, platforms
 from engine.images.archive import import_rootfs, load
 from engine.jobs import Task
 from tests.imagestore import ImageStore
@@ -72,6 +72,32 @@ def test_an_index_in_a_layout_gives_this_hosts_image(tmp_path: Path, store: Imag
     (image,) = load(store.images, layout)
     wanted = {"x86_64": b"amd64", "aarch64": b"arm64"}[os.uname().machine]
     assert store.read(image.digest, "arch") == wanted
+
+
+def test_another_platform_of_an_index_in_a_layout(tmp_path: Path, store: ImageStore) -> None:
+    layout = tmp_path / "layout"
+    made = {
+        name: make_layout(layout, [{"arch": name.encode()}], platform=name, listed=False)
+        for name in ("linux/amd64", "linux/arm64", "linux/s390x")
+    }
+    make_index(layout, made, reference="demo:1")
+    make_layout(layout, [{"alone": b""}], reference="demo:2", platform="linux/amd64")
+    (other,) = load(store.images, layout, platform="linux/s390x")
+    assert other.digest == made["linux/s390x"]
+    assert store.images.references(other.digest) == ["docker.io/library/demo:1"]  # nobody else has the name
+    own = load(store.images, layout)[0]
+    (arm,) = load(store.images, layout, platform="arm64")
+    assert arm.digest == made["linux/arm64"] and store.read(arm.digest, "arch") == b"linux/arm64"
+    assert store.images.tags()["docker.io/library/demo:1"] == own.digest  # it stays what this host runs
+    for name, digest in made.items():  # the others are found beside it
+        if name in ("linux/s390x", "linux/arm64", own.platform):
+            assert platforms.named(store.images, "demo:1", name).digest == digest
+    before = [image.digest for image in store.images.all()]
+    with pytest.raises(NotFound, match=r"linux/riscv64"):
+        load(store.images, layout, platform="linux/riscv64")
+    with pytest.raises(InvalidArgument):
+        load(store.images, layout, platform="a/b/c/d")
+    assert [image.digest for image in store.images.all()] == before
 
 
 @needs_fixtures
@@ -147,6 +173,15 @@ def test_what_is_no_archive_is_refused(store: ImageStore, name: str) -> None:
     with pytest.raises((InvalidArgument, Damaged)):
         load(store.images, LAYERS / name)
     assert store.images.all() == []
+
+
+def test_a_docker_archive_of_another_platform(tmp_path: Path, store: ImageStore) -> None:
+    make_docker_archive(tmp_path / "one.tar", [{"a": b"1"}])
+    with pytest.raises(NotFound, match="no image for linux/arm64; there is only linux/amd64"):
+        load(store.images, tmp_path / "one.tar", platform="linux/arm64")
+    assert not store.images.all() and not store.images.tags()
+    (image,) = load(store.images, tmp_path / "one.tar", platform="linux/amd64")
+    assert image.platform == "linux/amd64"
 
 
 def test_a_docker_archive_gets_the_same_manifest_every_time(tmp_path: Path, store: ImageStore) -> None:

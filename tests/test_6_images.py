@@ -103,6 +103,22 @@ def test_a_containers_platform(daemon: Daemon, registry: Registry) -> None:
     daemon.sh("rmdir containers/other")
 
 
+def test_another_platform_out_of_a_file(daemon: Daemon, tmp_path: Path) -> None:
+    layout = tmp_path / "several"
+    made = [
+        make_layout(layout, [{"who": name.encode()}], platform=f"linux/{name}", listed=False)
+        for name in ("amd64", "arm64")
+    ]
+    make_index(layout, {"linux/amd64": made[0], "linux/arm64": made[1]}, reference="several:1")
+    assert cli(daemon, "load", "--platform", "linux/amd64", str(layout)).stdout == "several:1\n"
+    done = cli(daemon, "load", "--platform", "linux/arm64", str(layout))
+    assert done.stdout == f"{made[1]}\n", done  # the name stays what it is
+    assert daemon.sh("cat images/several:1/platforms/linux-arm64/rootfs/who") == "arm64"
+    done = cli(daemon, "load", "--platform", "linux/s390x", str(layout))
+    assert done.returncode != 0 and "no image for linux/s390x; there is linux/amd64, linux/arm64" in done.stderr, done
+    daemon.refused(f"echo 'load {layout} platform=a/b/c/d' > images/ctl", "Invalid argument")
+
+
 def test_push_and_save_and_export(daemon: Daemon, registry: Registry, place: Path) -> None:
     image = f"images/{registry.host}/demo:1"
     digest = os.path.basename(os.readlink(daemon.mount / image))

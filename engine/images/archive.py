@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import Damaged, EngineError, InvalidArgument, NotFound, TooLarge
-from engine.images import manifests
+from engine.images import manifests, platforms
 from engine.images.catalog import Image, Images
 from engine.images.files import Files, open_files
-from engine.images.manifests import Descriptor, Index, Manifest
+from engine.images.manifests import Descriptor, Index, Manifest, Platform
 from engine.images.reference import Reference, parse
 from engine.jobs import Task
 from engine.model import canonical_json, hex_of
@@ -34,21 +34,26 @@ REF_NAME = "org.opencontainers.image.ref.name"
 CONTAINERD_NAME = "io.containerd.image.name"
 
 
-def load(images: Images, path: Path | str, task: Task | None = None) -> list[Image]:
-    """Every image in the file or directory at `path`, with the names it gives them, in its order.
+def load(
+    images: Images, path: Path | str, task: Task | None = None, platform: Platform | str | None = None
+) -> list[Image]:
+    """Every image in the file or directory at `path`, with the names it gives them, in its order: of an index this
+    host's. With `platform` only those for that one; names as a pull of it gives them (platforms.py).
 
-    NotFound for no such file; InvalidArgument for what is neither layout nor archive; Damaged, TooLarge, Unsupported.
+    NotFound for no such file, and no such platform in it; InvalidArgument for what is neither layout nor archive;
+    Damaged, TooLarge, Unsupported.
     """
     task = task or Task()
+    wanted = manifests.parse_platform(platform) if isinstance(platform, str) else platform
     with ExitStack() as stack:
         stack.enter_context(images.lease())
         files = open_files(Path(path), images.blobs.root / "tmp", stack, task)
         if files.has("manifest.json") and not _listed(files):
-            return _docker(images, files, task)
+            return _docker(images, files, task, wanted)
         if files.has("oci-layout") or files.has("index.json"):
-            return _layout(images, files, task)
+            return _layout(images, files, task, wanted)
         if files.has("repositories"):
-            return _legacy(images, files, task)
+            return _legacy(images, files, task, wanted)
     raise InvalidArgument(
         "neither an OCI layout nor a docker archive: no oci-layout, manifest.json or repositories in it",
         at=str(path),
@@ -67,7 +72,7 @@ def _listed(files: Files) -> bool:
 # --- OCI layouts ----------------------------------------------------------------------------------------------------
 
 
-def _layout(images: Images, files: Files, task: Task) -> list[Image]:
+def _layout(images: Images, files: Files, task: Task, wanted: Platform | None) -> list[Image]:
     if files.has("oci-layout"):
         marker = manifests.load_json(files.read("oci-layout", 1 << 12), "oci-layout", 1 << 12)
         if not isinstance(marker, dict) or marker.get("imageLayoutVersion") != "1.0.0":
@@ -82,13 +87,14 @@ def _layout(images: Images, files: Files, task: Task) -> list[Image]:
     for entry in index.manifests:
         task.check()
         try:
-            raw, manifest = _descend(files, entry)
+            raw, manifest, above = _descend(images, files, entry, wanted)
+            config = _blob(files, manifest.config, manifests.MAX_CONFIG)
+            platforms.check(manifests.parse_config(config), wanted)
         except (InvalidArgument, NotFound) as error:  # an artifact, or an image of other platforms only
             task.log(f"{entry.digest}: {error.reason}; skipped")
             skipped = error
             continue
-        config = _blob(files, manifest.config, manifests.MAX_CONFIG)
-        names = _layout_names(entry, task)
+        names = [name for name in _layout_names(entry, task) if platforms.takes_name(images, name, above, wanted)]
         sources = [f"blobs/sha256/{layer.digest[7:]}" for layer in manifest.layers]
         out.append(_store(images, files, raw, manifest, config, sources, names, task))
     if not out:
@@ -96,14 +102,17 @@ def _layout(images: Images, files: Files, task: Task) -> list[Image]:
     return out
 
 
-def _descend(files: Files, entry: Descriptor) -> tuple[bytes, Manifest]:
-    """Down through indexes to this host's manifest (or the only one there is a blob for)."""
+def _descend(images: Images, files: Files, entry: Descriptor, wanted: Platform | None) -> tuple[bytes, Manifest, str]:
+    """Down through indexes to the manifest of the wanted platform (else this host's, or the only one there is a blob
+    for), and the digest of the index that lists it ('')."""
+    above = ""
     for _ in range(MAX_DEPTH):
         raw = _blob(files, entry, manifests.MAX_MANIFEST)
         document = manifests.parse(raw, entry.media_type)
         if isinstance(document, Manifest):
-            return raw, document
-        entry = manifests.select(document, manifests.host())
+            return raw, document, above
+        entry = manifests.select(document, wanted or manifests.host(), strict=wanted is not None)
+        above = platforms.keep(images, raw, document)
     raise Damaged(f"more than {MAX_DEPTH} indexes within one another", at=entry.digest)
 
 
@@ -137,6 +146,9 @@ def _name(text: str, task: Task) -> str | None:
 # --- docker archives ------------------------------------------------------------------------------------------------
 
 
+_Parts = tuple[bytes, list[str], list[str]]  # of an image without a manifest: configuration, layers' files, names
+
+
 @dataclass(frozen=True, slots=True)
 class _Saved:
     """One entry of a docker archive's manifest.json."""
@@ -146,18 +158,37 @@ class _Saved:
     tags: list[str]
 
 
-def _docker(images: Images, files: Files, task: Task) -> list[Image]:
+def _docker(images: Images, files: Files, task: Task, wanted: Platform | None) -> list[Image]:
     data = manifests.load_json(files.read("manifest.json", manifests.MAX_MANIFEST), "manifest.json")
     if not isinstance(data, list) or not data:
         raise Damaged("manifest.json: a list of images expected", at="manifest.json")
     if len(data) > MAX_IMAGES:
         raise TooLarge(f"manifest.json: more than {MAX_IMAGES} images", at="manifest.json")
-    out = []
+    return _assembled(images, files, _listed_in(files, data, task), task, wanted)
+
+
+def _listed_in(files: Files, data: list[Any], task: Task) -> Iterator[_Parts]:
     for number, item in enumerate(data):
         saved = _saved(item, f"manifest.json[{number}]")
-        config = files.read(saved.config, manifests.MAX_CONFIG)
         names = [name for tag in saved.tags if (name := _name(tag, task)) is not None]
-        out.append(_assemble(images, files, config, saved.layers, names, task))
+        yield files.read(saved.config, manifests.MAX_CONFIG), saved.layers, names
+
+
+def _assembled(
+    images: Images, files: Files, found: Iterable[_Parts], task: Task, wanted: Platform | None
+) -> list[Image]:
+    out: list[Image] = []
+    skipped: EngineError | None = None
+    for config, sources, names in found:
+        try:
+            platforms.check(manifests.parse_config(config), wanted)
+        except NotFound as error:
+            task.log(f"{' '.join(names) or 'an image'}: {error.reason}; skipped")
+            skipped = error
+        else:
+            out.append(_assemble(images, files, config, sources, names, task))
+    if skipped is not None and not out:
+        raise skipped
     return out
 
 
@@ -266,7 +297,7 @@ def _ingest(images: Images, entry: Descriptor, diff_id: str, chunks: Any, task: 
 # --- the oldest docker archives -------------------------------------------------------------------------------------
 
 
-def _legacy(images: Images, files: Files, task: Task) -> list[Image]:
+def _legacy(images: Images, files: Files, task: Task, wanted: Platform | None) -> list[Image]:
     """Docker before 1.10: `repositories` names the top of chains of `<id>/json` and `<id>/layer.tar`."""
     data = manifests.load_json(files.read("repositories", manifests.MAX_MANIFEST), "repositories")
     if not isinstance(data, dict):
@@ -279,12 +310,11 @@ def _legacy(images: Images, files: Files, task: Task) -> list[Image]:
             tops.setdefault(top, []).append(f"{repository}:{tag}")
     if not tops or len(tops) > MAX_IMAGES:
         raise Damaged(f"repositories: between 1 and {MAX_IMAGES} images expected", at="repositories")
-    out = []
-    for top, tags_ in tops.items():
-        config, sources = _legacy_config(files, top, task)
-        names = [name for tag in tags_ if (name := _name(tag, task)) is not None]
-        out.append(_assemble(images, files, config, sources, names, task))
-    return out
+    found = (
+        (*_legacy_config(files, top, task), [name for tag in tags_ if (name := _name(tag, task)) is not None])
+        for top, tags_ in tops.items()
+    )
+    return _assembled(images, files, found, task, wanted)
 
 
 def _legacy_config(files: Files, top: str, task: Task) -> tuple[bytes, list[str]]:

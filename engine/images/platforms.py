@@ -16,6 +16,7 @@ from engine.images import manifests
 from engine.images.catalog import Image, Images
 from engine.images.manifests import Index, Platform
 from engine.images.reference import parse
+from engine.model import ImageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,16 @@ def named(images: Images, text: str, platform: str) -> Image:
     names = images.references(image.digest)
     hint = f"pull it: echo 'pull {parse(names[0]).familiar()} platform={wanted}' > images/ctl" if names else None
     raise NotFound(f"no such image for {wanted}: that is for {image.platform}", at=str(wanted), hint=hint)
+
+
+def check(config: ImageConfig, wanted: Platform | None) -> None:
+    """NotFound for an image of another platform. One that was not asked for by platform, or says none, is taken for
+    what it is."""
+    if wanted is None or not config.architecture:
+        return
+    there = manifests.normalise(Platform(config.os or "linux", config.architecture, config.variant))
+    if there not in [entry for entry in manifests.acceptable(wanted) if entry.architecture == wanted.architecture]:
+        raise NotFound(f"no image for {wanted}; there is only {there}", at=str(wanted))
 
 
 def keep(images: Images, raw: bytes, index: Index) -> str:

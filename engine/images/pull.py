@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from itertools import chain
 
-from engine.errors import Damaged, EngineError, InvalidArgument, NotFound
+from engine.errors import Damaged, EngineError, InvalidArgument
 from engine.images import manifests, platforms
 from engine.images.catalog import Image, Images
 from engine.images.manifests import Descriptor, Index, Manifest, Platform
@@ -119,7 +119,7 @@ def pull(
         config_raw = _config(images, registry, manifest.config)
         config = manifests.parse_config(config_raw)
         manifests.check_pair(manifest, config)
-        _check_platform(config, wanted)
+        platforms.check(config, wanted)
         images.blobs.put(config_raw, manifest.config.media_type)
         task.progress(f"pulling {name}")
         merger = _layers(images, registry, manifest, config, task)
@@ -161,15 +161,6 @@ def _config(images: Images, registry: Registry, entry: Descriptor) -> bytes:
             registry.task.log(f"{entry.digest} is damaged in the store and is fetched again")
             images.blobs.remove(entry.digest)
     return registry.small_blob(entry)
-
-
-def _check_platform(config: ImageConfig, wanted: Platform | None) -> None:
-    """An image without an index is taken for what it is, unless another platform was asked for."""
-    if wanted is None or not config.architecture:
-        return
-    there = manifests.normalise(Platform(config.os or "linux", config.architecture, config.variant))
-    if there not in [entry for entry in manifests.acceptable(wanted) if entry.architecture == wanted.architecture]:
-        raise NotFound(f"no image for {wanted}; there is only {there}", at=str(wanted))
 
 
 def _layers(images: Images, registry: Registry, manifest: Manifest, config: ImageConfig, task: Task) -> Merger | None:

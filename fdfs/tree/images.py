@@ -18,6 +18,7 @@ from engine.images.archive import import_rootfs
 from engine.images.archive import load as load_archive
 from engine.images.export import export as export_tree
 from engine.images.gc import Scope
+from engine.images.manifests import Platform, parse_platform
 from engine.images.pull import pull as pull_image
 from engine.images.push import check as check_push
 from engine.images.push import push as push_image
@@ -203,12 +204,17 @@ def job_reply(number: int) -> str:
 
 def pull(engine: Any, call: Call) -> str:
     reference = parse_reference(call.args[0])
-    wanted = call.options.get("platform")
+    wanted = _asked_for(call)
 
     def work(task: Any) -> str:
         return str(pull_image(engine.images, reference, wanted, task).digest)
 
     return job_reply(engine.jobs.start(_line("pull", call), work))
+
+
+def _asked_for(call: Call) -> Platform | None:
+    wanted = call.options.get("platform")
+    return None if wanted is None else parse_platform(wanted)
 
 
 def _line(verb: str, call: Call) -> str:
@@ -224,9 +230,10 @@ def host_path(text: str) -> str:
 
 def load(engine: Any, call: Call) -> str:
     path = host_path(call.args[0])
+    wanted = _asked_for(call)
 
     def work(task: Any) -> str:
-        return " ".join(image.digest for image in load_archive(engine.images, path, task))
+        return " ".join(image.digest for image in load_archive(engine.images, path, task, wanted))
 
     return job_reply(engine.jobs.start(_line("load", call), work))
 
@@ -415,7 +422,12 @@ IMAGES = Dir(
             object=images_object,
             verbs=table(
                 Verb(name="pull", args="REF [platform=…]", doc="fetch from a registry (a job)", run=pull),
-                Verb(name="load", args="PATH", doc="an OCI layout or docker-archive of this host (a job)", run=load),
+                Verb(
+                    name="load",
+                    args="PATH [platform=…]",
+                    doc="an OCI layout or docker-archive of this host (a job)",
+                    run=load,
+                ),
                 Verb(name="import", args="PATH REF", doc="a tar of a root file system (a job)", run=import_),
                 Verb(name="prune", args="[HASH]", doc="delete what the plan with this hash lists (a job)", run=prune),
             ),
