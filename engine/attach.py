@@ -26,8 +26,8 @@ from engine import host, volumeusers
 from engine.config import ContainerConfig
 from engine.errors import AccessDenied, EngineError, InvalidArgument, NotFound
 from engine.giving import check_ours, give, relabel, shares
+from engine.hostmounts import mount_of
 from engine.model import ImageConfig, check_name
-from engine.mounts import mount_of
 from engine.mountspec import MountKind, MountSpec, Propagation, SELinux, parse_from
 from engine.options import tmpfs
 from engine.records import Container, Records

@@ -12,7 +12,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import EngineError
 from engine.runtimes import delegation, rootless, unprivileged
 from engine.runtimes.netavark import find
@@ -70,7 +70,7 @@ def _kernel() -> list[Check]:
     system = os.uname()
     checks = [Check("system", host.LINUX or host.MACOS, f"{system.sysname} {system.release} {system.machine}")]
     if host.LINUX:
-        new = host.kernel_version() >= host.FILE_BACKED_EROFS
+        new = host.kernel_version() >= hostmounts.FILE_BACKED_EROFS
         how = "EROFS straight from files" if new else "EROFS through loop devices"
         loops = os.path.exists("/dev/loop-control")
         checks.append(Check("image mounts", new or loops, how, "modprobe loop"))
@@ -253,7 +253,7 @@ def _store() -> Check:
 
 def _mount() -> Check:
     place = host.default_mount()
-    mounted = host.is_mounted(place)
+    mounted = hostmounts.is_mounted(place)
     return Check("mount", True, f"{place} ({'mounted' if mounted else 'not mounted'})")
 
 

@@ -3,11 +3,9 @@ of sockets. Floor 0."""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +16,6 @@ from engine import host
 from engine.errors import Busy, InvalidArgument, NotFound, TooLarge, Unsupported
 
 MAX_ADDRESS = 104  # bytes of sockaddr_un.sun_path on macOS, its NUL included
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def read(text: str, field: str, limit: int) -> bytes:
@@ -51,13 +47,9 @@ def read(text: str, field: str, limit: int) -> bytes:
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with its `mode`; bytes. Unsupported elsewhere than on Linux."""
-    if not sys.platform.startswith("linux"):
+    if not host.LINUX:
         raise Unsupported("fallocate needs Linux")
-    call = _libc.fallocate
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if call(fd, mode, offset, length) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    host.call("fallocate", fd, mode, offset, length)
 
 
 def lock_file(path: Path, holder: str) -> IO[str]:

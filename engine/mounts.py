@@ -31,7 +31,7 @@ from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from engine import host, userids
+from engine import host, hostmounts, userids
 from engine.blanks import Blanks
 from engine.errors import Busy, Unsupported
 from engine.hostfiles import share
@@ -45,28 +45,6 @@ from engine.unpack import unpack
 log = logging.getLogger(__name__)
 
 GIVE_SECONDS = 5.0  # for who just looks in, and for the kernel, to let go of a disk
-
-
-def mounted_at(path: Path) -> bool:
-    """Whether `path` is a mount point: its device differs from its parent's. Only for our own kernel file systems."""
-    try:
-        return os.lstat(path).st_dev != os.lstat(path.parent).st_dev
-    except FileNotFoundError:
-        return False
-
-
-def mount_of(path: Path) -> tuple[str, list[str]]:
-    """(mount point, optional fields such as `shared:1`) of the mount that `path`, links resolved, lies on."""
-    where = os.path.realpath(path)
-    found: tuple[str, list[str]] = ("/", [])
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            words = line.partition(" - ")[0].split()
-            point = host.unescape(words[4])
-            below = where == point or where.startswith(point.rstrip("/") + "/")
-            if below and len(point) >= len(found[0]):  # a later one at the same place covers the earlier
-                found = (point, words[6:])
-    return found
 
 
 class RootfsMounts:
@@ -91,7 +69,7 @@ class RootfsMounts:
 
     def _adopt(self) -> None:
         """Learn what an earlier daemon left mounted, and take down trees that nothing lies on."""
-        points = {point for point, _, _ in host.mounts()}
+        points = {point for point, _, _ in hostmounts.mounts()}
         for directory in self._containers.iterdir() if self._containers.is_dir() else ():
             if points & {os.path.abspath(directory / "vm" / "disk"), os.path.abspath(directory)}:
                 self._disks.add(directory.name)
@@ -158,7 +136,7 @@ class RootfsMounts:
             place = disk.parent
             place.mkdir(exist_ok=True, mode=0o700)
             aside, old, point = place / "filling.ext4", self._containers / id / "upper", place / "disk"
-            host.unmount(point)  # of one that a killed daemon was filling
+            hostmounts.unmount(point)  # of one that a killed daemon was filling
             self._drop_disk(id)
             aside.unlink(missing_ok=True)
             empty = not old.exists() or not any(old.iterdir())
@@ -176,7 +154,7 @@ class RootfsMounts:
                         (point / name).mkdir(mode=0o755)
                     copy_tree(old, point / "upper")
                 finally:
-                    host.unmount_unused(point)
+                    hostmounts.unmount_unused(point)
                     self._drop_disk(id)
             os.rename(aside, disk)  # from here on the disk counts
             host.fsync_dir(place)
@@ -239,7 +217,7 @@ class RootfsMounts:
     def _mount_disk(self, id: str) -> Path:
         """Where the container's disk is mounted. Its lock is held."""
         disk, point = self._disk(id), self._disk(id).parent / "disk"
-        if not mounted_at(point):
+        if not hostmounts.mounted_at(point):
             self._share(id)
             mount_upper(disk, point)
         self._disks.add(id)
@@ -251,9 +229,9 @@ class RootfsMounts:
         do with us, would keep the disk from the guest. See mount_namespaces(7)."""
         directory = self._containers / id
         self._disks.add(id)
-        if not self._written and not _bound(directory):
-            host.bind(directory, directory)
-            host.mount("none", directory, "none", host.MS_SHARED)
+        if not self._written and not hostmounts.is_mounted(directory):
+            hostmounts.bind(directory, directory)
+            hostmounts.mount("none", directory, "none", hostmounts.MS_SHARED)
 
     def give_disk(self, id: str) -> None:
         """Let go of the container's disk, so that a guest can have it. Nobody mounts it from here on until `given` says
@@ -264,7 +242,7 @@ class RootfsMounts:
                 "files of its root file system are open", hint="fuser, or grep in /proc/*/mountinfo, says by whom"
             )
             until = time.monotonic() + GIVE_SECONDS
-            while mounted_at(self._disk(id).parent / "disk"):  # who just looks in is soon done
+            while hostmounts.mounted_at(self._disk(id).parent / "disk"):  # who just looks in is soon done
                 if time.monotonic() > until:
                     raise busy
                 time.sleep(0.02)
@@ -287,19 +265,19 @@ class RootfsMounts:
     def _drop_disk(self, id: str) -> None:
         """Its lock is held. Files in it may be open: then it stays."""
         point = self._disk(id).parent / "disk"
-        if mounted_at(point):
+        if hostmounts.mounted_at(point):
             try:
-                host.unmount_unused(point)
+                hostmounts.unmount_unused(point)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
                 return
-        if id in self._disks and not self._written and _bound(self._containers / id):
-            host.unmount(self._containers / id)
+        if id in self._disks and not self._written and hostmounts.is_mounted(self._containers / id):
+            hostmounts.unmount(self._containers / id)
         self._disks.discard(id)
 
     def mounted(self, id: str) -> bool:
-        return mounted_at(self.merged(id))
+        return hostmounts.mounted_at(self.merged(id))
 
     @staticmethod
     def supported() -> None:
@@ -322,7 +300,7 @@ class RootfsMounts:
         hex_of(chain_id)
         merged = self.merged(id)
         with self._lock(id):
-            if mounted_at(merged):
+            if hostmounts.mounted_at(merged):
                 if self._chain(id) == chain_id and label in (None, self.label(id)):
                     return merged
                 self._release(id, forget=True)
@@ -341,9 +319,9 @@ class RootfsMounts:
                     host.write_atomic(directory / "label", label.encode() + b"\n")
                 try:
                     if shown:
-                        host.mount_overlay([top / "upper", tree], None, None, merged)
+                        hostmounts.mount_overlay([top / "upper", tree], None, None, merged)
                     else:
-                        host.mount_overlay([tree], top / "upper", top / "work", merged, self.label(id))
+                        hostmounts.mount_overlay([tree], top / "upper", top / "work", merged, self.label(id))
                 except OSError as error:
                     self._leave_tree(chain_id)
                     if error.errno in (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM):
@@ -362,12 +340,12 @@ class RootfsMounts:
             if not target.is_dir():
                 unpack(self._trees.open(chain_id), target)
             return target
-        if mounted_at(target):
+        if hostmounts.mounted_at(target):
             return target
         meta, devices = self._trees.meta_path(chain_id), self._trees.devices(chain_id)
         target.mkdir(exist_ok=True)
         try:
-            host.mount_erofs(meta, devices, target, label=selinux.of_images())
+            hostmounts.mount_erofs(meta, devices, target, label=selinux.of_images())
         except OSError as error:
             os.rmdir(target)
             if error.errno in (errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTBLK, errno.ENOSYS):
@@ -382,8 +360,8 @@ class RootfsMounts:
         target = self._tree_mounts / hex_of(chain_id)
         if self._written:
             return host.remove_tree(target)
-        if mounted_at(target):
-            host.unmount(target)
+        if hostmounts.mounted_at(target):
+            hostmounts.unmount(target)
         try:
             os.rmdir(target)
         except FileNotFoundError:
@@ -400,10 +378,10 @@ class RootfsMounts:
     def _release(self, id: str, *, forget: bool = False) -> None:
         merged = self.merged(id)
         for _ in range(8):  # something may be mounted over it; each turn detaches one
-            if not mounted_at(merged):
+            if not hostmounts.mounted_at(merged):
                 break
-            host.unmount(merged)
-        if mounted_at(merged):
+            hostmounts.unmount(merged)
+        if hostmounts.mounted_at(merged):
             raise Busy(f"{merged} stays mounted", hint="see who mounts over it: findmnt")
         self._drop_disk(id)
         chain = self._chain(id)
@@ -417,7 +395,7 @@ class RootfsMounts:
         """Release `id` for good: it is removed."""
         with self._lock(id):
             self._release(id, forget=True)
-            host.unmount(self._disk(id).parent / "disk")
+            hostmounts.unmount(self._disk(id).parent / "disk")
             self._drop_disk(id)
         with self._guard:
             self._locks.pop(id, None)
@@ -429,12 +407,6 @@ class RootfsMounts:
         with ExitStack() as stack:
             for id in ids:
                 stack.callback(self.release, id)  # all are tried; the first error is raised
-
-
-def _bound(directory: Path) -> bool:
-    """Whether it is a mount point; its device is its parent's then, so mounted_at cannot tell."""
-    path = os.path.abspath(directory)
-    return any(point == path for point, _, _ in host.mounts())
 
 
 def _elsewhere(point: Path) -> Busy | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import InvalidArgument, NotFound
 from engine.runtimes import idmap
 from engine.runtimes.users import Identity
@@ -38,7 +38,7 @@ class Staging:
                 raise NotFound(f"volumes: volume {name} has no {subpath}", at=subpath) from error
             except OSError as error:
                 raise InvalidArgument(f"volumes: {subpath} in volume {name}: {error.strerror}", at=subpath) from error
-        with self._bound(fd, lambda place: host.bind(Path(f"/proc/self/fd/{fd}"), place)) as place:
+        with self._bound(fd, lambda place: hostmounts.bind(Path(f"/proc/self/fd/{fd}"), place)) as place:
             yield place
 
     @contextmanager
@@ -76,8 +76,8 @@ class Staging:
                     place.mkdir()
                 else:
                     place.touch()
-                host.bind(above, above)
-                host.mount("none", above, "none", host.MS_PRIVATE)
+                hostmounts.bind(above, above)
+                hostmounts.mount("none", above, "none", hostmounts.MS_PRIVATE)
                 bind(place)
             finally:
                 os.close(fd)
@@ -94,7 +94,7 @@ class Staging:
 def _take_down(above: Path) -> None:
     """Private first: what is shared with a source would be taken down there, too."""
     for point in (Path(os.path.realpath(above / "source")), Path(os.path.realpath(above))):
-        while host.LINUX and host.is_mounted(point):
-            host.mount("none", point, "none", host.MS_REC | host.MS_PRIVATE)
-            host.unmount(point)
+        while host.LINUX and hostmounts.is_mounted(point):
+            hostmounts.mount("none", point, "none", hostmounts.MS_REC | hostmounts.MS_PRIVATE)
+            hostmounts.unmount(point)
     host.remove_tree(above)

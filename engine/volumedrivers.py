@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from engine import discreet, host, loops
+from engine import discreet, hostmounts, loops
 from engine.errors import EngineError, InvalidArgument, NotFound, RuntimeFailure, Unreachable, Unsupported
 from engine.model import parse_size
 from engine.programs import advice, run_helper
@@ -126,7 +126,7 @@ class Local:
             if server[2]:
                 raise InvalidArgument("port not allowed in CIFS device URL, include 'port' in 'o='", at=device)
         flags, _ = split_options(options.get("o", ""))
-        if flags & host.MS_BIND and not device.startswith("/"):
+        if flags & hostmounts.MS_BIND and not device.startswith("/"):
             raise InvalidArgument("device: an absolute path of a directory expected", at=device)
 
     def create(self, directory: Path, name: str, options: Options) -> None:
@@ -139,17 +139,19 @@ class Local:
         device, words = source_and_options(options)
         kind, data = options["type"], directory / "data"
         flags, text = split_options(words)
-        if flags & host.MS_BIND and not os.path.isdir(device):
+        if flags & hostmounts.MS_BIND and not os.path.isdir(device):
             raise NotFound("the directory of the volume is not there", at=device, hint="make it, or remove the volume")
         try:
-            host.mount(device, data, kind, flags, text)
-            if flags & host.MS_BIND and flags & host.MS_RDONLY:
-                host.mount("none", data, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY)
+            hostmounts.mount(device, data, kind, flags, text)
+            if flags & hostmounts.MS_BIND and flags & hostmounts.MS_RDONLY:
+                hostmounts.mount(
+                    "none", data, "none", hostmounts.MS_BIND | hostmounts.MS_REMOUNT | hostmounts.MS_RDONLY
+                )
         except OSError as error:
             raise _cannot(error, kind, device) from error
 
     def unmount(self, directory: Path) -> None:
-        host.unmount_unused(directory / "data")
+        hostmounts.unmount_unused(directory / "data")
 
     def remove(self, directory: Path, options: Options) -> None:
         pass  # what was mounted belongs to others
@@ -197,7 +199,7 @@ class Ext4:
     def mount(self, directory: Path, options: Options) -> None:
         image = directory / "image"
         try:
-            mount_image(image, directory / "data", "ext4", host.MS_NODEV)
+            mount_image(image, directory / "data", "ext4", hostmounts.MS_NODEV)
         except OSError as error:
             raise _cannot(error, "ext4", str(image)) from error
         try:
@@ -206,7 +208,7 @@ class Ext4:
             pass
 
     def unmount(self, directory: Path) -> None:
-        host.unmount_unused(directory / "data")
+        hostmounts.unmount_unused(directory / "data")
 
     def remove(self, directory: Path, options: Options) -> None:
         pass
@@ -249,7 +251,7 @@ def mount_image(image: Path, target: Path, kind: str, flags: int = 0, data: str 
     """
     device, name = loops.of(image) or loops.attach(image, 0, 512)
     try:
-        host.mount(name, target, kind, flags, data)
+        hostmounts.mount(name, target, kind, flags, data)
     finally:
         os.close(device)
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import Busy
 from engine.treecopy import copy_metadata
 
@@ -23,7 +23,7 @@ OURS = frozenset({FILLING.encode(), FILLED.encode(), b"lost+found"})
 def covered(data: Path) -> bool:
     """Whether something is mounted over it. By the mount table: a bound directory may be of the same device, and a
     server that is gone must not be asked."""
-    return host.LINUX and host.is_mounted(Path(os.path.realpath(data.parent)) / data.name)
+    return host.LINUX and hostmounts.is_mounted(Path(os.path.realpath(data.parent)) / data.name)
 
 
 def empty(data: Path) -> bool:
@@ -78,6 +78,6 @@ def _places(data: Path) -> tuple[Path, Path]:
 def unmount_litter(store: Path) -> None:
     """Take down what a killed daemon mounted for a volume in the making; before tmp/ is emptied."""
     prefix = f"{os.path.abspath(store / 'tmp')}/volume-new-"
-    for point, _, _ in host.mounts() if host.LINUX else ():
+    for point, _, _ in hostmounts.mounts() if host.LINUX else ():
         if point.startswith(prefix):
-            host.unmount(Path(point))
+            hostmounts.unmount(Path(point))

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import Damaged, DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.programs import run_helper
 
@@ -79,7 +79,7 @@ class Plugin:
         """The driver mounts over `data/` itself, or names a directory that is bound there."""
         data = directory / "data"
         source = self._ask("mount", **self._volume(directory), mountpoint=str(data)).get("source")
-        mounted = host.is_mounted(Path(os.path.realpath(directory)) / "data")
+        mounted = hostmounts.is_mounted(Path(os.path.realpath(directory)) / "data")
         if source is None:
             if not mounted:
                 raise RuntimeFailure(f"volume driver {self.name}: it answered to mount, but nothing is mounted")
@@ -87,13 +87,13 @@ class Plugin:
         if mounted or not isinstance(source, str) or not source.startswith("/") or not os.path.isdir(source):
             why = "something is mounted as well" if mounted else "an absolute path of a directory expected"
             raise RuntimeFailure(f"volume driver {self.name}: source: {why}", at=str(source)[:MAX_WORDS])
-        host.mount(source, data, "none", host.MS_BIND)
+        hostmounts.mount(source, data, "none", hostmounts.MS_BIND)
 
     def unmount(self, directory: Path) -> None:
         for _ in range(MOST_MOUNTS):
-            if not host.is_mounted(Path(os.path.realpath(directory)) / "data"):
+            if not hostmounts.is_mounted(Path(os.path.realpath(directory)) / "data"):
                 break
-            host.unmount_unused(directory / "data")
+            hostmounts.unmount_unused(directory / "data")
         self._ask("unmount", **self._volume(directory))
 
     def remove(self, directory: Path, options: Options) -> None:

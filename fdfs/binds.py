@@ -24,11 +24,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import host, hostmounts
 
 log = logging.getLogger(__name__)
 
-MS_NOSUID_NODEV = host.MS_NOSUID | host.MS_NODEV
+MS_NOSUID_NODEV = hostmounts.MS_NOSUID | hostmounts.MS_NODEV
 
 
 class Binds:
@@ -47,7 +47,7 @@ class Binds:
                 if "unbind" in order:
                     self._unbind(order["unbind"])
                 elif "clear" in order:
-                    host.unmount(Path(order["clear"]))
+                    hostmounts.unmount(Path(order["clear"]))
             return {"ok": True}
         except (OSError, KeyError, ValueError) as error:
             return {"ok": False, "reason": str(error)}
@@ -60,7 +60,7 @@ class Binds:
             if known is not None:
                 return False
             devices = [Path(device) for device in order["devices"]]
-            host.mount_erofs(Path(order["image"]), devices, Path(target), inert=True)
+            hostmounts.mount_erofs(Path(order["image"]), devices, Path(target), inert=True)
         else:
             source = Path(order["directory"])
             if known is not None:
@@ -68,13 +68,15 @@ class Binds:
                 if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
                     return False
                 self._unbind(target)
-            host.bind(source, Path(target))
+            hostmounts.bind(source, Path(target))
         try:
             if "directory" in order:
-                host.mount("none", Path(target), "none", host.MS_BIND | host.MS_REMOUNT | MS_NOSUID_NODEV)
+                hostmounts.mount(
+                    "none", Path(target), "none", hostmounts.MS_BIND | hostmounts.MS_REMOUNT | MS_NOSUID_NODEV
+                )
             self._bound[target] = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
-            host.unmount(Path(target))
+            hostmounts.unmount(Path(target))
             raise
         return True
 
@@ -83,7 +85,7 @@ class Binds:
         if fd is None:
             return
         try:
-            host.unmount(Path(f"/proc/self/fd/{fd}"))
+            hostmounts.unmount(Path(f"/proc/self/fd/{fd}"))
         finally:
             os.close(fd)
 

@@ -78,28 +78,28 @@ def _alive(mount: Path) -> bool:
 
 def recover(mount: Path) -> bool:
     """Take down what a killed daemon left at `mount`; whether there was something. Failure if it is alive."""
-    from engine import host
+    from engine import hostmounts
 
-    if not host.is_mounted(mount):
+    if not hostmounts.is_mounted(mount):
         return False
     if _alive(mount):
-        kind = next(kind for point, kind, _ in reversed(host.mounts()) if point == str(mount))
+        kind = next(kind for point, kind, _ in reversed(hostmounts.mounts()) if point == str(mount))
         raise Failure(
             f"something else is mounted at {mount} ({kind})",
             "hint: choose another place with --mount, or unmount it",
         )
     for _ in range(100):  # several may lie on one another; what is bound below goes with each
         _detach(mount)
-        if not host.is_mounted(mount):
+        if not hostmounts.is_mounted(mount):
             break
     return True
 
 
 def _detach(mount: Path) -> None:
-    from engine import host
+    from engine import host, hostmounts
 
     if host.is_root():
-        return host.unmount(mount)
+        return hostmounts.unmount(mount)
     from engine.errors import EngineError
     from engine.runtimes.fusermount import unmount_fuse
 
@@ -238,12 +238,12 @@ def _spawn(command: list[str], log: Path, where: Path) -> None:
 @click.option("--stop-containers/--keep-containers", default=False, help="Stop what runs first (default: keep it).")
 def down_command(mount: str | None, store: str | None, stop_containers: bool) -> None:
     """Unmount and end the engine. Containers go on running, and the next `up` takes them up again."""
-    from engine import host
+    from engine import hostmounts
 
     place, held = _daemon(mount, store)
     if held is None:
         where = absolute(mount) if mount else absolute(default_mount())
-        if host.is_mounted(where) and not _alive(where):
+        if hostmounts.is_mounted(where) and not _alive(where):
             recover(where)
             click.echo(f"took down what a killed daemon left at {where}")
             return
@@ -254,7 +254,7 @@ def down_command(mount: str | None, store: str | None, stop_containers: bool) ->
         return
     where = held.mount or absolute(mount or default_mount())
     running: list[str] = []
-    if host.is_mounted(where) and _alive(where):
+    if hostmounts.is_mounted(where) and _alive(where):
         running = _running(Mount(where))
         if stop_containers and running:
             # `halt`, not `stop` to each: what a restart policy keeps up is up again after the next `up`
@@ -267,7 +267,7 @@ def down_command(mount: str | None, store: str | None, stop_containers: bool) ->
     if not _wait(lambda: holder(place) is None, STOP_SECONDS):
         hint = f"hint: see {place / 'engine.log'}; as a last resort: kill -9 {held.pid}"
         raise Failure(f"pid {held.pid} does not end", hint)
-    _wait(lambda: not host.is_mounted(where), 5)
+    _wait(lambda: not hostmounts.is_mounted(where), 5)
     recover(where)
     click.echo(f"down: {where} is unmounted")
     if running:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import Busy, RuntimeFailure, Unsupported
 from engine.runtimes.fusermount import unmount_fuse
 from fdfs.libfuse import (
@@ -275,7 +275,7 @@ def umask() -> int:
 def clear_stale(mount: Path) -> bool:
     """Detach what a killed daemon left at `mount`; whether there was something. Busy when it is in use and alive."""
     found = False
-    while host.is_mounted(mount):
+    while hostmounts.is_mounted(mount):
         try:
             os.stat(mount)
         except OSError as error:
@@ -291,7 +291,7 @@ def clear_stale(mount: Path) -> bool:
 def detach(mount: Path) -> None:
     """Take a FUSE mount away at once, with everything bound below it."""
     try:
-        host.unmount(mount)
+        hostmounts.unmount(mount)
     except Unsupported:
         unmount_fuse(mount)
     except PermissionError:
@@ -399,7 +399,7 @@ class Mount:
         fuse_session_exit(self._session)
         if self._outside is not None:
             self._outside.unmount(self._mount)
-        elif host.is_mounted(self._mount):
+        elif hostmounts.is_mounted(self._mount):
             detach(self._mount)
         for thread in self._threads:
             thread.join(0.2)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from engine import host
+from engine import host, hostmounts
 from engine.connections import state_directory
 from engine.runtimes import netns
 
@@ -110,7 +110,9 @@ def stores_below(place: Path, depth: int = 4) -> Iterator[Path]:
 
 def mounts_below(place: Path) -> list[tuple[str, str]]:
     """(mount point, kind), the highest first."""
-    found = [(point, kind) for point, kind, _ in host.mounts() if point.startswith(f"{place}/")] if host.LINUX else []
+    found = (
+        [(point, kind) for point, kind, _ in hostmounts.mounts() if point.startswith(f"{place}/")] if host.LINUX else []
+    )
     return sorted(found, key=lambda item: len(item[0]))
 
 
@@ -121,7 +123,7 @@ def left_behind(base: Path) -> list[str]:
     """
     left = [f"{kind} mount {point}" for point, kind in mounts_below(base)]
     while points := mounts_below(base):
-        host.unmount(Path(points[0][0]))  # what is mounted below goes with it
+        hostmounts.unmount(Path(points[0][0]))  # what is mounted below goes with it
     deadline = time.monotonic() + 10
     while (running := sorted({*processes_at(f"{base}/"), *processes_of_session()})) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -144,7 +146,7 @@ def rootfs_released(request: pytest.FixtureRequest) -> Iterator[None]:
     if place is not None and host.LINUX and host.is_root():
         for point, kind in reversed(mounts_below(place)):
             if kind in ("overlay", "erofs"):
-                host.unmount(Path(point))
+                hostmounts.unmount(Path(point))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 from mounting import PATIENCE
 
-from engine import host
+from engine import host, hostmounts
 from fdfs.cli_daemon import holder
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +69,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15.0, what: str = ""
 
 def unmount_below(place: Path) -> None:
     """Detach everything mounted at or below a place, the highest first: what is below goes with it."""
-    while points := [point for point, _, _ in host.mounts() if f"{point}/".startswith(f"{place}/")]:
-        host.unmount(Path(min(points, key=len)))
+    while points := [point for point, _, _ in hostmounts.mounts() if f"{point}/".startswith(f"{place}/")]:
+        hostmounts.unmount(Path(min(points, key=len)))
 
 
 class Dutchman:

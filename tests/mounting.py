@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine import host
+from engine import hostmounts
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,8 +116,8 @@ class Daemon:
     def unmount(self) -> None:
         for base in (self.mount, self.store):
             # the highest first: what lies below a dead mount can be reached no more, and goes with it
-            while points := [point for point, _, _ in host.mounts() if f"{point}/".startswith(f"{base}/")]:
-                host.unmount(Path(min(points, key=len)))
+            while points := [point for point, _, _ in hostmounts.mounts() if f"{point}/".startswith(f"{base}/")]:
+                hostmounts.unmount(Path(min(points, key=len)))
 
     def __enter__(self) -> Daemon:
         return self.start()
@@ -165,4 +165,4 @@ class Daemon:
 
     def bound(self, path: str) -> bool:
         """Whether something is bound over a path of the mount."""
-        return host.is_mounted(self.mount / path)
+        return hostmounts.is_mounted(self.mount / path)

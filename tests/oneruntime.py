@@ -10,7 +10,7 @@ from pathlib import Path
 from engines import add_busybox
 from mounting import Daemon
 
-from engine import host
+from engine import hostmounts
 from engine.engine import Engine
 
 
@@ -19,7 +19,7 @@ def only_runtime(program: str, place: Path) -> Iterator[Daemon]:
     """With the image `busybox`, below `place`, while the block runs; the other program is hidden until then."""
     other = shutil.which({"runc": "crun", "crun": "runc"}[program])
     assert other is not None
-    host.bind(Path("/dev/null"), Path(other))
+    hostmounts.bind(Path("/dev/null"), Path(other))
     try:
         daemon = Daemon(place, runtime="oci")
         with Engine(daemon.store, runtime="oci") as engine:
@@ -27,4 +27,4 @@ def only_runtime(program: str, place: Path) -> Iterator[Daemon]:
         with daemon:
             yield daemon
     finally:
-        host.unmount(Path(other))
+        hostmounts.unmount(Path(other))

@@ -19,7 +19,7 @@ import pytest
 from dutchman import ROOT, demo_archive, needs_oci, wait_for
 from mounting import PATIENCE
 
-from engine import host
+from engine import host, hostmounts
 from engine.runtimes import rootless
 from engine.runtimes.pids import start_time
 
@@ -102,9 +102,9 @@ class Person:
         for pid in self.processes():
             with_pidfd(pid)
         wait_for(lambda: not self.processes(), what=f"{self.name}'s processes end")
-        for point, _, _ in reversed(host.mounts()):
+        for point, _, _ in reversed(hostmounts.mounts()):
             if f"{point}/".startswith(f"{self.base}/"):
-                host.unmount(Path(point))
+                hostmounts.unmount(Path(point))
         host.remove_tree(self.runtime)
         subprocess.run(["userdel", self.name], check=True, timeout=30, capture_output=True)
 
@@ -150,7 +150,8 @@ def two_people() -> Iterator[tuple[Person, Person]]:
     try:
         for name, source in shown.items():
             (base / name).mkdir()
-            host.bind(source, base / name, read_only=True)
+            hostmounts.bind(source, base / name)
+            hostmounts.make_read_only(base / name)
         for letter in "ab":
             made.append(Person(base, f"dutchman{letter}{os.getpid()}"))
         binary = python_for(made[0])
@@ -169,5 +170,5 @@ def two_people() -> Iterator[tuple[Person, Person]]:
         for path, mode in modes.items():
             path.chmod(mode)
         for name in shown:
-            host.unmount(base / name)
+            hostmounts.unmount(base / name)
         host.remove_tree(base)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 BINDINGS = ("fdfs/mount.py", "fdfs/binds.py", "fdfs/binder.py")
 CONFINED = {
     "subprocess": (
-        "engine/host.py",
+        "engine/hostmounts.py",
         "engine/programs.py",
         "engine/runtimes/*",
         "fdfs/mount.py",
@@ -21,7 +21,6 @@ CONFINED = {
     ),
     "ctypes": (
         "engine/host.py",
-        "engine/hostfiles.py",
         "engine/runtimes/*",
         "fdfs/libfuse.py",
         "fdfs/mount.py",

@@ -13,7 +13,7 @@ def test_every_module_can_be_imported_and_finds_its_places() -> None:
         r"""
 import os, platform, shutil, tempfile
 from pathlib import Path
-from engine import doctor, hostfiles, programs
+from engine import doctor, hostfiles, hostmounts, programs
 from engine.errors import Unsupported
 from engine.runtimes import select
 from engine.runtimes.base import parse_signal
@@ -48,7 +48,7 @@ assert shown[1] == "local,id=share1,path=/Users/jo/My Files,security_model=none,
 assert shown[2].endswith("path=/b,security_model=none,multidevs=remap,readonly=on"), shown
 
 shutil.which = lambda *a, **k: None
-host.mounts = lambda: [("/", "apfs", "/dev/disk3s1s1")]
+hostmounts.mounts = lambda: [("/", "apfs", "/dev/disk3s1s1")]
 rows = {check.name: check for check in doctor.examine()}
 assert rows["qemu"].advice == "brew install qemu", rows
 assert "macfuse" in rows["macFUSE"].advice and "fuse-t" in rows["macFUSE"].advice
@@ -95,6 +95,7 @@ def test_processes_signals_and_networks_there() -> None:
         r"""
 import ctypes, signal, struct, tempfile
 from pathlib import Path
+from engine import hostmounts
 from engine.errors import InvalidArgument, Unsupported
 from engine.netconfig import PortSpec
 from engine.runtimes import calls, conmon, monitor, pids, signals
@@ -164,7 +165,7 @@ with tempfile.TemporaryDirectory(prefix="a b") as place:
         raise AssertionError
 
 table = "/dev/disk3s1s1 on / (apfs, sealed, local)\ndutchman on /Users/jo/a (b) c (macfuse, nodev, mounted by jo)\n"
-assert host.mounts_told(table) == [("/", "apfs", "/dev/disk3s1s1"), ("/Users/jo/a (b) c", "macfuse", "dutchman")]
+assert hostmounts.mounts_told(table) == [("/", "apfs", "/dev/disk3s1s1"), ("/Users/jo/a (b) c", "macfuse", "dutchman")]
 
 link = Link("n1", "dutchman", (("10.88.0.0/16", "10.88.0.1"),), False, "eth0", ("10.88.0.7",), ())
 inner = Link("n2", "inner", (("10.89.0.0/24", "10.89.0.1"),), True, "eth1", ("10.89.0.3",), ())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import host
+from engine import host, hostmounts
 from engine.store.check import check
 from engine.store.erofs import crc32c
 from engine.store.layers import Layers
@@ -45,11 +45,11 @@ def mounted(trees: Trees, chain: str, target: Path) -> Iterator[Path]:
     if not (host.LINUX and host.is_root()):
         pytest.skip("mounting needs Linux and root")
     target.mkdir()
-    host.mount_erofs(trees.meta_path(chain), trees.devices(chain), target)
+    hostmounts.mount_erofs(trees.meta_path(chain), trees.devices(chain), target)
     try:
         yield target
     finally:
-        host.unmount(target)
+        hostmounts.unmount(target)
 
 
 class Maker:
@@ -316,7 +316,7 @@ def test_an_overlay_on_top_is_writable(stores: tuple[Layers, Trees], tmp_path: P
     with mounted(trees, chain, tmp_path / "lower") as lower:
         for name in ("upper", "work", "merged"):
             (tmp_path / name).mkdir()
-        host.mount_overlay([lower], tmp_path / "upper", tmp_path / "work", tmp_path / "merged")
+        hostmounts.mount_overlay([lower], tmp_path / "upper", tmp_path / "work", tmp_path / "merged")
         try:
             merged = tmp_path / "merged"
             (merged / "dir" / "suid").write_text("changed")
@@ -324,7 +324,7 @@ def test_an_overlay_on_top_is_writable(stores: tuple[Layers, Trees], tmp_path: P
             assert (merged / "dir" / "suid").read_text() == "changed" and not (merged / "empty").exists()
             assert (lower / "dir" / "suid").read_text() == "#!/bin/true\n"
         finally:
-            host.unmount(tmp_path / "merged")
+            hostmounts.unmount(tmp_path / "merged")
 
 
 def test_older_kernels_mount_through_loop_devices(
@@ -337,7 +337,7 @@ def test_older_kernels_mount_through_loop_devices(
     chain = trees.build([info.diff_id])
     monkeypatch.setattr(host, "kernel_version", lambda: (6, 11))
     with mounted(trees, chain, tmp_path / "mnt") as root:
-        source = next(source for point, _, source in host.mounts() if point == str(root))
+        source = next(source for point, _, source in hostmounts.mounts() if point == str(root))
         assert source.startswith("/dev/loop")
         tree = trees.open(chain)
         for path, nid in tree.walk():
@@ -357,7 +357,7 @@ def test_a_shown_image_adds_provenance_and_nothing_else(stores: tuple[Layers, Tr
     target.mkdir()
     image = trees.shown(chain, {info.diff_id: {"created_by": "RUN " + "x" * 9000}})
     assert trees.shown(chain, {}) == image
-    host.mount_erofs(image, trees.devices(chain), target, inert=True)
+    hostmounts.mount_erofs(image, trees.devices(chain), target, inert=True)
     try:
         tree = trees.open(chain)
         for path, nid in tree.walk():
@@ -379,7 +379,7 @@ def test_a_shown_image_adds_provenance_and_nothing_else(stores: tuple[Layers, Tr
                     digest = "sha256:" + hashlib.sha256(here.read_bytes()).hexdigest()
                     assert found[b"user.dutchman.digest"].decode() == digest == tree.provenance(nid).digest
     finally:
-        host.unmount(target)
+        hostmounts.unmount(target)
 
 
 def test_a_store_on_tmpfs_mounts_through_loop_devices(tmp_path: Path) -> None:
@@ -398,4 +398,4 @@ def test_a_store_on_tmpfs_mounts_through_loop_devices(tmp_path: Path) -> None:
             assert (root / "dir" / "suid").read_text() == "#!/bin/true\n"
     finally:
         meta.close()
-        host.unmount(ram)
+        hostmounts.unmount(ram)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import Busy, Damaged, InvalidArgument, NoSpace, NotFound, TooLarge
 from engine.store.blobs import Blobs
 from engine.store.bodies import Sieve
@@ -253,7 +253,7 @@ def test_a_full_disk_is_no_space_and_leaves_nothing(tmp_path: Path) -> None:
         pytest.skip("a small tmpfs needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    host.mount("tmpfs", disk, "tmpfs", 0, "size=16m")
+    hostmounts.mount("tmpfs", disk, "tmpfs", 0, "size=16m")
     try:
         meta = Meta(disk / "db.sqlite")
         layers = Layers(disk, meta)
@@ -269,7 +269,7 @@ def test_a_full_disk_is_no_space_and_leaves_nothing(tmp_path: Path) -> None:
         assert contents(layers, small.diff_id) == {"ok": b"fits"}
         meta.close()
     finally:
-        host.unmount(disk)
+        hostmounts.unmount(disk)
 
 
 def test_parallel_ingests_share_bodies(layers: Layers) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from ociimages import make_tar
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import Unsupported
-from engine.mounts import RootfsMounts, mounted_at
+from engine.hostmounts import mounted_at
+from engine.mounts import RootfsMounts
 from engine.store.layers import Layers
 from engine.store.meta import Meta
 from engine.store.trees import Trees
@@ -43,7 +44,11 @@ class Store:
         return id
 
     def points(self) -> set[str]:
-        return {os.path.relpath(point, self.root) for point, _, _ in host.mounts() if point.startswith(f"{self.root}/")}
+        return {
+            os.path.relpath(point, self.root)
+            for point, _, _ in hostmounts.mounts()
+            if point.startswith(f"{self.root}/")
+        }
 
 
 @pytest.fixture
@@ -98,7 +103,7 @@ def test_ensure_and_release_are_idempotent_and_survive_a_crowd(store: Store) -> 
     for id in ids:
         store.mounts.ensure(id, chain)
         store.mounts.ensure(id, chain)
-    assert len([point for point, _, _ in host.mounts() if point.startswith(str(store.root))]) == 5
+    assert len([point for point, _, _ in hostmounts.mounts() if point.startswith(str(store.root))]) == 5
 
 
 def test_another_image_is_mounted_anew_with_the_changes_kept(store: Store) -> None:
@@ -145,10 +150,10 @@ def test_mounts_of_a_killed_daemon_are_used_again_and_stray_ones_taken_down(stor
 def test_an_unmount_behind_our_back_is_noticed(store: Store) -> None:
     chain = store.chain(b"x")
     merged = store.mounts.ensure(store.container("c"), chain)
-    host.unmount(merged)
+    hostmounts.unmount(merged)
     assert (store.mounts.ensure("c", chain) / "etc/motd").read_bytes() == b"x"
-    host.unmount(merged)
-    host.unmount(store.root / "run/trees" / chain[7:])
+    hostmounts.unmount(merged)
+    hostmounts.unmount(store.root / "run/trees" / chain[7:])
     assert (store.mounts.ensure("c", chain) / "etc/motd").read_bytes() == b"x"
 
 

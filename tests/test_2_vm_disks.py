@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from test_2_mounts import Store
 
-from engine import host, loops
+from engine import host, hostmounts, loops
 from engine.errors import Busy
 from engine.hostfiles import share
-from engine.mounts import RootfsMounts, mounted_at
+from engine.hostmounts import mounted_at
+from engine.mounts import RootfsMounts
 
 pytestmark = pytest.mark.skipif(not (host.LINUX and host.is_root()), reason="mounting needs root on Linux")
 C = "c"
@@ -139,7 +140,7 @@ def test_a_mounted_disk_is_no_guests_even_when_its_daemon_was_killed(store: Stor
     with open(upper / "open"):
         with pytest.raises(Busy):
             store.mounts.give_disk(C)
-        host.unmount(upper.parent)
+        hostmounts.unmount(upper.parent)
         with pytest.raises(Busy):
             own(store)
         assert (store.mounts.upper(C) / "open").exists()  # through the device that is there
@@ -161,7 +162,7 @@ def test_a_copy_of_the_mount_in_another_namespace_goes_with_it(store: Store, mor
             other.kill()
     store.mounts.given(C)
     store.mounts.forget(C)
-    assert not [point for point, _, _ in host.mounts() if point.startswith(str(store.root / "containers"))]
+    assert not [point for point, _, _ in hostmounts.mounts() if point.startswith(str(store.root / "containers"))]
 
 
 def test_a_disk_half_filled_by_a_killed_daemon_is_made_anew(store: Store) -> None:
@@ -172,7 +173,7 @@ def test_a_disk_half_filled_by_a_killed_daemon_is_made_anew(store: Store) -> Non
     subprocess.run(["mkfs.ext4", "-q", place / "filling.ext4"], check=True)
     (place / "disk").mkdir()
     device, name = loops.attach(place / "filling.ext4", 0, 512)
-    host.mount(name, place / "disk", "ext4")
+    hostmounts.mount(name, place / "disk", "ext4")
     os.close(device)
     store.mounts.use_disk(C)
     assert not mounted_at(place / "disk")

@@ -12,7 +12,7 @@ import pytest
 from engines import eventually
 from mounting import ROOT
 
-from engine import host, volumeplugins
+from engine import host, hostmounts, volumeplugins
 from engine.errors import Busy, DeadlineExceeded, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.events import Journal
 from engine.store.meta import Meta
@@ -186,8 +186,8 @@ def test_a_driver_mounts_itself_or_is_found_out(store: Store) -> None:
     store.driver("liar", "true")
     store.volumes.create("r", "ram")
     with store.volumes.using("r") as volume:
-        assert host.is_mounted(volume.path)
-    assert not host.is_mounted(volume.path)
+        assert hostmounts.is_mounted(volume.path)
+    assert not hostmounts.is_mounted(volume.path)
     store.volumes.create("l", "liar")
     with pytest.raises(RuntimeFailure, match="nothing is mounted"), store.volumes.using("l"):
         pass

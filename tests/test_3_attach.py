@@ -16,12 +16,12 @@ import pytest
 from engines import eventually
 from ociimages import busybox_rootfs_tar, make_layout
 
-from engine import attach, host, volumefill, volumeusers
+from engine import attach, host, hostmounts, volumefill, volumeusers
 from engine.attach import give
 from engine.engine import Engine
 from engine.errors import Busy, EngineError, InvalidArgument, NotFound, Unsupported
+from engine.hostmounts import mount_of
 from engine.images.archive import load
-from engine.mounts import mount_of
 from engine.staging import Staging
 from engine.treecopy import copy_tree
 
@@ -56,7 +56,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     for container in engine.containers.all():
         engine.containers.remove(container.name, force=True)
     engine.close(unmount=True)
-    assert not [point for point, _, _ in host.mounts() if point.startswith(str(engine.store))]
+    assert not [point for point, _, _ in hostmounts.mounts() if point.startswith(str(engine.store))]
 
 
 @pytest.fixture
@@ -180,11 +180,11 @@ def ram(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("tmpfs maps owners from Linux 6.3 on")
     place = tmp_path / "ram"
     place.mkdir()
-    host.mount("tmpfs", place, "tmpfs", 0, "size=4m,mode=0755")
-    host.mount("none", place, "none", 1 << 20)  # MS_SHARED, as systemd has it
+    hostmounts.mount("tmpfs", place, "tmpfs", 0, "size=4m,mode=0755")
+    hostmounts.mount("none", place, "none", 1 << 20)  # MS_SHARED, as systemd has it
     yield place
-    while host.is_mounted(place):
-        host.unmount(place)
+    while hostmounts.is_mounted(place):
+        hostmounts.unmount(place)
 
 
 def test_u_and_propagation_go_by_the_same_look(
@@ -194,7 +194,7 @@ def test_u_and_propagation_go_by_the_same_look(
     source, away, secret = ram / "src", ram / "away", ram / "secret"
     for place in (source, source / "sub", source / "later", source / "inner", secret):
         place.mkdir()
-    host.mount("tmpfs", source / "sub", "tmpfs", 0, "size=1m")
+    hostmounts.mount("tmpfs", source / "sub", "tmpfs", 0, "size=1m")
 
     def swap(*given: Any) -> None:
         source.rename(away)
@@ -205,35 +205,35 @@ def test_u_and_propagation_go_by_the_same_look(
     try:
         engine.containers.run(IMAGE, "spread", ["sleep", "600"], user="65534", volumes=[f"{source}:/mine:U,rshared"])
         assert (os.stat(away).st_uid, os.stat(secret).st_uid) == (65534, 0)
-        assert not list((engine.store / "run/sources").iterdir()) and host.is_mounted(away / "sub")
-        host.mount("tmpfs", away / "later", "tmpfs", 0, "size=1m")
+        assert not list((engine.store / "run/sources").iterdir()) and hostmounts.is_mounted(away / "sub")
+        hostmounts.mount("tmpfs", away / "later", "tmpfs", 0, "size=1m")
         pid = engine.containers.get("spread").pid
         assert sorted(os.listdir(f"/proc/{pid}/root/mine")) == ["inner", "later", "sub"]
         for name in ("sub", "later"):
             assert os.path.samestat(os.stat(away / name), os.stat(f"/proc/{pid}/root/mine/{name}")), name
         inside = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root=/proc/{pid}/root"]
         subprocess.run([*inside, "mount", "-t", "tmpfs", "none", "/mine/inner"], check=True, timeout=30)
-        assert host.is_mounted(away / "inner")
+        assert hostmounts.is_mounted(away / "inner")
         engine.containers.remove("spread", force=True)
-        assert host.is_mounted(away / "sub") and host.is_mounted(away / "later")
+        assert hostmounts.is_mounted(away / "sub") and hostmounts.is_mounted(away / "later")
     finally:
         for name in ("sub", "later", "inner"):
-            host.unmount(away / name)
+            hostmounts.unmount(away / name)
 
 
 def test_a_killed_start_leaves_nothing_and_takes_nothing_down(engine: Engine, ram: Path) -> None:
     (ram / "src" / "sub").mkdir(parents=True)
-    host.mount("tmpfs", ram / "src" / "sub", "tmpfs", 0, "size=1m")
+    hostmounts.mount("tmpfs", ram / "src" / "sub", "tmpfs", 0, "size=1m")
     try:
         staging = Staging(engine.store / "run/sources")
         left = staging.held(ram / "src", lambda path: None, shared=True)
         place = left.__enter__()
-        assert host.is_mounted(place / "sub")
+        assert hostmounts.is_mounted(place / "sub")
         staging.clear()
-        assert host.is_mounted(ram / "src" / "sub") and not list((engine.store / "run/sources").iterdir())
+        assert hostmounts.is_mounted(ram / "src" / "sub") and not list((engine.store / "run/sources").iterdir())
         left.__exit__(None, None, None)
     finally:
-        host.unmount(ram / "src" / "sub")
+        hostmounts.unmount(ram / "src" / "sub")
 
 
 def owned(place: Path, uid: int, gid: int) -> Path:
@@ -248,15 +248,15 @@ def test_idmap_shows_the_owner_as_the_containers_user(engine: Engine, ram: Path,
     source = owned(ram / "src", 4242, 4343)
     (source / "roots").write_text("x")
     (source / "sub").mkdir()
-    host.mount("tmpfs", source / "sub", "tmpfs", 0, "size=1m,uid=4242,gid=4343")
+    hostmounts.mount("tmpfs", source / "sub", "tmpfs", 0, "size=1m,uid=4242,gid=4343")
     script = "cd /m; stat -c '%u:%g %n' . f roots sub; touch new sub/new; stat -c %u:%g new"
     try:
         said = ran(script, user="1000:1001", volumes=[f"{source}:/m:idmap"])
-        assert host.is_mounted(source / "sub")  # taking down ours took nothing of the host's with it
+        assert hostmounts.is_mounted(source / "sub")  # taking down ours took nothing of the host's with it
         info = os.stat(source / "sub" / "new")
         assert (info.st_uid, info.st_gid) == (4242, 4343)
     finally:
-        host.unmount(source / "sub")
+        hostmounts.unmount(source / "sub")
     assert said.split("\n") == ["1000:1001 .", "1000:1001 f", "0:0 roots", "1000:1001 sub", "1000:1001", ""]
     for name, owner in (("new", (4242, 4343)), ("f", (4242, 4343)), ("roots", (0, 0))):
         info = os.stat(source / name)
@@ -302,14 +302,14 @@ def test_propagation_reaches_the_container(engine: Engine, tmp_path: Path, ran: 
     (base / "sub").mkdir(parents=True)
     if not mount_of(base)[1]:
         assert "is not a shared mount" in refused(engine, [f"{base}:/a:rshared"]).reason
-    host.mount("tmpfs", base, "tmpfs", 0, "size=1m")
+    hostmounts.mount("tmpfs", base, "tmpfs", 0, "size=1m")
     try:
-        host.mount("none", base, "none", 1 << 20)  # MS_SHARED
+        hostmounts.mount("none", base, "none", 1 << 20)  # MS_SHARED
         for place in ("sub", "other"):
             (base / place).mkdir()
         volumes = [f"{base}:/slave:rslave", f"{base}:/private:rprivate", f"{base}:/shared:rshared"]
         engine.containers.run(IMAGE, "spread", ["sleep", "60"], volumes=volumes)
-        host.mount("tmpfs", base / "sub", "tmpfs", 0, "size=1m")
+        hostmounts.mount("tmpfs", base / "sub", "tmpfs", 0, "size=1m")
         (base / "sub" / "later").write_text("x")
         root = Path(f"/proc/{engine.containers.get('spread').pid}/root")
         assert (root / "slave/sub/later").exists() and (root / "shared/sub/later").exists()
@@ -320,8 +320,8 @@ def test_propagation_reaches_the_container(engine: Engine, tmp_path: Path, ran: 
         assert config["linux"]["rootfsPropagation"] == "shared"
         engine.containers.remove("spread", force=True)
     finally:
-        host.unmount(base / "sub")
-        host.unmount(base)
+        hostmounts.unmount(base / "sub")
+        hostmounts.unmount(base)
 
 
 def test_tmpfs_has_its_size_and_mode(ran: Callable[..., str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from engines import add_busybox, events, eventually, reach
 
-from engine import host
+from engine import host, hostmounts
 from engine.changes import changes_text
 from engine.config import parse_config
 from engine.engine import Engine
@@ -34,7 +34,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     for container in engine.containers.all():
         engine.containers.remove(container.name, force=True)
     engine.close(unmount=True)
-    assert not [point for point, _, _ in host.mounts() if point.startswith(str(engine.store))]
+    assert not [point for point, _, _ in hostmounts.mounts() if point.startswith(str(engine.store))]
 
 
 def run(engine: Engine, name: str, *argv: str, **more: object) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from engines import add_image, events, eventually, reach
 
-from engine import host
+from engine import host, hostmounts
 from engine.config import parse_config
 from engine.engine import Engine
 from engine.errors import Busy, EngineError, InvalidArgument, NoSpace, NotFound, Unsupported
@@ -219,9 +219,9 @@ def small(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs needs root on Linux")
     target = tmp_path / "small"
     target.mkdir()
-    host.mount("tmpfs", target, "tmpfs", 0, "size=3m")
+    hostmounts.mount("tmpfs", target, "tmpfs", 0, "size=3m")
     yield target
-    host.unmount(target)
+    hostmounts.unmount(target)
 
 
 def fill(path: Path) -> None:

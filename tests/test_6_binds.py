@@ -19,7 +19,7 @@ from engines import SMALL, add_busybox, add_image
 from mounting import ROOT, Daemon, can_mount
 from ociimages import make_tar
 
-from engine import host
+from engine import host, hostmounts
 from engine.engine import Engine
 from engine.store.layers import Layers
 from engine.store.meta import Meta
@@ -99,7 +99,7 @@ def tree(plane: Process, tmp_path: Path) -> Iterator[Path]:
     assert plane.order(bind=str(target), **plane.tree)["ok"]
     yield target
     assert plane.order(unbind=str(target))["ok"]
-    assert not host.is_mounted(target) and not list(target.iterdir())
+    assert not hostmounts.is_mounted(target) and not list(target.iterdir())
 
 
 def test_files_are_what_the_layer_holds(tree: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_bad_order_is_answered(plane: Process, tmp_path: Path) -> None:
         {"bind": str(tmp_path), "directory": str(tmp_path / "none")},
     ):
         assert plane.order(**order)["ok"] is False
-    assert not host.is_mounted(tmp_path)
+    assert not hostmounts.is_mounted(tmp_path)
 
 
 # --- with a daemon ----------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_binds_come_and_go_with_what_they_show(store: Path) -> None:
         daemon.sh("echo remove > images/small:1/ctl")
         eventually(lambda: not daemon.bound(f"images/{digest}/rootfs"))
         daemon.refused("ls images/small:1", "No such file")
-    assert not [point for point, _, _ in host.mounts() if point.startswith(str(store))]
+    assert not [point for point, _, _ in hostmounts.mounts() if point.startswith(str(store))]
 
 
 def test_without_its_data_process_the_mount_goes_on(store: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_killed_daemon_leaves_a_mount_that_the_next_one_recovers(store: Path) 
         daemon.kill()
         with pytest.raises(OSError, match=r"."):
             os.listdir(daemon.mount)
-        eventually(lambda: not [p for p, _, _ in host.mounts() if p.startswith(f"{daemon.mount}/images")])
+        eventually(lambda: not [p for p, _, _ in hostmounts.mounts() if p.startswith(f"{daemon.mount}/images")])
         daemon.start()
         assert "kept" in daemon.sh("ls containers")
         assert daemon.sh("cat images/small:1/rootfs/etc/motd") == "ahoy\n"
@@ -251,7 +251,7 @@ def test_ending_by_a_file(store: Path) -> None:
         assert daemon.process is not None
         daemon.sh("echo down > ctl")
         assert daemon.process.wait(10) == 0
-        assert not host.is_mounted(daemon.mount)
+        assert not hostmounts.is_mounted(daemon.mount)
 
 
 @pytest.mark.parametrize("binds", [True, False])

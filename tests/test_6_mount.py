@@ -14,7 +14,7 @@ from engines import SMALL, add_busybox, add_image
 from mounting import Daemon, can_mount
 from ociimages import make_tar
 
-from engine import host
+from engine import host, hostmounts
 from engine.engine import Engine
 
 REASON = can_mount()
@@ -34,7 +34,9 @@ def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with Daemon(place, binds=request.param == "binds") as daemon:
         if request.param == "binds" and host.is_root():
             deadline = time.monotonic() + 5
-            while not any("/rootfs" in point for point, _, _ in host.mounts() if point.startswith(str(daemon.mount))):
+            while not any(
+                "/rootfs" in point for point, _, _ in hostmounts.mounts() if point.startswith(str(daemon.mount))
+            ):
                 assert time.monotonic() < deadline, "nothing was bound"
                 time.sleep(0.02)
         yield daemon

@@ -21,7 +21,7 @@ import pytest
 from engines import add_busybox
 from mounting import ROOT, Daemon, can_mount
 
-from engine import host
+from engine import host, hostmounts
 from engine.engine import Engine
 
 REASON = can_mount() or (None if host.LINUX and host.is_root() else "acting as other users needs root on Linux")
@@ -104,6 +104,8 @@ def test_a_volume_is_a_directory(daemon: Daemon, matrix: str) -> None:
 def test_a_root_file_system_is_a_directory(daemon: Daemon) -> None:
     """Compared with the container's own overlay, which is what it is."""
     view, bound = view_of(daemon, "containers/c/rootfs")
-    merged = next(Path(point) for point, kind, _ in host.mounts() if kind == "overlay" and str(daemon.store) in point)
+    merged = next(
+        Path(point) for point, kind, _ in hostmounts.mounts() if kind == "overlay" and str(daemon.store) in point
+    )
     for matrix in ("single", "pairs"):
         compare(merged / matrix, view / f"{matrix}-seen", matrix, bound)

@@ -13,7 +13,7 @@ from engines import eventually
 from mounting import ROOT, Daemon, can_mount
 from ociimages import busybox_rootfs_tar, make_layout
 
-from engine import host
+from engine import host, hostmounts
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_an_ext4_volume_is_mounted_on_use_and_outlives_the_daemon(daemon: Daemon
     daemon.sh("rmdir containers/full containers/again")
     daemon.until("cat volumes/disk2/mounted", "0")
     daemon.sh("rmdir volumes/disk volumes/disk2")
-    assert not [point for point, _, _ in host.mounts() if "/volumes/disk" in point]
+    assert not [point for point, _, _ in hostmounts.mounts() if "/volumes/disk" in point]
 
 
 def test_a_driver_of_others_outlives_the_daemon_too(daemon: Daemon, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from dutchman import ROOT, Dutchman, demo_archive, needs_oci, wait_for
 
-from engine import host
+from engine import hostmounts
 from fdfs.cli import COMMANDS
 from fdfs.cli_mount import explain, tail_offset
 from fdfs.cli_mounts import long_mount
@@ -133,7 +133,7 @@ def test_up_in_the_foreground_serves_until_it_is_told_to_end(down: Dutchman) -> 
         assert down.pid == process.pid
         process.send_signal(signal.SIGINT)
         assert process.wait(20) in (0, 130)
-        assert not host.is_mounted(down.mount)
+        assert not hostmounts.is_mounted(down.mount)
     finally:
         process.kill()
         process.wait()
@@ -147,7 +147,7 @@ def test_a_mount_left_by_a_killed_daemon_is_recovered(down: Dutchman) -> None:
     assert down.read("version")
     down.kill()
     assert "killed daemon" in down.cli("down").stdout
-    assert not host.is_mounted(down.mount)
+    assert not hostmounts.is_mounted(down.mount)
 
 
 def test_the_daemon_is_found_by_its_mount_alone_or_its_store_alone(down: Dutchman, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_the_daemon_is_found_by_its_mount_alone_or_its_store_alone(down: Dutchma
     assert down.read("version")
     down.env = settings | {"DUTCHMAN_STORE": str(tmp_path / "unused"), "DUTCHMAN_MOUNT": str(down.mount)}
     assert down.cli("down").stdout == f"down: {down.mount} is unmounted\n"
-    assert not host.is_mounted(down.mount)
+    assert not hostmounts.is_mounted(down.mount)
     down.env = settings | {"DUTCHMAN_STORE": str(down.store)}
 
 
@@ -175,11 +175,11 @@ def test_down_keeps_containers_and_up_takes_them_up_again(tmp_path: Path) -> Non
         pid = engine.read("containers/demo/pid")
         told = engine.cli("down").stdout
         assert "1 still running: demo" in told and "--stop-containers" in told
-        assert host.process_alive(int(pid)) and not host.is_mounted(engine.mount)
+        assert os.path.exists(f"/proc/{int(pid)}") and not hostmounts.is_mounted(engine.mount)
         engine.up()
         assert engine.state("demo") == "running" and engine.read("containers/demo/pid") == pid
         engine.cli("down", "--stop-containers")
-        assert not host.process_alive(int(pid))
+        assert not os.path.exists(f"/proc/{int(pid)}")
 
 
 # --- containers -----------------------------------------------------------------------------------------------------

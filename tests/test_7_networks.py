@@ -19,7 +19,7 @@ import pytest
 from engines import add_busybox
 from mounting import Daemon, can_mount
 
-from engine import host
+from engine import host, hostmounts
 from engine.connections import state_directory
 from engine.engine import Engine
 from engine.runtimes import netns
@@ -135,7 +135,7 @@ class Harbour(Daemon):
         while self.state.exists():
             assert time.monotonic() < deadline, list(self.state.rglob("*"))
             time.sleep(0.1)
-        points = [point for point, _, _ in host.mounts() if point.startswith(str(self.state))]
+        points = [point for point, _, _ in hostmounts.mounts() if point.startswith(str(self.state))]
         assert not points
 
     def stop(self) -> None:

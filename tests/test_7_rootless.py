@@ -21,7 +21,7 @@ import pytest
 from dutchman import wait_for
 from people import Person, two_people
 
-from engine import host, userids
+from engine import host, hostmounts, userids
 from engine.errors import AccessDenied
 from engine.runtimes import rootless
 
@@ -111,7 +111,7 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     pid = int(re.findall(r"^pid (\d+)$", me.out("cat status"), re.M)[0])
     process = int(me.out("cat containers/web/pid"))
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not host.is_mounted(me.mount), what="the dead mount is gone")
+    wait_for(lambda: not hostmounts.is_mounted(me.mount), what="the dead mount is gone")
     me.sh("dutchman up")
     assert me.out("cat containers/web/state containers/web/pid").split() == ["running", str(process)]
     assert me.out("cat containers/web/rootfs/srv/new") == "up"
@@ -123,7 +123,7 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     assert not list((me.store / "run/trees").iterdir())
     me.sh("dutchman down")
     wait_for(lambda: not me.processes(), what="everything has ended")
-    assert not [point for point, _, _ in host.mounts() if f"{point}/".startswith(f"{me.home}/")]
+    assert not [point for point, _, _ in hostmounts.mounts() if f"{point}/".startswith(f"{me.home}/")]
     assert not (me.runtime / "holder").exists()
     alarms = [line for line in (me.store / "engine.log").read_text().splitlines() if " INFO " not in line]
     assert not alarms, alarms
@@ -177,7 +177,7 @@ def test_containers_have_networks_names_and_published_ports(people: tuple[Person
             kept.accept()
     pid = int(re.findall(r"^pid (\d+)$", me.out("cat status"), re.M)[0])
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not host.is_mounted(me.mount), what="the dead mount is gone")
+    wait_for(lambda: not hostmounts.is_mounted(me.mount), what="the dead mount is gone")
     assert page() == "ahoy\n", "what runs keeps its network without a daemon"
     me.sh("dutchman up")
     me.sh("dutchman stop web")
@@ -219,7 +219,7 @@ def test_a_runtime_directory_somebody_else_made_is_not_used(people: tuple[Person
         assert not list(me.runtime.iterdir())
     finally:
         host.remove_tree(me.runtime)
-    assert not host.is_mounted(me.mount) and not me.processes()
+    assert not hostmounts.is_mounted(me.mount) and not me.processes()
 
 
 def test_a_private_directory_is_ours_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from dutchman import Dutchman, demo_archive, needs_oci, wait_for
 
-from engine import host
+from engine import hostmounts
 from engine.runtimes.oci import OciRuntime
 from engine.runtimes.resources import Resources
 
@@ -238,7 +238,7 @@ def test_renamed_by_mv_and_by_ctl_while_it_runs(engine: Dutchman, inside: dict[s
     with (containers / "web" / "logs" / "stdout").open() as log, (containers / "web" / "events").open() as events:
         log.read()
         events.read()
-        wait_for(lambda: host.is_mounted(containers / "web" / "rootfs"), what="its root file system to be bound")
+        wait_for(lambda: hostmounts.is_mounted(containers / "web" / "rootfs"), what="its root file system to be bound")
         engine.sh("mv -T containers/web containers/page")
         assert not (containers / "web").exists() and (containers / "page" / "state").read_text() == "running\n"
         engine.cli("rename", "page", "site")
@@ -250,7 +250,7 @@ def test_renamed_by_mv_and_by_ctl_while_it_runs(engine: Dutchman, inside: dict[s
         assert engine.cli("wait", "site").stdout == "7\n"
         renamed = [json.loads(line) for line in events if '"containerRenamed"' in line]
         assert [(event["from"], event["name"]) for event in renamed] == [("web", "page"), ("page", "site")]
-    wait_for(lambda: not host.is_mounted(containers / "page" / "rootfs"), what="the old place to be let go")
+    wait_for(lambda: not hostmounts.is_mounted(containers / "page" / "rootfs"), what="the old place to be let go")
     for command in ("mv -T containers/site containers/taken", "echo rename taken > containers/site/ctl"):
         assert "File exists" in engine.sh(command, code=1).stderr
     assert "Invalid argument" in engine.sh("echo rename -x > containers/site/ctl", code=1).stderr

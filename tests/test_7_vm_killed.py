@@ -21,7 +21,7 @@ from mounting import can_mount
 from runtimebench import SLOW, no_vm, skip_or_fail
 from test_7_networks import Harbour, missing
 
-from engine import host
+from engine import host, hostmounts
 from engine.runtimes import netns, pids
 
 START = 120.0  # seconds for a machine to boot on a busy host
@@ -193,7 +193,9 @@ class Killed(Mortal, Harbour):
             with suppress(OSError):  # it went
                 name = path.read_text().strip()
                 found += [f"{path}: {name}"] if name.startswith(f"{self.store}/containers/") else []
-        found += [f"mount {point}" for point, _, _ in host.mounts() if point.startswith(f"{self.store}/containers/")]
+        found += [
+            f"mount {point}" for point, _, _ in hostmounts.mounts() if point.startswith(f"{self.store}/containers/")
+        ]
         found += [f"tmp/{name}" for name in os.listdir(self.store / "tmp")]
         litter = [path for path in (self.store / "kernels").glob("**/.*") if path.name != ".templates"]
         litter += [path for path in (self.store / "containers").iterdir() if path.name not in self.ids()]

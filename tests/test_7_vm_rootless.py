@@ -19,7 +19,7 @@ from people import Person
 from runtimebench import SLOW, no_vm, skip_or_fail
 from test_7_rootless import people  # noqa: F401
 
-from engine import host
+from engine import hostmounts
 from engine.runtimes import rootless
 from engine.runtimes.vm import driver
 
@@ -94,7 +94,7 @@ def test_a_machine_of_an_ordinary_user(people: tuple[Person, Person]) -> None:  
     # the daemon is killed: the machine goes on and is taken up again
     pid = int(re.findall(r"^pid (\d+)$", me.out("cat status"), re.M)[0])
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not host.is_mounted(me.mount), what="the dead mount is gone")
+    wait_for(lambda: not hostmounts.is_mounted(me.mount), what="the dead mount is gone")
     assert page() == "changed\n"
     me.sh("dutchman up --runtime vm", timeout=120)
     assert me.out("cat containers/web/state") == "running"
@@ -119,7 +119,7 @@ def test_a_machine_of_an_ordinary_user(people: tuple[Person, Person]) -> None:  
     me.sh("dutchman rm -f web", timeout=120)
     me.sh("dutchman down")
     wait_for(lambda: not me.processes(), 60, what="everything has ended")
-    assert not [point for point, _, _ in host.mounts() if f"{point}/".startswith(f"{me.home}/")]
+    assert not [point for point, _, _ in hostmounts.mounts() if f"{point}/".startswith(f"{me.home}/")]
     alarms = [line for line in (me.store / "engine.log").read_text().splitlines() if " INFO " not in line]
     assert not alarms, alarms
 

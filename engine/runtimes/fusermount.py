@@ -12,7 +12,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import RuntimeFailure, Unsupported
 from engine.runtimes.rootless import PATH, SECONDS, tool
 
@@ -49,7 +49,7 @@ def unmount_fuse(place: Path) -> None:
     """Detach the FUSE mount at `place`. RuntimeFailure says why not."""
     argv = ["/sbin/umount", "-f", str(place)] if host.MACOS else [fusermount(), "-u", "-z", "-q", "--", str(place)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
-    if done.returncode and host.is_mounted(place):
+    if done.returncode and hostmounts.is_mounted(place):
         raise RuntimeFailure(f"cannot unmount {place}: {done.stderr.decode(errors='replace').strip()}")
 
 

@@ -1,6 +1,6 @@
 """Idmapped mounts: a directory shown with its owners exchanged for others, nothing in it changed. Floor 2, no state.
 
-Only here: mount_setattr(2), and a user namespace for its maps alone. A program sleeps in it until this process holds
+Only here: a user namespace for its maps alone. A program sleeps in it until this process holds
 the namespace; then the mount does. Linux 5.12 or later, root. Thread-safe.
 
 Source: mount_setattr(2), "ID-mapped mounts"; user_namespaces(7), "User and group ID mappings".
@@ -8,29 +8,21 @@ Source: mount_setattr(2), "ID-mapped mounts"; user_namespaces(7), "User and grou
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import select
-import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from engine import host, userids
+from engine import hostmounts, userids
 from engine.errors import Unsupported
 from engine.mountspec import ALL_IDS, IdRange, id_ranges
 from engine.runtimes.rootless import tool
 from engine.runtimes.users import Identity
 
 SECONDS = 10.0  # for the namespace to be made
-
-# <linux/mount.h>, <linux/fcntl.h>; the numbers of these calls are the same on every architecture since Linux 5.2
-_OPEN_TREE_CLONE, _MOUNT_ATTR_IDMAP, _MS_SLAVE = 1, 1 << 20, 1 << 19
-_AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
-_SYS_OPEN_TREE, _SYS_MOUNT_SETATTR = 428, 442
 
 
 def exchanged(one: int, other: int) -> tuple[IdRange, ...]:
@@ -73,16 +65,6 @@ def _namespace(maps: dict[str, tuple[IdRange, ...]]) -> Iterator[int]:
         os.close(fd)
 
 
-def _call(number: int, fd: int, *args: Any) -> int:
-    """A system call that takes an fd and an empty path."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    wide = [ctypes.c_long(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in (number, fd, b"", *args)]
-    result = int(libc.syscall(*wide))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
 def bind_tree(source: int, target: Path, namespace: int | None, *, shared: bool = False) -> None:
     """Bind what the fd `source` is, and what is mounted below it, over `target`, with owners mapped as the user
     namespace of the fd `namespace` maps them: its inner ids are those on the disk. EINVAL: a file system cannot.
@@ -90,14 +72,10 @@ def bind_tree(source: int, target: Path, namespace: int | None, *, shared: bool 
     A slave of the original: taking it down takes down nothing that is mounted below `source`. With `shared` what is
     mounted in it appears in the original, too, where that is a shared mount: make it private before it is taken down.
     """
-    if not host.LINUX:
-        raise OSError(errno.ENOSYS, "that needs a Linux host")
-    tree = _call(_SYS_OPEN_TREE, source, _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH | _AT_RECURSIVE)
+    tree = hostmounts.open_tree(source)
     try:
-        attributes = 0 if namespace is None else _MOUNT_ATTR_IDMAP
-        change = struct.pack("<QQQQ", attributes, 0, 0 if shared else _MS_SLAVE, namespace or 0)  # struct mount_attr
-        _call(_SYS_MOUNT_SETATTR, tree, _AT_EMPTY_PATH | _AT_RECURSIVE, change, len(change))
-        host.move_mount(tree, target)
+        hostmounts.set_attributes(tree, slave=not shared, owners=namespace)
+        hostmounts.move_mount(tree, target)
     finally:
         os.close(tree)
 

@@ -1,13 +1,12 @@
 """Network namespaces with a name: made before the container's process is, kept by a bind mount. Floor 2.
 
-Only here: unshare(CLONE_NEWNET), setns(2) into one, and what is done to a bridge by hand: its removal where nobody else
+Only here: how one is made, what runs inside one, and what is done to a bridge by hand: its removal where nobody else
 removed it, and that it keeps its address. Linux, root (or root of a user namespace that owns the network).
 Thread-safe, no state.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -18,9 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from engine import host
+from engine import host, hostmounts
 
-CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCBRDELBR = 0x8913, 0x8914, 0x89A1  # <linux/sockios.h>
 SIOCGIFHWADDR, SIOCSIFHWADDR = 0x8927, 0x8924
 IFF_UP = 1
@@ -39,11 +37,8 @@ def make(path: Path) -> None:
                 raise
 
     def work() -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(ctypes.c_int(CLONE_NEWNET)) < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"unshare: {os.strerror(number)}")
-        host.bind(Path(f"/proc/self/task/{threading.get_native_id()}/ns/net"), path)
+        hostmounts.unshare(hostmounts.CLONE_NEWNET)
+        hostmounts.bind(Path(f"/proc/self/task/{threading.get_native_id()}/ns/net"), path)
 
     try:
         on_a_thread(work)
@@ -75,10 +70,7 @@ def inside(namespace: Path, work: Callable[[], None]) -> None:
     def enter() -> None:
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(fd, CLONE_NEWNET) < 0:
-                number = ctypes.get_errno()
-                raise OSError(number, f"setns: {os.strerror(number)}", str(namespace))
+            hostmounts.enter(fd, hostmounts.CLONE_NEWNET)
         finally:
             os.close(fd)
         work()
@@ -89,7 +81,7 @@ def inside(namespace: Path, work: Callable[[], None]) -> None:
 def remove(path: Path) -> None:
     """Let go of the namespace at `path`; interfaces in it end with its last process. Idempotent."""
     if host.LINUX:
-        host.unmount(path)
+        hostmounts.unmount(path)
     path.unlink(missing_ok=True)
 
 

@@ -14,7 +14,6 @@ Source: user_namespaces(7), subuid(5), newuidmap(1).
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -30,19 +29,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import host, userids
+from engine import host, hostmounts, userids
 from engine.errors import AccessDenied, EngineError, RuntimeFailure, Unsupported
 from engine.runtimes.pids import ended, open_process, start_time
 
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
-MS_REC, MS_SLAVE = 16384, 1 << 19
 USER_NAMESPACES = "user namespaces"
 ENOUGH = 65536  # subordinate ids: images use ids up to 65534
 HELPERS = ("slirp4netns", "aardvark-dns", "fuse2fs")  # serve containers, and end when there are none
 SECONDS = 10.0  # for one small program
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +123,11 @@ def forbidden() -> Lack | None:
     """Whether the kernel or its security modules keep ordinary users from making user namespaces. Tries it."""
     child = os.fork()
     if child == 0:
-        os._exit(0 if _libc.unshare(CLONE_NEWUSER) == 0 else 1)
+        try:
+            hostmounts.unshare(hostmounts.CLONE_NEWUSER)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and _read(_APPARMOR) != "1":
         return None
     for knob, off, wanted in (
@@ -181,12 +180,6 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 # --- the holder -----------------------------------------------------------------------------------------------------
-
-
-def _check(result: int) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def holder(directory: Path) -> int | None:
@@ -265,14 +258,14 @@ def _map(program: str, pid: int, own: int, ranges: list[tuple[int, int]]) -> Non
 
 def _hold(say: int, hear: int) -> None:
     """In the child: make the namespaces, become their root, and sleep for good."""
-    _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET))  # bridges are made in the last; only it is in it
+    kinds = hostmounts.CLONE_NEWUSER | hostmounts.CLONE_NEWNS | hostmounts.CLONE_NEWNET
+    hostmounts.unshare(kinds)  # bridges are made in the last; only it is in it
     os.write(say, b"unshared")
     if os.read(hear, 16) != b"mapped":
         os._exit(1)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    # what the host mounts later is seen here too, what is mounted here is nowhere else
-    _check(_libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_SLAVE), None))
+    hostmounts.keep_to_itself()
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -289,8 +282,8 @@ def _hold(say: int, hear: int) -> None:
 def _enter(pid: int) -> None:
     """Become root in the namespaces of `pid`. Supplementary groups stay: they may give access to what is bound."""
     spaces = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("user", "mnt")]
-    for fd, kind in zip(spaces, (CLONE_NEWUSER, CLONE_NEWNS), strict=True):
-        _check(_libc.setns(fd, kind))
+    for fd, kind in zip(spaces, (hostmounts.CLONE_NEWUSER, hostmounts.CLONE_NEWNS), strict=True):
+        hostmounts.enter(fd, kind)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from engine import host, userids
+from engine import host, hostmounts, userids
 from engine.errors import EngineError, InvalidArgument, Unsupported
 from engine.runtimes.base import Runtime
 from engine.runtimes.fake import FakeRuntime
@@ -95,7 +95,7 @@ def host_report(containers: Path | None = None) -> list[tuple[str, bool, str, st
     except Unsupported as error:
         rows.append(("init program", False, "not installed; containers run without `init`", error.hint or ""))
     cgroups = Cgroups.detect()
-    mounted = any(kind.startswith("cgroup") for _, kind, _ in host.mounts())
+    mounted = any(kind.startswith("cgroup") for _, kind, _ in hostmounts.mounts())
     detail = f"version {cgroups.version}, swap {'accounted' if cgroups.swap else 'not accounted'}"
     rows.append(("cgroups", mounted, detail if mounted else "not mounted", "" if mounted else "mount cgroup2"))
     known = Path("/proc/filesystems").read_text().split()

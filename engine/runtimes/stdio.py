@@ -16,7 +16,6 @@ Stateless but for files; calls for one process are serialised by the caller.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -247,7 +246,4 @@ def _held(files: Files) -> socket.socket | None:
 
 def _duplicate(pidfd: int, number: int) -> int:
     """A duplicate of file descriptor `number` of the process behind `pidfd`: pidfd_getfd(2), Linux 5.6."""
-    fd = ctypes.CDLL(None, use_errno=True).syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(fd)
+    return host.system_call(_SYS_PIDFD_GETFD, pidfd, number, 0)

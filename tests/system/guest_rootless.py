@@ -16,7 +16,7 @@ import pytest
 from dutchman import wait_for
 from people import Person, two_people
 
-from engine import host
+from engine import hostmounts
 
 TOP = Path("/sys/fs/cgroup")
 LOOP = "trap 'exit 3' TERM; echo ready; while :; do sleep 0.2; done"
@@ -66,9 +66,9 @@ def runtime(request: pytest.FixtureRequest) -> Iterator[str]:
     """The other one is hidden."""
     other = shutil.which({"runc": "crun", "crun": "runc"}[request.param])
     assert other is not None
-    host.bind(Path("/dev/null"), Path(other))
+    hostmounts.bind(Path("/dev/null"), Path(other))
     yield request.param
-    host.unmount(Path(other))
+    hostmounts.unmount(Path(other))
 
 
 def start(me: Person, name: str) -> None:
@@ -127,7 +127,7 @@ def test_limits_update_pause_figures_and_oom_without_root(me: Person, group: Pat
     pid = int(re.findall(r"^pid (\d+)$", me.out("cat status"), re.M)[0])
     assert (group / "dutchman/daemon/cgroup.procs").read_text().split().count(str(pid)) == 1
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not host.is_mounted(me.mount), what="the dead mount is gone")
+    wait_for(lambda: not hostmounts.is_mounted(me.mount), what="the dead mount is gone")
     me.sh("dutchman up")
     assert me.out("cat containers/web/state") == "paused"
     me.out("echo resume > containers/web/ctl")

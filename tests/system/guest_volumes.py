@@ -12,7 +12,7 @@ import pytest
 from engines import add_busybox
 from mounting import Daemon
 
-from engine import host
+from engine import hostmounts
 from engine.engine import Engine
 
 BIG = 200 << 20  # bytes of a file that is cloned
@@ -32,7 +32,7 @@ def sharing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     run(f"mkfs.{request.param}", image)
     run("mount", "-o", "loop", image, place)
     yield place
-    host.unmount(place)
+    hostmounts.unmount(place)
 
 
 def used(place: Path) -> int:
@@ -95,7 +95,7 @@ def test_an_nfs_volume_is_mounted_while_it_is_used(export: Path, tmp_path: Path)
         daemon.sh("echo start > containers/c/ctl", timeout=120)
         daemon.until("cat containers/c/logs/stdout", "from afar", seconds=120)
         daemon.until(f"cat {export}/new", "back", seconds=60)
-        assert [kind for point, kind, _ in host.mounts() if point.endswith("/volumes/far/data") or "nfs4" in kind]
+        assert [kind for point, kind, _ in hostmounts.mounts() if point.endswith("/volumes/far/data") or "nfs4" in kind]
         assert daemon.sh("cat volumes/far/mounted volumes/far/data/there") == "1\nfrom afar\n"
         daemon.kill()
         daemon.start()

@@ -36,7 +36,7 @@ from engines import add_busybox
 from guestkernel import copy_kernels
 from mounting import Daemon
 
-from engine import host
+from engine import hostmounts
 from engine.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,7 +292,7 @@ class Soak:
         process = Path("/proc") / str(self.daemon.process.pid)
         status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
         words = [str(self.place), *self.ids()]
-        points = [f"{point} {kind}" for point, kind, _ in host.mounts()]
+        points = [f"{point} {kind}" for point, kind, _ in hostmounts.mounts()]
         return {
             "fds": len(os.listdir(process / "fd")),
             "threads": int(status["Threads"]),

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import host, loops, userids
+from engine import host, hostmounts, loops, userids
 from engine.errors import Busy, Damaged, InvalidArgument, RuntimeFailure, Unsupported
 from engine.programs import advice, find, run_helper
 from engine.volumedrivers import make_ext4
@@ -136,7 +136,7 @@ def mount_upper(path: Path, point: Path) -> None:
         device, name = found
         try:
             point.mkdir(exist_ok=True, mode=0o700)
-            host.mount(name, point, "ext4", host.MS_NODEV | host.MS_NOSUID)
+            hostmounts.mount(name, point, "ext4", hostmounts.MS_NODEV | hostmounts.MS_NOSUID)
         finally:
             os.close(device)
     finally:

@@ -8,42 +8,44 @@ mounts (macOS) a directory is exported by itself, and of a file there is another
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import RuntimeFailure
 from engine.runtimes.vm.qemu import SHARES
 
 CONTAINERS = re.compile("/containers/[0-9a-f]{64}/")  # in a path: of a container's own mounts, in whatever store
-LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)  # same as MS_*
-CLONE_NEWNS, MS_SLAVE = 0x20000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
 
 
 def bind(place: Path, sources: Mapping[str, bool], store: Path) -> None:
     """`sources`, paths and whether the guest may write there, bound in the directory `place`; `store` is left out."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNS) < 0:
-        raise RuntimeFailure(f"a mount namespace for what is shared: {os.strerror(ctypes.get_errno())}")
-    host.mount("none", Path("/"), "none", host.MS_REC | MS_SLAVE)
+    try:
+        hostmounts.unshare(hostmounts.CLONE_NEWNS)
+    except OSError as error:
+        raise RuntimeFailure(f"a mount namespace for what is shared: {error.strerror}") from error
+    hostmounts.keep_to_itself()
     for number, (source, writable) in enumerate(sources.items()):
         target = place / str(number)
         host.remove_tree(target)
         target.mkdir() if os.path.isdir(source) else target.touch()
-        host.mount(source, target, "none", host.MS_BIND | host.MS_REC)
+        hostmounts.mount(source, target, "none", hostmounts.MS_BIND | hostmounts.MS_REC)
         if not writable:  # whatever the guest says
-            kept = os.statvfs(target).f_flag & LOCKED  # without root the kernel refuses to drop them
-            host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY | kept)
-    # copies of the store's and people's mounts would keep disks and file systems alive that others take down;
-    # of other stores, too: the disk of a machine that is about to start must be mounted nowhere
-    for point, kind, _ in reversed(list(host.mounts())):
+            hostmounts.make_read_only(target)
+    let_go(store, place)
+
+
+def let_go(store: Path, place: Path) -> None:
+    """Unmount, in this mount namespace, all but what lies in `place`. Copies of the store's and people's mounts would
+    keep disks and file systems alive that others take down; those of other stores, too: the disk of a machine that is
+    about to start must be mounted nowhere."""
+    for point, kind, _ in reversed(hostmounts.mounts()):
         within = point.startswith(f"{store}/") or kind.startswith("fuse") or CONTAINERS.search(point)
         if within and not point.startswith(f"{place}/"):
             with contextlib.suppress(PermissionError):  # somebody else's, of before this user's namespace
-                host.unmount(Path(point))
+                hostmounts.unmount(Path(point))
 
 
 def gather(place: Path, sources: Mapping[str, bool], directories: Collection[int]) -> None:

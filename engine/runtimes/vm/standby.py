@@ -11,7 +11,6 @@ the end of the connection of who has it, the driver's and then the owner's, is c
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import RuntimeFailure
 from engine.hostfiles import socket_address
 
@@ -32,8 +31,6 @@ MAX_LINE = 1 << 20
 MOST_SHARES = 200  # descriptors go in one message, which holds 253
 SECONDS = 10.0
 SET_UP_SECONDS = 90.0  # for the guest to be set up, on a busy host
-# <linux/mount.h>, <linux/fcntl.h>; the same on every architecture
-SYS_OPEN_TREE, OPEN_TREE_CLONE, AT_RECURSIVE, AT_FDCWD = 428, 1, 0x8000, -100
 
 
 class Machine:
@@ -139,7 +136,7 @@ def set_up(
             fds.append(os.open(plan["netns"], os.O_RDONLY | os.O_CLOEXEC))
         shares = []
         for source, writable in sources.items():
-            fds.append(open_tree(source))
+            fds.append(hostmounts.open_tree(source))
             shares.append([os.path.isdir(source), writable])
         request = {"place": str(place), "plan": plan, "document": document, "shares": shares}
         send(engaged.keeper, request, [upper, *fds])
@@ -191,18 +188,6 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
             raise ValueError("a line without end")
     message: dict[str, Any] = json.loads(data)
     return message, fds
-
-
-def open_tree(path: str) -> int:
-    """A copy of the mounts at `path`, attached nowhere."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE
-    words = (ctypes.c_long(SYS_OPEN_TREE), ctypes.c_long(AT_FDCWD), ctypes.c_char_p(os.fsencode(path)))
-    fd = int(libc.syscall(*words, ctypes.c_long(flags)))
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return fd
 
 
 def go_on(watch: socket.socket, image: str, upper: int) -> None:

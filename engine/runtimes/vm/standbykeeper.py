@@ -10,7 +10,6 @@ keeper, or the container's next start, removes it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -26,11 +25,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from engine import host, userids
+from engine import host, hostmounts, userids
 from engine.errors import EngineError, RuntimeFailure
 from engine.hostfiles import socket_address
 from engine.runtimes.pids import start_time
-from engine.runtimes.vm import network, qemu, standby, templates
+from engine.runtimes.vm import network, qemu, sharing, standby, templates
 from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.templates import Template
 
@@ -42,8 +41,6 @@ LOOK_SECONDS = 5.0
 NICE = 10
 PROGRAM = "/warm"  # the agent, as a container's program
 SHARED = ("resolv.conf", "hostname", "hosts")
-CLONE_NEWNS, CLONE_NEWNET, MS_SLAVE = 0x20000, 0x40000000, 1 << 19  # <linux/sched.h>, <sys/mount.h>
-LOCKED = os.ST_NOSUID | getattr(os, "ST_NODEV", 0) | getattr(os, "ST_NOEXEC", 0)  # same as MS_*
 
 
 def enough(request: Mapping[str, Any]) -> bool:
@@ -137,7 +134,6 @@ def alive(place: Path, young: bool = True) -> bool:
 class _Kept:
     def __init__(self, place: Path, request: Mapping[str, Any]) -> None:
         self.place, self.request = place, request
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self.qemu: subprocess.Popen[bytes] | None = None
         self._ours: list[socket.socket] = []
         self._hello = b""
@@ -152,16 +148,12 @@ class _Kept:
     # --- until it is ready
 
     def warm(self) -> None:
-        self._unshare(CLONE_NEWNS)
-        host.mount("none", Path("/"), "none", host.MS_REC | MS_SLAVE)
-        store = str(self.place.parents[3])
-        for point, kind, _ in reversed(list(host.mounts())):  # they would be kept alive here when others end them
-            if point.startswith(f"{store}/") or kind.startswith("fuse"):
-                with contextlib.suppress(PermissionError):
-                    host.unmount(Path(point))
+        hostmounts.unshare(hostmounts.CLONE_NEWNS)
+        hostmounts.keep_to_itself()
+        sharing.let_go(self.place.parents[3], self.place)  # others end them
         taps: list[int] = []
         if self.request["taps"]:
-            self._unshare(CLONE_NEWNET)
+            hostmounts.unshare(hostmounts.CLONE_NEWNET)
             taps = network.make_taps(Path("/proc/self/ns/net"), self.request["taps"])
         shares = self.place / "shares"
         shares.mkdir(mode=0o700)
@@ -177,11 +169,6 @@ class _Kept:
             (self.place / name).unlink()
         for path in shares.iterdir():
             path.unlink()
-
-    def _unshare(self, what: int) -> None:
-        if self._libc.unshare(what) < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"unshare: {os.strerror(number)}")
 
     def _launch(self, template: Template, taps: list[int]) -> None:
         ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
@@ -354,13 +341,12 @@ class _Kept:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=shares))
         target = Path(f"/proc/self/fd/{shares}/{name}")
         try:
-            host.move_mount(tree, target)
+            hostmounts.move_mount(tree, target)
         except OSError as error:
             raise OSError(error.errno, f"attaching what is shared: {error.strerror}") from error
-        host.mount("none", target, "none", host.MS_REC | MS_SLAVE)
+        hostmounts.mount("none", target, "none", hostmounts.MS_REC | hostmounts.MS_SLAVE)
         if not writable:  # whatever the guest says
-            kept = os.statvfs(target).f_flag & LOCKED  # without root the kernel refuses to drop them
-            host.mount("none", target, "none", host.MS_BIND | host.MS_REMOUNT | host.MS_RDONLY | kept)
+            hostmounts.make_read_only(target)
 
 
 def _move_taps(count: int, namespace: int, done: Future[None]) -> None:

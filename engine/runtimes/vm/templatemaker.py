@@ -10,7 +10,6 @@ one removes it).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import logging
@@ -26,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from engine import host
+from engine import host, hostmounts
 from engine.errors import Busy, EngineError, RuntimeFailure
 from engine.runtimes.vm import network, qemu, templates
 from engine.runtimes.vm.client import AgentClient, GuestError
@@ -40,7 +39,6 @@ SAVE_SECONDS = 30.0
 MOST = 16  # templates of a store
 MOST_BYTES = 4 << 30  # of them on disk
 NICE = 10
-CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 
 
 # --- the daemon's side ------------------------------------------------------------------------------------------------
@@ -165,14 +163,11 @@ def make(directory: Path, request: Mapping[str, Any]) -> None:
 
 
 def _fill(aside: Path, request: Mapping[str, Any]) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
     ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
     (aside / "shares").mkdir()
     taps: list[int] = []
     if request["taps"]:
-        if libc.unshare(CLONE_NEWNET) < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"a network namespace: {os.strerror(number)}")
+        hostmounts.unshare(hostmounts.CLONE_NEWNET)
         taps = network.make_taps(Path("/proc/self/ns/net"), request["taps"])
     machine = qemu.Machine(
         **request["machine"],
