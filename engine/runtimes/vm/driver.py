@@ -56,7 +56,7 @@ from engine.runtimes.vm import (
     vsock,
 )
 from engine.runtimes.vm.client import GuestError
-from engine.runtimes.vm.owner import MAIN
+from engine.runtimes.vm.guestsetup import MAIN
 from engine.runtimes.vm.pausing import Pausing
 from engine.runtimes.vm.templatemaker import Makers
 

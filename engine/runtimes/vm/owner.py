@@ -1,8 +1,8 @@
 """The process on the host that stands for a container in a virtual machine: it owns QEMU and the agent's connection.
 
-Floor 2. Only here: how a guest is set up, and what its end means. conmon takes this process for the container's own:
-its standard streams are conmon's, a signal to it goes to the guest's process, SIGKILL takes the machine down with it
-(QEMU is told to die with its parent), and it ends with the container's exit code. Everybody else reaches the agent
+Floor 2. Only here: how its machine comes to be, and what its end means. conmon takes this process for the container's
+own: its standard streams are conmon's, a signal to it goes to the guest's process, SIGKILL takes the machine down with
+it (QEMU is told to die with its parent), and it ends with the container's exit code. Everybody else reaches the agent
 through its socket `agent.sock` (Relay). It outlives the daemon.
 
 It imports little: a machine that stands by is ready sooner than Python. What only other machines need comes with them.
@@ -21,8 +21,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,7 +31,7 @@ from engine.errors import EngineError, RuntimeFailure
 from engine.runtimes.vm import clock, faults, pump, standby, translate
 from engine.runtimes.vm.client import AgentClient, GuestError
 from engine.runtimes.vm.guard import Guard
-from engine.runtimes.vm.protocol import Words, fields
+from engine.runtimes.vm.guestsetup import preparation, run_words
 from engine.runtimes.vm.relay import Relay
 from engine.runtimes.vm.streams import Stream
 
@@ -47,53 +46,8 @@ POWEROFF_SECONDS = 5.0
 MOUNT_SECONDS = 30.0  # for the guest to answer one request while it sets itself up
 DISK_SECONDS = 5.0  # for the host to let go of the disk
 CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
-ROOTFS = "/run/rootfs"  # in the guest
 TCG = "tcg"  # accel.Accelerator.TCG
-MAIN = "main"  # the agent's name of the container's first process
 GONE = 137  # exit code when the machine ended under the container: as if it had been killed
-
-
-def preparation(plan: Mapping[str, Any], document: Mapping[str, Any]) -> list[tuple[str, Words]]:
-    """What a guest is asked before it runs a container: clock, chance, file systems."""
-    parts = [fields(number, part[0], part[1]) for number, part in enumerate(plan["parts"], 1)]
-    devices = ",".join(f"device=/dev/vda{number}" for number in range(2, len(parts) + 1))
-    overlay = f"lowerdir=/run/image,upperdir=/run/disk/upper,workdir=/run/disk/work{plan.get('overlay', '')}"
-    mounts = [
-        ("/dev/vda1", "/run/image", "erofs", 1, devices),
-        # what is never written need not be zeroed: that takes a thread of the guest's kernel, and room on the host
-        ("/dev/vdb", "/run/disk", "ext4", 0, "noinit_itable"),
-        ("overlay", ROOTFS, "overlay", 0, overlay),
-    ]
-    if translate.bind_sources(document):
-        # directio: what others write to a volume is seen at once (Linux 6.4; before, cache=mmap meant that)
-        # access=user: what a user makes is that user's
-        options = "trans=virtio,version=9p2000.L,msize=512000,access=user,directio,cache="
-        options += "none" if plan.get("consistent") else "mmap"
-        kind, options = ("virtiofs", "") if plan.get("virtiofsd") else ("9p", options)
-        mounts.append(("shares", translate.SHARES, kind, 0, options))
-        for number in plan.get("exports") or ():  # each by itself (sharing.py)
-            mounts.append((f"shares{number}", f"{translate.SHARES}/{number}", kind, 0, options))
-    requests: list[tuple[str, Words]] = [
-        ("CLOCK", {"ns": time.time_ns()}),
-        ("ENTROPY", {"seed": os.urandom(256)}),
-        ("PARTS", {"disk": "/dev/vda", "part": parts}),
-    ]
-    for source, target, kind, flags, data in mounts:
-        if kind == "overlay":
-            requests += [("MKDIR", {"path": f"/run/disk/{name}"}) for name in ("upper", "work")]
-        words: Words = {"source": source, "target": target, "type": kind, "flags": flags, "data": data}
-        requests.append(("MOUNT", words))
-    return requests
-
-
-def run_words(plan: Mapping[str, Any], document: Mapping[str, Any]) -> Words:
-    """Of RUN."""
-    sources = translate.bind_sources(document)
-    shared = {source: f"{translate.SHARES}/{number}" for number, source in enumerate(sources)}
-    words = translate.container_words(document, shared, plan["capabilities"])
-    if plan.get("seccomp"):
-        words["seccomp"] = bytes.fromhex(plan["seccomp"])
-    return {"id": MAIN, "rootfs": ROOTFS, **words}
 
 
 class Owner:
@@ -259,53 +213,23 @@ class Owner:
             process.kill()
 
     def _launch(self, template: Template | None = None, patience: float = HELLO_SECONDS) -> AgentClient:
-        from engine.runtimes.vm import network, qemu, templates, transport
+        from engine.runtimes.vm import launch, network, templates, transport
 
-        plan, values, state = self.plan, dict(self.plan["machine"]), []
+        plan, state = self.plan, []
+        values = plan["machine"] | {"share": str(self._shared), "exports": self._exports}
+        values["usernets"] = plan.get("usernets", ())
         if template is not None:
             values |= {"ram": str(template.ram), "tsc_khz": template.tsc_khz}
             state = [template.state]
         self.way = way = transport.open_way(plan.get("transport", ""), self.place, partial(self._child, os.getpid()))
-        console, guest_console = socket.socketpair()
-        watch, guest_watch = socket.socketpair()
+        if program := plan.get("virtiofsd"):
+            from engine.runtimes.vm import virtiofs  # few need it
+
+            virtiofs.serve(program, self.place, self._shared, partial(self._child, os.getpid()))
         taps = network.make_taps(Path(plan["netns"]), plan["taps"]) if plan["taps"] else []
-        try:
-            if program := plan.get("virtiofsd"):
-                from engine.runtimes.vm import virtiofs  # few need it
-
-                virtiofs.serve(program, self.place, self._shared, partial(self._child, os.getpid()))
-            machine = qemu.Machine(
-                **values | way.values,
-                console=guest_console.fileno(),
-                watch=guest_watch.fileno(),
-                taps=tuple(taps),
-                share=str(self._shared),
-                exports=self._exports,
-                usernets=plan.get("usernets", ()),
-            )
-            (self.place / "qmp.sock").unlink(missing_ok=True)
-            self._guard = Guard() if self._guarded else None
-            with open(self.place / "qemu.log", "wb") as words:
-                self.qemu = subprocess.Popen(
-                    qemu.command(machine),
-                    stdin=subprocess.DEVNULL,
-                    stdout=words,
-                    stderr=words,
-                    cwd=self.place,
-                    pass_fds=[*way.fds, guest_console.fileno(), guest_watch.fileno(), *taps, *state],
-                    preexec_fn=partial(self._child, os.getpid(), self._guard),
-                )
-        except OSError as error:
-            from engine.runtimes.vm.accel import package
-
-            hint = package(plan["machine"]["arch"])
-            raise RuntimeFailure(f"QEMU cannot be started: {error}", hint=hint) from error
-        finally:
-            for fd in taps:
-                os.close(fd)
-            for end in (guest_console, guest_watch):
-                end.close()
-            way.launched()
+        self._guard = Guard() if self._guarded else None
+        child = partial(self._child, os.getpid(), self._guard)
+        self.qemu, console, watch = launch.launch(self.place, values, way, child, taps=taps, state=state)
         first, hello = (b"", b"") if template is None else (templates.load(template), template.hello)
         process = self.qemu
         agent = partial(way.connect, lambda: process.poll() is not None, patience)

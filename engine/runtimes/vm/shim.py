@@ -26,7 +26,8 @@ from engine.errors import EngineError, NotFound, RuntimeFailure, Unreachable
 from engine.runtimes.monitor import STAY
 from engine.runtimes.vm import pump, translate
 from engine.runtimes.vm.client import AgentClient, GuestError
-from engine.runtimes.vm.owner import MAIN, Owner
+from engine.runtimes.vm.guestsetup import MAIN
+from engine.runtimes.vm.owner import Owner
 
 GREETING = 10.0  # seconds for the owner to answer
 WITH_VALUE = {"--root", "--bundle", "-b", "--pid-file", "--console-socket", "--process", "-p", "--resources", "-r"}

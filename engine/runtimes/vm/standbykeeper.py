@@ -29,9 +29,12 @@ from engine import host, hostmounts, userids
 from engine.errors import EngineError, RuntimeFailure
 from engine.hostfiles import socket_address
 from engine.runtimes.pids import start_time
-from engine.runtimes.vm import network, qemu, sharing, standby, templates
+from engine.runtimes.vm import network, sharing, standby, templates
 from engine.runtimes.vm.client import AgentClient, GuestError
+from engine.runtimes.vm.guestsetup import MAIN, preparation, run_words
+from engine.runtimes.vm.launch import launch, pass_over
 from engine.runtimes.vm.templates import Template
+from engine.runtimes.vm.transport import SerialWay
 
 ASIDE = ".warming-"
 LIMIT_SECONDS = 120  # for one to be ready, on a busy host
@@ -171,50 +174,27 @@ class _Kept:
             path.unlink()
 
     def _launch(self, template: Template, taps: list[int]) -> None:
-        ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
-        self._ours = list(ours)
-        values = dict(self.request["machine"]) | {
+        values = self.request["machine"] | {
             "ram": str(template.ram),
             "tsc_khz": template.tsc_khz,
             "image": str(self.place / "image"),
             "upper": str(self.place / "upper"),
+            "share": str(self.place / "shares"),
+            "standby": True,
         }
-        machine = qemu.Machine(
-            **values,
-            agent=theirs[0].fileno(),
-            console=theirs[1].fileno(),
-            watch=theirs[2].fileno(),
-            taps=tuple(taps),
-            share=str(self.place / "shares"),
-            standby=True,
-        )
-
         parent = os.getpid()
 
         def child() -> None:
             host.die_with_parent(signal.SIGKILL, parent)
             os.setsid()
 
-        with open(self.place / "qemu.log", "wb") as words:
-            self.qemu = subprocess.Popen(
-                qemu.command(machine),
-                stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
-                cwd=self.place,
-                pass_fds=[*(end.fileno() for end in theirs), *taps, template.state],
-                preexec_fn=child,
-            )
-        for fd in taps:
-            os.close(fd)
-        for end in theirs:
-            end.close()
-        threading.Thread(target=_drain, args=(self._ours[1],), daemon=True).start()
-        self._ours[2].sendall(b'{"execute": "qmp_capabilities"}\n' + templates.load(template))
+        way = SerialWay()
+        launched = launch(self.place, values, way, child, taps=taps, state=[template.state])
+        self.qemu, self._ours = launched.process, [way.ours, launched.console, launched.watch]
+        pass_over(launched.console)
+        launched.watch.sendall(b'{"execute": "qmp_capabilities"}\n' + templates.load(template))
 
     def _run(self, template: Template) -> None:
-        from engine.runtimes.vm.owner import MAIN, preparation, run_words  # it imports the other half of this
-
         plan, document = self.request["plan"], self.request["document"]
         self._hello = template.hello
         # a duplicate: the connection is somebody else's later
@@ -308,8 +288,6 @@ class _Kept:
 
     def _set_up(self, wish: Mapping[str, Any], fds: list[int]) -> dict[str, Any]:
         """What the container's owner would do: the stream of RUN, or what the guest says against it."""
-        from engine.runtimes.vm.owner import preparation, run_words
-
         plan, document, (upper, *trees) = wish["plan"], wish["document"], fds
         moved: Future[None] = Future()
         if plan["taps"]:
@@ -375,9 +353,3 @@ def _first(seconds: float | None, *fds: int) -> int:
             poll.register(fd, select.POLLIN)
     ready = {fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)}
     return next((fd for fd in fds if fd in ready), -1)
-
-
-def _drain(console: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while console.recv(4096):
-            continue

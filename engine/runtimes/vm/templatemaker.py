@@ -27,9 +27,11 @@ from typing import IO, Any
 
 from engine import host, hostmounts
 from engine.errors import Busy, EngineError, RuntimeFailure
-from engine.runtimes.vm import network, qemu, templates
+from engine.runtimes.vm import network, templates
 from engine.runtimes.vm.client import AgentClient, GuestError
+from engine.runtimes.vm.launch import launch, pass_over
 from engine.runtimes.vm.templates import ABOUT, MAKING, RAM, STATE, Kept
+from engine.runtimes.vm.transport import SerialWay
 
 log = logging.getLogger(__name__)
 
@@ -163,23 +165,12 @@ def make(directory: Path, request: Mapping[str, Any]) -> None:
 
 
 def _fill(aside: Path, request: Mapping[str, Any]) -> None:
-    ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
     (aside / "shares").mkdir()
     taps: list[int] = []
     if request["taps"]:
         hostmounts.unshare(hostmounts.CLONE_NEWNET)
         taps = network.make_taps(Path("/proc/self/ns/net"), request["taps"])
-    machine = qemu.Machine(
-        **request["machine"],
-        agent=theirs[0].fileno(),
-        console=theirs[1].fileno(),
-        watch=theirs[2].fileno(),
-        taps=tuple(taps),
-        share=str(aside / "shares"),
-        ram=str(aside / RAM),
-        making=True,
-    )
-
+    values = request["machine"] | {"share": str(aside / "shares"), "ram": str(aside / RAM), "making": True}
     parent = os.getpid()
 
     def child() -> None:
@@ -188,41 +179,22 @@ def _fill(aside: Path, request: Mapping[str, Any]) -> None:
             os.umask(0o077)
 
     state = os.open(aside / STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(aside / "qemu.log", "w+b") as words:
-        process = subprocess.Popen(
-            qemu.command(machine),
-            stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=words,
-            cwd=aside,
-            pass_fds=[*(end.fileno() for end in theirs), *taps],
-            preexec_fn=child,
-        )
-        for fd in taps:
-            os.close(fd)
-        for end in theirs:
-            end.close()
-        try:
-            threading.Thread(target=_drain, args=(ours[1],), daemon=True).start()
-            link = AgentClient(ours[0], deadline=HELLO_SECONDS)
-            link.call("SYNC")
-            _save(ours[2], state)
-        except (EngineError, GuestError) as error:
-            process.kill()
-            process.wait()
-            words.seek(0)
-            said = " ".join(words.read(4096).decode(errors="replace").split())[-500:]
-            raise RuntimeFailure(f"{error.reason}{': ' + said if said else ''}") from error
-        finally:
-            process.kill()
-            process.wait()
+    way = SerialWay()
+    process, console, watch = launch(aside, values, way, child, taps=taps)
+    try:
+        pass_over(console)
+        link = AgentClient(way.ours, deadline=HELLO_SECONDS)
+        link.call("SYNC")
+        _save(watch, state)
+    except (EngineError, GuestError) as error:
+        process.kill()
+        process.wait()
+        said = " ".join((aside / "qemu.log").read_bytes()[:4096].decode(errors="replace").split())[-500:]
+        raise RuntimeFailure(f"{error.reason}{': ' + said if said else ''}") from error
+    finally:
+        process.kill()
+        process.wait()
     _describe(aside, request, link.greeting, state)
-
-
-def _drain(console: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while console.recv(4096):
-            continue
 
 
 def _save(control: socket.socket, state: int) -> None:

@@ -103,7 +103,7 @@ def open_way(kind: str, place: Path, prepare: Callable[[], None]) -> Way:
 
 class SerialWay:
     def __init__(self) -> None:
-        self._ours, self._theirs = socket.socketpair()
+        self.ours, self._theirs = socket.socketpair()
         self.fds = [self._theirs.fileno()]
         self.values: dict[str, Any] = {"agent": self._theirs.fileno()}
 
@@ -111,7 +111,7 @@ class SerialWay:
         self._theirs.close()
 
     def connect(self, ended: Callable[[], bool], seconds: float) -> socket.socket:
-        return self._ours
+        return self.ours
 
     def lost(self, patience: float = PATIENCE) -> str:
         return ""
