@@ -416,11 +416,11 @@ def _elsewhere(point: Path) -> Busy | None:
     for table in Path("/proc").glob("[0-9]*/mountinfo"):
         try:
             found = os.readlink(table.parent / "ns/mnt") != here and wanted in table.read_bytes()
+            name = (table.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:80].strip()
         except OSError:
             continue  # it ended
         if found:
-            pid = table.parent.name
-            return Busy(f"process {pid} still has its disk mounted, in a mount namespace of its own", hint=f"ps {pid}")
+            return Busy(f"process {table.parent.name} ({name}) still has its disk mounted, in a namespace of its own")
     return None
 
 

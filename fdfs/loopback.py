@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import host, userids
-from engine.errors import ReadOnly
+from engine.errors import Busy, ReadOnly
 from fdfs import unlinked
 from fdfs.entry import Attr
 from fdfs.hostfile import HostFile, to_attr
@@ -36,7 +36,8 @@ Caller = Callable[[], tuple[int, int, int]]  # -> uid, gid, umask
 
 
 class Loopback:
-    """The host directory `root`. With `overlay_upper` whiteouts are not shown, nor what `hidden` says so of."""
+    """The host directory `root`. With `overlay_upper` whiteouts are not shown, nor what `hidden` says so of. With
+    `mounted` it is what is mounted there: once that has gone, Busy, for what is made below would not be seen again."""
 
     def __init__(
         self,
@@ -46,12 +47,14 @@ class Loopback:
         caller: Caller | None = None,
         overlay_upper: bool = False,
         hidden: Hidden | None = None,
+        mounted: bool = False,
     ) -> None:
         self._root = root
         self._writable = writable
         self._caller = caller
         self._upper = overlay_upper
         self._hidden = hidden
+        self._mounted = mounted
         self._mix = int.from_bytes(hashlib.blake2b(os.fsencode(root), digest_size=3).digest(), "little") << 39
 
     # --- resolution -------------------------------------------------------------------------------------------------
@@ -68,16 +71,24 @@ class Loopback:
         with unlinked.held(path) as kept:
             if kept is not None:
                 return os.open(f"/proc/self/fd/{kept}", flags | os.O_CLOEXEC)
-        root = os.open(self._root, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         if not path:
-            if not flags & O_PATH:
-                os.close(root)
-                return os.open(self._root, flags | os.O_CLOEXEC, mode)
-            return root
+            return self._root_fd(flags, mode)
+        root = self._root_fd(O_PATH | os.O_DIRECTORY)
         try:
             return host.open_in_root(root, path, flags | os.O_NOFOLLOW, mode, BENEATH)
         finally:
             os.close(root)
+
+    def _root_fd(self, flags: int, mode: int = 0) -> int:
+        root = os.open(self._root, flags | os.O_CLOEXEC, mode)
+        if self.gone(root):
+            os.close(root)
+            raise Busy("its files are being handed over", hint="it is starting or being removed: read state")
+        return root
+
+    def gone(self, root: int = -1) -> bool:
+        """Whether nothing is mounted there any more (`root`: it, opened)."""
+        return self._mounted and os.stat(self._root if root < 0 else root).st_dev == os.stat(self._root.parent).st_dev
 
     @contextmanager
     def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
@@ -338,7 +349,8 @@ class Loopback:
     def _chown(self, path: bytes, uid: int, gid: int) -> None:
         uid, gid = userids.given(uid, gid)
         if not path:
-            os.chown(self._root, uid, gid)
+            with self._open(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+                os.chown(fd, uid, gid)
             return
         with unlinked.held(path) as kept:
             if kept is not None:
@@ -359,7 +371,8 @@ class Loopback:
         now = self._lstat(path)
         times = (_time(atime, now.st_atime_ns), _time(mtime, now.st_mtime_ns))
         if not path:
-            os.utime(self._root, ns=times)
+            with self._open(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+                os.utime(fd, ns=times)
             return
         with unlinked.held(path) as kept:
             if kept is not None:

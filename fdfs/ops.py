@@ -81,7 +81,7 @@ class Operations:
         parts = path.split(b"/")
         for depth in self._depths:
             known = self._grafts.get(b"/".join(parts[: depth + 1]))
-            if known is not None and known[1] > time.monotonic():
+            if known is not None and known[1] > time.monotonic() and not (getattr(known[0], "gone", None) or bool)():
                 return known[0], b"/".join(parts[depth + 1 :])
         return None
 

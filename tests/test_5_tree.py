@@ -14,8 +14,9 @@ from engines import SMALL, add_image
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import host
 from engine.engine import Engine
-from engine.errors import AccessDenied, EngineError, InvalidArgument, NotFound, TooLarge
+from engine.errors import AccessDenied, Busy, EngineError, InvalidArgument, NotFound, TooLarge
 from fdfs import ctl
 from fdfs.ctl import Verb
 from fdfs.entry import Dir, File, Link, attr_of, is_litter, listing, mode_of, render, rows_below, table, walk
@@ -367,3 +368,24 @@ def test_new_files_belong_to_the_caller(tmp_path: Path) -> None:
         assert (found.st_uid, found.st_gid) == (1234, 2345)
     assert stat.S_IMODE(os.stat(tmp_path / "d/f").st_mode) == 0o4640
     assert stat.S_IMODE(os.stat(tmp_path / "d").st_mode) == 0o750
+
+
+@pytest.mark.skipif(not (host.LINUX and host.is_root()), reason="mounting needs root on Linux")
+def test_nothing_is_made_below_what_was_mounted(tmp_path: Path) -> None:
+    """A disk that a guest has got by now: what is made in the directory it was mounted on would never be seen again."""
+    root = tmp_path / "merged"
+    root.mkdir()
+    host.mount("tmpfs", root, "tmpfs", 0)
+    try:
+        tree = Loopback(root, writable=lambda: True, mounted=True)
+        tree.change("create", b"here", 0o644, os.O_RDWR).close()
+        assert not tree.gone() and [name for name, _, _ in tree.readdir(b"")] == [b"here"]
+    finally:
+        host.unmount(root)
+    assert tree.gone()
+    for operation, *arguments in (("create", 0o644, os.O_RDWR), ("mkdir", 0o755)):
+        with pytest.raises(Busy, match="handed over"):
+            tree.change(operation, b"there", *arguments)
+    with pytest.raises(Busy):
+        tree.change("chown", b"", 1, 1)
+    assert os.listdir(root) == [] and root.stat().st_uid == os.geteuid()

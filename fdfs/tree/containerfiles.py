@@ -13,10 +13,12 @@ from fdfs.tree.caller import caller
 
 
 def rootfs(engine: Any, name: str) -> Loopback | GuestGraft:
-    guest = engine.guests.files(engine.containers.get(name))
+    container = engine.containers.get(name)
+    guest = engine.guests.files(container)
     if guest is not None:
         return GuestGraft(guest, "container", writable=True, caller=caller)
-    return Loopback(Path(engine.containers.rootfs(name)), writable=lambda: True, caller=caller)
+    root, mounted = Path(engine.containers.rootfs(name)), engine.mounts.mounted(container.id)
+    return Loopback(root, writable=lambda: True, caller=caller, mounted=mounted)
 
 
 def rootfs_source(engine: Any, name: str) -> BindSource:
