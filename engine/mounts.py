@@ -1,8 +1,7 @@
-"""Root filesystems of containers: an image tree (EROFS) mounted once, an overlay per container over it. Floor 2.
+"""Root filesystems of containers: an overlay each, over the image's tree (treemounts.py). Floor 2.
 
-Only here: which mounts exist below the store.
+Only here: what is mounted in containers' directories.
 
-    run/trees/<hex of chain id>/     the image tree, read-only, shared by all containers on it
     run/disks/                       an empty disk, ready for the next virtual machine (blanks.py)
     containers/<id>/merged/          the overlay: lower = the tree, upper/ = what the container changed
     containers/<id>/chain            chain id of the overlay that is (or was last) mounted there
@@ -12,11 +11,10 @@ Only here: which mounts exist below the store.
 Mounts outlive the daemon on purpose (containers do too). After a restart, `kill -9` included, the kernel's mount table
 is the truth and `chain` says what each overlay lies on, so they are used again, not mounted twice.
 
-Without root (in a user namespace) EROFS cannot be mounted: run/trees/<hex> is then the tree written out as plain files,
-kept as long as a container lies on it, mounted or not. Nor can a disk: its content is put in as it is made, and later
-only shown, by fuse2fs below an overlay without an upper directory.
+Without root (in a user namespace) a disk cannot be mounted: its content is put in as it is made, and later only shown,
+by fuse2fs below an overlay without an upper directory.
 
-Threading: one lock per container and one per tree; mounting one never waits for another.
+Threading: one lock per container; mounting one never waits for another.
 """
 
 from __future__ import annotations
@@ -26,21 +24,20 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from engine import host, hostmounts, userids
+from engine import host, hostmounts
 from engine.blanks import Blanks
 from engine.errors import Busy, Unsupported
 from engine.hostfiles import share
+from engine.hostmounts import mounted_at
 from engine.model import hex_of
-from engine.runtimes import selinux
 from engine.runtimes.vm.disks import UPPER_SIZE, grow_upper, make_upper, mount_upper
 from engine.store.trees import Trees
 from engine.treecopy import copy_tree
-from engine.unpack import unpack
+from engine.treemounts import TreeMounts
 
 log = logging.getLogger(__name__)
 
@@ -54,35 +51,27 @@ class RootfsMounts:
 
     def __init__(self, store: Path, trees: Trees) -> None:
         self._containers = store / "containers"
-        self._tree_mounts = store / "run" / "trees"
         self._trees = trees
-        self._guard = threading.Lock()  # of the two maps below; never held over I/O
-        self._locks: dict[str, threading.RLock] = {}  # by container id or chain id
-        self._users: dict[str, set[str]] = {}  # chain id -> ids of containers whose overlay lies on it
+        self._images = TreeMounts(store / "run" / "trees", trees)
+        self._guard = threading.Lock()  # of the locks; never held over I/O
+        self._locks: dict[str, threading.RLock] = {}  # by container id
         self._disks: set[str] = set()  # containers whose disk is mounted, as far as known
         self._lent: dict[str, int] = {}  # container id -> its disk, locked for the guest that is about to have it
-        self._looking: Counter[str] = Counter()  # by chain id: who has only a look at the tree
         self.blanks = Blanks(store / "run" / "disks", self._make_blank)
-        self._written = userids.rootless() is not None  # trees are plain files, not mounts
-        self._tree_mounts.mkdir(parents=True, exist_ok=True)
+        self._written = self._images.written  # without root, that is
         self._adopt()
 
     def _adopt(self) -> None:
         """Learn what an earlier daemon left mounted, and take down trees that nothing lies on."""
+        users: dict[str, set[str]] = {}
         points = {point for point, _, _ in hostmounts.mounts()}
         for directory in self._containers.iterdir() if self._containers.is_dir() else ():
             if points & {os.path.abspath(directory / "vm" / "disk"), os.path.abspath(directory)}:
                 self._disks.add(directory.name)
             used = self._written or os.path.abspath(directory / "merged") in points
             if used and (chain := self._chain(directory.name)):
-                self._users.setdefault(chain, set()).add(directory.name)
-        for tree in self._tree_mounts.iterdir():
-            if tree.name.startswith("."):  # half written
-                host.remove_tree(tree)
-                continue
-            chain = f"sha256:{tree.name}"
-            if chain not in self._users:
-                self._drop_tree(chain)
+                users.setdefault(chain, set()).add(directory.name)
+        self._images.adopt(users)
 
     def _lock(self, key: str) -> threading.RLock:
         with self._guard:
@@ -186,38 +175,19 @@ class RootfsMounts:
     def only_image(self, chain_id: str, id: str = "") -> Iterator[Path]:
         """The image's tree, read-only, while the block runs: for container `id`, which has changed nothing."""
         if self._written and id:  # it costs more to write it out than to keep it
-            with self._lock(id), self._lock(chain_id):
-                tree = self._ensure_tree(chain_id)
+            with self._lock(id), self._images.locked(chain_id):
+                tree = self._images.ensure(chain_id)
                 host.write_atomic(self._containers / id / "chain", chain_id.encode() + b"\n")
-                self._users.setdefault(chain_id, set()).add(id)
+                self._images.use(chain_id, id)
             yield tree
             return
-        with self._lock(chain_id):
-            tree = self._ensure_tree(chain_id)
-            self._looking[chain_id] += 1
-        try:
+        with self._images.look(chain_id) as tree:
             yield tree
-        finally:
-            # aside: the kernel takes its time, and a machine is about to start
-            threading.Thread(target=self._looked, args=(chain_id,), name="unmount", daemon=True).start()
-
-    def _looked(self, chain_id: str) -> None:
-        with self._lock(chain_id):
-            self._looking[chain_id] -= 1
-            if not self._written:
-                self._leave_tree(chain_id)
-
-    def _leave_tree(self, chain_id: str) -> None:
-        """Take it down when nothing lies on it. Its lock is held."""
-        if not self._users.get(chain_id) and not self._looking[chain_id]:
-            self._users.pop(chain_id, None)
-            self._looking.pop(chain_id, None)
-            self._drop_tree(chain_id)
 
     def _mount_disk(self, id: str) -> Path:
         """Where the container's disk is mounted. Its lock is held."""
         disk, point = self._disk(id), self._disk(id).parent / "disk"
-        if not hostmounts.mounted_at(point):
+        if not mounted_at(point):
             self._share(id)
             mount_upper(disk, point)
         self._disks.add(id)
@@ -242,7 +212,7 @@ class RootfsMounts:
                 "files of its root file system are open", hint="fuser, or grep in /proc/*/mountinfo, says by whom"
             )
             until = time.monotonic() + GIVE_SECONDS
-            while hostmounts.mounted_at(self._disk(id).parent / "disk"):  # who just looks in is soon done
+            while mounted_at(self._disk(id).parent / "disk"):  # who just looks in is soon done
                 if time.monotonic() > until:
                     raise busy
                 time.sleep(0.02)
@@ -265,7 +235,7 @@ class RootfsMounts:
     def _drop_disk(self, id: str) -> None:
         """Its lock is held. Files in it may be open: then it stays."""
         point = self._disk(id).parent / "disk"
-        if hostmounts.mounted_at(point):
+        if mounted_at(point):
             try:
                 hostmounts.unmount_unused(point)
             except OSError as error:
@@ -277,7 +247,7 @@ class RootfsMounts:
         self._disks.discard(id)
 
     def mounted(self, id: str) -> bool:
-        return hostmounts.mounted_at(self.merged(id))
+        return mounted_at(self.merged(id))
 
     @staticmethod
     def supported() -> None:
@@ -300,7 +270,7 @@ class RootfsMounts:
         hex_of(chain_id)
         merged = self.merged(id)
         with self._lock(id):
-            if hostmounts.mounted_at(merged):
+            if mounted_at(merged):
                 if self._chain(id) == chain_id and label in (None, self.label(id)):
                     return merged
                 self._release(id, forget=True)
@@ -310,8 +280,8 @@ class RootfsMounts:
                 (directory / name).mkdir(mode=0o755, exist_ok=True)
             top = self._mount_disk(id) if self._disk(id).exists() else directory
             shown = self._written and top != directory  # its disk can be read, not written (disks.py)
-            with self._lock(chain_id):
-                tree = self._ensure_tree(chain_id)
+            with self._images.locked(chain_id):
+                tree = self._images.ensure(chain_id)
                 if not shown and not any((top / "upper").iterdir()):
                     _copy_root(tree, top / "upper")
                 host.write_atomic(directory / "chain", chain_id.encode() + b"\n")
@@ -323,49 +293,15 @@ class RootfsMounts:
                     else:
                         hostmounts.mount_overlay([tree], top / "upper", top / "work", merged, self.label(id))
                 except OSError as error:
-                    self._leave_tree(chain_id)
+                    self._images.leave(chain_id)
                     if error.errno in (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM):
                         raise Unsupported(
                             f"overlay: {error.strerror} at {error.filename}",
                             hint="the store must lie on a file system an overlay can write to (ext4, xfs, btrfs)",
                         ) from error
                     raise
-                self._users.setdefault(chain_id, set()).add(id)
+                self._images.use(chain_id, id)
         return merged
-
-    def _ensure_tree(self, chain_id: str) -> Path:
-        """The tree, mounted; its lock is held."""
-        target = self._tree_mounts / hex_of(chain_id)
-        if self._written:
-            if not target.is_dir():
-                unpack(self._trees.open(chain_id), target)
-            return target
-        if hostmounts.mounted_at(target):
-            return target
-        meta, devices = self._trees.meta_path(chain_id), self._trees.devices(chain_id)
-        target.mkdir(exist_ok=True)
-        try:
-            hostmounts.mount_erofs(meta, devices, target, label=selinux.of_images())
-        except OSError as error:
-            os.rmdir(target)
-            if error.errno in (errno.ENODEV, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTBLK, errno.ENOSYS):
-                raise Unsupported(
-                    f"EROFS: {error.strerror} at {error.filename}",
-                    hint="Linux 6.12 or newer, or 5.19 with loop devices and the erofs module (modprobe erofs)",
-                ) from error
-            raise
-        return target
-
-    def _drop_tree(self, chain_id: str) -> None:
-        target = self._tree_mounts / hex_of(chain_id)
-        if self._written:
-            return host.remove_tree(target)
-        if hostmounts.mounted_at(target):
-            hostmounts.unmount(target)
-        try:
-            os.rmdir(target)
-        except FileNotFoundError:
-            pass
 
     def release(self, id: str) -> None:
         """Take down the overlay of `id`, and its tree when nothing else lies on it. Idempotent.
@@ -378,18 +314,16 @@ class RootfsMounts:
     def _release(self, id: str, *, forget: bool = False) -> None:
         merged = self.merged(id)
         for _ in range(8):  # something may be mounted over it; each turn detaches one
-            if not hostmounts.mounted_at(merged):
+            if not mounted_at(merged):
                 break
             hostmounts.unmount(merged)
-        if hostmounts.mounted_at(merged):
+        if mounted_at(merged):
             raise Busy(f"{merged} stays mounted", hint="see who mounts over it: findmnt")
         self._drop_disk(id)
         chain = self._chain(id)
         if not chain or (self._written and not forget):
             return
-        with self._lock(chain):
-            self._users.get(chain, set()).discard(id)
-            self._leave_tree(chain)
+        self._images.left(chain, id)
 
     def forget(self, id: str) -> None:
         """Release `id` for good: it is removed."""
@@ -402,8 +336,7 @@ class RootfsMounts:
 
     def release_all(self, keep: Container[str] = ()) -> None:
         """Take down everything but the containers whose id is in `keep` (those that run), and what they lie on."""
-        with self._guard:
-            ids = [id for id in set().union(self._disks, *self._users.values()) if id not in keep]
+        ids = [id for id in self._disks | self._images.users() if id not in keep]
         with ExitStack() as stack:
             for id in ids:
                 stack.callback(self.release, id)  # all are tried; the first error is raised

@@ -87,7 +87,7 @@ CASES = [
     Case("created", ":", first="", state="created"),
     starts("disk-is-made", "after engine.mounts:make_upper"),
     starts("disk-is-there", f"after {MOUNTS}.use_disk"),
-    starts("image-is-mounted", f"after {MOUNTS}._ensure_tree"),
+    starts("image-is-mounted", "after engine.treemounts:TreeMounts.ensure"),
     starts("rootfs-is-mounted", f"after {MOUNTS}.ensure", config={"volumes": ["/etc:/host:ro"]}),
     starts("network-is-promised", f"after {NETWORKS}.begin"),
     starts("network-is-made", "after engine.runtimes.netavark:Netavark.setup"),
