@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import Busy, Damaged, InvalidArgument, NotFound
 from engine.images.archive import load
-from engine.images.catalog import dockerfile_line
+from engine.images.documents import dockerfile_line
 from tests.imagestore import ImageStore
 from tests.ociimages import make_layout
 

@@ -17,11 +17,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Protocol
 
 from engine.errors import Busy, Damaged, EngineError, InvalidArgument, NotFound
-from engine.images import collect, manifests
+from engine.images import collect, documents, manifests
+from engine.images.documents import Documents, HistoryLine, ImageLayer
 from engine.images.reference import Reference, parse, parse_any
 from engine.jobs import Task
 from engine.model import ImageConfig, check_digest
@@ -56,38 +56,12 @@ class Image:
     pulled_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLayer:
-    diff_id: str
-    blob: str  # digest of the blob the manifest names
-    media_type: str
-    size: int  # bytes of that blob
-    created_by: str
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryLine:
-    """One step of how the image was made; `diff_id` is "" for a step without a layer, `size` its files' bytes."""
-
-    created: str
-    text: str
-    size: int
-    diff_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Parsed:
-    manifest: manifests.Manifest
-    config: ImageConfig
-    layers: tuple[ImageLayer, ...]
-
-
 class Images:
     """The images of a store."""
 
     def __init__(self, meta: Meta, blobs: Blobs, layers: Layers, trees: Trees, journal: Events) -> None:
         self.meta, self.blobs, self.store_layers, self.trees, self.journal = meta, blobs, layers, trees, journal
-        self._cache: OrderedDict[str, _Parsed] = OrderedDict()
+        self._cache: OrderedDict[str, Documents] = OrderedDict()
         self._cache_lock = threading.Lock()
         self._gate = threading.Lock()  # leases and collection
         self._leases = 0
@@ -166,30 +140,18 @@ class Images:
         return self.blobs.read(self.get(digest).config, manifests.MAX_CONFIG)
 
     def config(self, digest: str) -> ImageConfig:
-        return self._parsed(digest).config
+        return self._documents(digest).config
 
     def layers(self, digest: str) -> list[ImageLayer]:
         """Lowest first. NotFound."""
-        return list(self._parsed(digest).layers)
+        return list(self._documents(digest).layers)
 
     def history(self, digest: str) -> list[HistoryLine]:
         """How the image was made, oldest step first, in a Dockerfile's words."""
-        parsed = self._parsed(digest)
-        sizes = {
-            row["diff_id"]: row["size"]
-            for row in self.meta.query(
-                "SELECT l.diff_id, l.size FROM image_layers i JOIN layers l USING (diff_id) WHERE i.image = ?",
-                (digest,),
-            )
-        }
-        left = [layer.diff_id for layer in parsed.layers]
-        out = []
-        for step in parsed.config.history or ():
-            diff_id = left.pop(0) if left and not step.empty_layer else ""
-            text = dockerfile_line(step.created_by) or step.comment
-            out.append(HistoryLine(step.created, text, sizes.get(diff_id, 0), diff_id))
-        out += [HistoryLine("", "", sizes.get(diff_id, 0), diff_id) for diff_id in left]
-        return out
+        rows = self.meta.query(
+            "SELECT l.diff_id, l.size FROM image_layers i JOIN layers l USING (diff_id) WHERE i.image = ?", (digest,)
+        )
+        return self._documents(digest).history({row["diff_id"]: row["size"] for row in rows})
 
     def unique_bytes(self, digest: str) -> int:
         """Bytes of layers no other image has: what removing it would free at most."""
@@ -228,14 +190,16 @@ class Images:
                 out.setdefault(image, []).append(row["name"])
         return out
 
-    def _parsed(self, digest: str) -> _Parsed:
+    def _documents(self, digest: str) -> Documents:
         image = self.get(digest)
         with self._cache_lock:
             parsed = self._cache.get(digest)
             if parsed is not None:
                 self._cache.move_to_end(digest)
                 return parsed
-        parsed = _parse(self.blobs.read(digest, manifests.MAX_MANIFEST), image.media_type, self.config_bytes(digest))
+        parsed = documents.read(
+            self.blobs.read(digest, manifests.MAX_MANIFEST), image.media_type, self.config_bytes(digest)
+        )
         with self._cache_lock:
             self._cache[digest] = parsed
             while len(self._cache) > CACHED:
@@ -260,7 +224,7 @@ class Images:
             document = manifests.parse(manifest, media_type)
             if not isinstance(document, manifests.Manifest):
                 raise InvalidArgument("an index is not an image", at=digest)
-            parsed = _parse(manifest, media_type, self.blobs.read(document.config.digest, manifests.MAX_CONFIG))
+            parsed = documents.read(manifest, media_type, self.blobs.read(document.config.digest, manifests.MAX_CONFIG))
             diff_ids = [layer.diff_id for layer in parsed.layers]
             infos = [self.store_layers.info(diff_id) for diff_id in diff_ids]
             try:
@@ -276,7 +240,7 @@ class Images:
                 manifests.Platform(config.os or "linux", config.architecture or "unknown", config.variant)
             )
             values = (digest, parsed.manifest.media_type, parsed.manifest.config.digest, str(platform), chain,
-                      sum(info.size for info in infos), _moment(config.created), time.time_ns())  # fmt: skip
+                      sum(info.size for info in infos), documents.moment(config.created), time.time_ns())  # fmt: skip
             rows = [(digest, n, layer.diff_id, layer.blob) for n, layer in enumerate(parsed.layers)]
             with self.meta.tx() as tx:
                 collect.account(self.meta, tx, digest, [layer.diff_id for layer in parsed.layers], event)
@@ -409,52 +373,9 @@ class Images:
         Returns a line saying what was checked. Damaged naming the first fault; NotFound for a blob that is gone.
         """
         self.get(digest)
-        return collect.verify(self.meta, self.blobs, self.store_layers, self._parsed(digest).manifest, digest,
-                              [layer.diff_id for layer in self._parsed(digest).layers], progress)  # fmt: skip
+        return collect.verify(self.meta, self.blobs, self.store_layers, self._documents(digest).manifest, digest,
+                              [layer.diff_id for layer in self._documents(digest).layers], progress)  # fmt: skip
 
 
 def _image(row: Any) -> Image:
     return Image(*row)
-
-
-def _parse(manifest: bytes, media_type: str, config: bytes) -> _Parsed:
-    document = manifests.parse(manifest, media_type)
-    if not isinstance(document, manifests.Manifest):
-        raise Damaged("an index where a manifest is expected")
-    parsed = manifests.parse_config(config)
-    manifests.check_pair(document, parsed)
-    steps = [step for step in parsed.history or () if not step.empty_layer]
-    if len(steps) != len(document.layers):  # a history that does not fit says nothing about which layer is whose
-        steps = []
-    layers = tuple(
-        ImageLayer(
-            diff_id,
-            entry.digest,
-            entry.media_type,
-            entry.size,
-            dockerfile_line(steps[n].created_by) if steps else "",
-        )
-        for n, (diff_id, entry) in enumerate(zip(parsed.rootfs.diff_ids, document.layers, strict=True))
-    )
-    return _Parsed(document, parsed, layers)
-
-
-def _moment(text: str | None) -> str:
-    """`text` when it is a point in time (RFC 3339), else ''."""
-    if not text:
-        return ""
-    try:
-        datetime.fromisoformat(re.sub(r"\.\d+", "", text))
-    except ValueError:
-        return ""
-    return text[:64]
-
-
-def dockerfile_line(created_by: str) -> str:
-    """`/bin/sh -c #(nop) CMD ["x"]` and `RUN /bin/sh -c y # buildkit` as a Dockerfile would say it, in one line."""
-    text = " ".join(created_by.split())
-    if text.startswith("/bin/sh -c #(nop) "):
-        return text.removeprefix("/bin/sh -c #(nop) ").strip()
-    if text.startswith("/bin/sh -c "):
-        return "RUN " + text.removeprefix("/bin/sh -c ")
-    return text.removesuffix(" # buildkit").replace("RUN /bin/sh -c ", "RUN ", 1)

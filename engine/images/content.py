@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from engine.errors import Damaged, NotFound
 from engine.images import manifests
-from engine.images.catalog import ImageLayer, Images
+from engine.images.catalog import Images
+from engine.images.documents import ImageLayer
 from engine.jobs import Task
 from engine.store.inflate import inflate
 

@@ -22,7 +22,8 @@ from urllib.parse import quote, urlencode
 
 from engine.errors import Damaged, EngineError, InvalidArgument, Unreachable
 from engine.images import content, registries
-from engine.images.catalog import ImageLayer, Images
+from engine.images.catalog import Images
+from engine.images.documents import ImageLayer
 from engine.images.reference import DEFAULT_TAG, Reference, parse
 from engine.images.registry import Registry
 from engine.images.transport import Backoff, Content, Policy, Retry
