@@ -77,7 +77,7 @@ def disconnect(containers: Containers, networks: Networks, connections: Connecti
 
 def _interfaces(connections: Connections, container: Container, network: str) -> list[str]:
     """The one a running container has in a network."""
-    return [item.interface for item in connections.addresses(container.id) if item.network == network]
+    return [item.interface for item in connections.endpoints.addresses(container.id) if item.network == network]
 
 
 def _unplug(
@@ -85,7 +85,7 @@ def _unplug(
 ) -> None:
     """Have whatever runs it let go of its interface there."""
     lengths = [subnet.partition("/")[2] for subnet, _ in networks.get(network).subnets]
-    for item in connections.addresses(container.id):
+    for item in connections.endpoints.addresses(container.id):
         if item.network == network:
             there = zip(filter(None, (item.address, item.address6)), lengths, strict=False)
             addresses = [f"{address}/{length}" for address, length in there]
@@ -126,7 +126,7 @@ def finish(containers: Containers, networks: Networks, connections: Connections)
         except (EngineError, OSError) as error:
             log.warning("container %s, network %s: leaving it was begun and is not finished: %s", id, network, error)
         containers.records.forget_leaving(id, network)
-    for id, network in connections.added():
+    for id, network in connections.endpoints.added():
         try:
             container = containers.records.by_id(id)
             if network not in _named(container.config):

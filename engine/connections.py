@@ -1,7 +1,7 @@
 """Containers in networks: set up while a run's process is made, taken down after its end. Floor 2.
 
-Only here: which addresses a run gets, and that everything made for it goes again. The rows (`connections`, `endpoints`)
-are written first and deleted last, so after a crash at any point the next daemon finds what there is to take down:
+Only here: that everything made for a run goes again. Its rows (endpoints.py) are written first and deleted last, so
+after a crash at any point the next daemon finds what there is to take down:
 
     crash after                     found by the next start             becomes
     the rows                        rows, no namespace                  rows deleted
@@ -24,18 +24,19 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from engine import host
 from engine.config import ContainerConfig
-from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, Unsupported
+from engine.endpoints import Endpoints
+from engine.errors import Busy, EngineError, InvalidArgument, NotFound, Unsupported
 from engine.events import Journal
-from engine.netconfig import HOST, LABEL, NONE, Endpoint, PortSpec
-from engine.networks import Network, Networks, default_network
-from engine.ports import choose_ports, read_ports
+from engine.netconfig import HOST, NONE, Endpoint, PortSpec
+from engine.networks import Networks, default_network
+from engine.ports import read_ports
 from engine.runtimes import netns
 from engine.runtimes.base import RunSpec, Runtime
 from engine.runtimes.netbase import Backend, Link
@@ -48,16 +49,6 @@ log = logging.getLogger(__name__)
 SETTLE = 10.0  # seconds a start waits for networks of ended containers to be taken down
 IDLE = 2.0  # seconds without any container before what all networks share is cleared
 HINT = "apt-get install netavark aardvark-dns iptables, or echo none > config/networks"
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a container is in one network now."""
-
-    network: str
-    interface: str
-    address: str
-    address6: str
 
 
 class Setup:
@@ -93,9 +84,8 @@ class Connections:
     """Those of one store. `state` is a directory of this boot for the namespaces."""
 
     def __init__(self, meta: Meta, journal: Journal, networks: Networks, backend: Backend, state: Path) -> None:
-        self._meta = meta
-        self._journal = journal
         self._networks = networks
+        self.endpoints = Endpoints(meta, journal, networks)
         self._backend = backend
         self._netns = state / "netns"
         self._guard = threading.Condition()
@@ -112,22 +102,6 @@ class Connections:
     @property
     def usable(self) -> bool:
         return not self._backend.missing()
-
-    # --- reading ------------------------------------------------------------------------------------------------
-
-    def addresses(self, id: str) -> list[Address]:
-        """Of a container, in the order of its interfaces; empty unless it runs in networks."""
-        return [Address(row["network"], row["interface"], row["address"], row["address6"]) for row in self._rows(id)]
-
-    def ports(self, id: str) -> list[PortSpec]:
-        """What is published now, every host port decided."""
-        row = self._meta.row("SELECT ports FROM connections WHERE container = ?", (id,))
-        return read_ports(row["ports"]) if row is not None else []
-
-    def _rows(self, id: str) -> list[sqlite3.Row]:
-        return self._meta.query(
-            "SELECT * FROM endpoints WHERE container = ? ORDER BY length(interface), interface", (id,)
-        )
 
     # --- start --------------------------------------------------------------------------------------------------
 
@@ -177,7 +151,7 @@ class Connections:
         self._settle()
         with self._locked(id):
             self._release(id)  # what an earlier run left
-            links, ports = self._allocate(id, name, hostname, wanted, config)
+            links, ports = self.endpoints.allocate(id, name, hostname, wanted, config)
         if self._backend.inside:
             self._backend.setup(Path(), id, name, links, ports, config.dns)
             return Setup(usernetworks.of_run(name, links, ports, config.dns))
@@ -199,47 +173,6 @@ class Connections:
 
         return Setup(network, work)
 
-    def _allocate(
-        self, id: str, name: str, hostname: str, wanted: Mapping[str, Endpoint], config: ContainerConfig
-    ) -> tuple[list[Link], list[PortSpec]]:
-        """Take addresses and ports: one transaction, so nobody else gets the same."""
-        with self._meta.tx() as db:
-            known = [self._networks.usable(db, item) for item in wanted]
-            if config.ports and all(item.internal for item in known):
-                raise InvalidArgument("ports: an internal network cannot publish any", at="ports")
-            ports = choose_ports(db, config.ports, any(item.subnet6 for item in known))
-            db.execute(
-                "INSERT INTO connections (container, name, ports, dns) VALUES (?, ?, ?, ?)",
-                (id, name, json.dumps([port.model_dump() for port in ports]), json.dumps(config.dns)),
-            )
-            links = []
-            for place, (network, item) in enumerate(zip(known, wanted.values(), strict=True)):
-                names = dict.fromkeys((*item.aliases, id[:12], hostname))
-                aliases = tuple(alias for alias in names if alias != name and LABEL.match(alias))
-                item = item.model_copy(update={"aliases": aliases})
-                links.append(self._endpoint(db, id, name, network, item, f"eth{place}", started=True))
-        return links, ports
-
-    def _endpoint(
-        self,
-        db: sqlite3.Connection,
-        id: str,
-        name: str,
-        network: Network,
-        item: Endpoint,
-        interface: str,
-        started: bool,
-    ) -> Link:
-        four, six = self._networks.free_addresses(db, network, item.ipv4_address, item.ipv6_address)
-        db.execute(
-            "INSERT INTO endpoints (container, network, interface, address, address6, mac, aliases, started) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (id, network.name, interface, four, six, item.mac_address, json.dumps(item.aliases), int(started)),
-        )
-        data = {"name": network.name, "container": name, "address": four}
-        self._journal.append("networkConnected", network.object, data | ({"address6": six} if six else {}))
-        return _link(network, interface, (four, six), item.aliases, item.mac_address)
-
     # --- the end ------------------------------------------------------------------------------------------------
 
     def release(self, id: str) -> None:
@@ -252,7 +185,7 @@ class Connections:
 
     def release_later(self, id: str) -> None:
         """The same, on a thread of its own. A start, of any container, waits for it."""
-        if self._meta.row("SELECT 1 FROM connections WHERE container = ?", (id,)) is None:
+        if self.endpoints.run(id) is None:
             return
         with self._guard:
             self._releasing.add(id)
@@ -278,25 +211,21 @@ class Connections:
 
     def _release(self, id: str) -> None:
         """The container's lock is held."""
-        row = self._meta.row("SELECT * FROM connections WHERE container = ?", (id,))
+        row = self.endpoints.run(id)
         path = self._netns / id
         if row is None:
             netns.remove(path)
             return
-        endpoints = self._rows(id)
+        endpoints = self.endpoints.rows(id)
         if path.parent.exists():  # else the host was restarted: nothing of it is there
             if not netns.present(path):
                 netns.make(path)  # the interfaces are gone; rules and names are taken down all the same
             for started in (True, False):
-                links = [self._link(item) for item in endpoints if bool(item["started"]) is started]
+                links = [self.endpoints.link(item) for item in endpoints if bool(item["started"]) is started]
                 if links:
                     self._teardown(row, path, links, read_ports(row["ports"]) if started else [])
         netns.remove(path)
-        with self._meta.tx() as db:
-            for item in endpoints:
-                self._disconnected(item, row["name"])
-            db.execute("DELETE FROM endpoints WHERE container = ?", (id,))
-            db.execute("DELETE FROM connections WHERE container = ?", (id,))
+        self.endpoints.remove(row, endpoints, over=True)
         self._idle_soon()
 
     def _teardown(self, row: sqlite3.Row, path: Path, links: list[Link], ports: Sequence[PortSpec]) -> None:
@@ -307,22 +236,8 @@ class Connections:
             log.info("network of container %s: %s", row["container"], error.reason)
             netns.remove(path)
             for link in links:
-                others = self._meta.row(
-                    "SELECT 1 FROM endpoints AS e JOIN networks AS n ON n.name = e.network "
-                    "WHERE n.id = ? AND e.container != ?",
-                    (link.network, row["container"]),
-                )
-                if others is None:
+                if self.endpoints.alone(row["container"], link.network):
                     netns.delete_bridge(link.bridge)
-
-    def _disconnected(self, item: sqlite3.Row, name: str) -> None:
-        data = {"name": item["network"], "container": name}
-        self._journal.append("networkDisconnected", f"network/{item['network']}", data)
-
-    def _link(self, item: sqlite3.Row) -> Link:
-        network = self._networks.get(item["network"])
-        addresses = (item["address"], item["address6"])
-        return _link(network, item["interface"], addresses, json.loads(item["aliases"]), item["mac"])
 
     def _idle_soon(self) -> None:
         """When nobody is connected any more, and stays so for a moment, clear what all networks share."""
@@ -337,7 +252,7 @@ class Connections:
 
     def _clear_if_idle(self) -> None:
         try:
-            self._backend.clear(lambda: self._meta.row("SELECT 1 FROM connections") is None)
+            self._backend.clear(self.endpoints.nobody)
             netns.leave(self._netns)
         except (EngineError, OSError, OverflowError, sqlite3.Error):
             log.warning("what all networks share could not be cleared", exc_info=True)
@@ -348,15 +263,7 @@ class Connections:
         """One more network for a container that runs; its resolv.conf and hosts, in `place`, learn of it."""
         with self._locked(id):
             row = self._attached(id)
-            with self._meta.tx() as db:
-                found = self._networks.usable(db, network)
-                endpoints = db.execute("SELECT * FROM endpoints WHERE container = ?", (id,)).fetchall()
-                if any(there["network"] == network for there in endpoints):
-                    raise AlreadyExists(f"{name} is connected to {network}", at=network)
-                used = {there["interface"] for there in endpoints}
-                interface = next(f"eth{place}" for place in range(len(used) + 1) if f"eth{place}" not in used)
-                item = item.model_copy(update={"aliases": tuple(dict.fromkeys((*item.aliases, id[:12])))})
-                link = self._endpoint(db, id, name, found, item, interface, started=False)
+            link = self.endpoints.add(id, name, network, item)
             try:
                 self._backend.setup(self._netns / id, id, row["name"], [link], [], json.loads(row["dns"]))
             except BaseException:
@@ -368,26 +275,24 @@ class Connections:
         """Take a container that runs out of a network; ports published there go with it."""
         with self._locked(id):
             row = self._attached(id)
-            gone = [there for there in self._rows(id) if there["network"] == network]
+            gone = [there for there in self.endpoints.rows(id) if there["network"] == network]
             if not gone:
                 raise NotFound(f"{name} is not connected to {network}", at=network)
             self._drop(row, network)
-            self._refresh(row, place, config, gone=self._link(gone[0]).addresses)
+            self._refresh(row, place, config, gone=self.endpoints.link(gone[0]).addresses)
 
     def _attached(self, id: str) -> sqlite3.Row:
-        row = self._meta.row("SELECT * FROM connections WHERE container = ?", (id,))
+        row = self.endpoints.run(id)
         if row is None:
             raise Busy("the container has no namespace that networks could be connected to", hint="restart it")
         return row
 
     def _drop(self, row: sqlite3.Row, network: str) -> None:
         id = row["container"]
-        (item,) = (there for there in self._rows(id) if there["network"] == network)
+        (item,) = (there for there in self.endpoints.rows(id) if there["network"] == network)
         ports = read_ports(row["ports"]) if item["started"] else []
-        self._teardown_one(row, self._link(item), ports)
-        with self._meta.tx() as db:
-            self._disconnected(item, row["name"])
-            db.execute("DELETE FROM endpoints WHERE container = ? AND network = ?", (id, network))
+        self._teardown_one(row, self.endpoints.link(item), ports)
+        self.endpoints.remove(row, [item], over=False)
 
     def _teardown_one(self, row: sqlite3.Row, link: Link, ports: Sequence[PortSpec]) -> None:
         path = self._netns / row["container"]
@@ -397,18 +302,15 @@ class Connections:
             log.info("network of container %s: %s", row["container"], error.reason)
 
     def _refresh(self, row: sqlite3.Row, place: Path, config: ContainerConfig, **moved: Sequence[str]) -> None:
-        id, links = row["container"], [self._link(item) for item in self._rows(row["container"])]
+        id, links = row["container"], [self.endpoints.link(item) for item in self.endpoints.rows(row["container"])]
         network = RunNetwork(names=(row["name"],), resolvers=tuple(at for link in links for _, at in link.subnets))
         refresh(place, network, config.hostname or id[:12], config, resolves=self._backend.resolves, **moved)
-
-    def added(self) -> list[tuple[str, ...]]:  # (container, network) of connections made while it ran
-        return [*map(tuple, self._meta.query("SELECT container, network FROM endpoints WHERE NOT started"))]
 
     # --- start and end of the daemon ------------------------------------------------------------------------------
 
     def reconcile(self, alive: Set[str]) -> None:
         """Take down, aside, what belongs to containers that do not run; `alive` are the ids of those that do."""
-        known = {row["container"] for row in self._meta.query("SELECT container FROM connections")}
+        known = self.endpoints.containers()
         for id in known - alive:
             self.release_later(id)
         with suppress(FileNotFoundError):  # no network was used in this boot
@@ -440,19 +342,6 @@ class Connections:
     def forget(self, id: str) -> None:
         with self._guard:
             self._locks.pop(id, None)
-
-
-def _link(network: Network, interface: str, addresses: Sequence[str], aliases: Sequence[str], mac: str) -> Link:
-    return Link(
-        network.id,
-        network.bridge,
-        network.subnets,
-        network.internal,
-        interface,
-        tuple(filter(None, addresses)),
-        tuple(aliases),
-        mac,
-    )
 
 
 def state_directory(store: Path) -> Path:

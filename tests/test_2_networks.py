@@ -168,9 +168,9 @@ def test_a_run_gets_addresses_names_and_resolvers(place: Place) -> None:
     assert got.resolvers[0] == got.gateway == "10.89.1.1" and len(got.resolvers) == 3
     first, second = place.backend.up["c1"]
     assert first.interface == "eth0" and first.aliases == ("db", "c1") and second.interface == "eth1"
-    assert [item.network for item in place.connections.addresses("c1")] == ["dutchman", "six"]
+    assert [item.network for item in place.connections.endpoints.addresses("c1")] == ["dutchman", "six"]
     place.connections.release("c1")
-    assert place.backend.up["c1"] == () and place.connections.addresses("c1") == []
+    assert place.backend.up["c1"] == () and place.connections.endpoints.addresses("c1") == []
     place.connections.release("c1")
 
 
@@ -213,7 +213,7 @@ def test_nobody_gets_an_address_twice(place: Place) -> None:
     assert not failed
     rows = place.meta.query("SELECT address FROM endpoints")
     assert len(rows) == len({row["address"] for row in rows}) == 80
-    ports = {place.connections.ports(f"c{number}")[0].host for number in range(80)}
+    ports = {place.connections.endpoints.ports(f"c{number}")[0].host for number in range(80)}
     assert len(ports) == 80 and 0 not in ports
 
 
@@ -228,10 +228,10 @@ def test_a_host_port_in_use_is_named(place: Place) -> None:
         taken = listening.getsockname()[1]
         last = min(taken + 9, 65535)
         place.begin("c2", ports=[f"127.0.0.1:{taken}-{last}:80"])
-        assert place.connections.ports("c2")[0].host in range(taken + 1, last + 1)
+        assert place.connections.endpoints.ports("c2")[0].host in range(taken + 1, last + 1)
     with pytest.raises(Busy, match="has no such address"):
         place.begin("c3", ports=["203.0.113.7:8080:80"])
-    free = place.connections.ports("c2")[0].host
+    free = place.connections.endpoints.ports("c2")[0].host
     with pytest.raises(Busy, match=f"host port {free}/tcp is published by name-c2"):
         place.begin("c3", ports=[f"{free}:80"])
     place.begin("c3", ports=[f"{free}:80/udp"])
@@ -338,7 +338,7 @@ def test_ipv6_subnets_do_not_overlap_either(place: Place) -> None:
 def test_more_ports_than_there_are_to_choose_from_are_refused(place: Place) -> None:
     with pytest.raises(InvalidArgument, match="at most 28231 host ports"):
         place.begin("c", ports=["1-30000"])
-    assert place.connections.ports("c") == []
+    assert place.connections.endpoints.ports("c") == []
 
 
 def test_ports_are_bounded(tmp_path: Path, place: Place) -> None:

@@ -51,7 +51,7 @@ with Engine(store) as engine:
     web = box.get("web")
     log = lambda: box.logs("web").read("stdout", 0, 1 << 20).decode().split("\n")
     eventually(lambda: len(log()) > 6, 60)
-    address = engine.connections.addresses(web.id)[0].address
+    address = engine.connections.endpoints.addresses(web.id)[0].address
     assert log()[:6] == ["root", "from the host", "mac", f"inet {address}", "read-only", "777"], log()
     assert (shared / "answer").read_text() == "back\n"
     assert (store / "volumes/data/data/passwd").read_bytes().startswith(b"root:x:0:0")  # the image's

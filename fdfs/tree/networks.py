@@ -78,18 +78,18 @@ def member_target(engine: Any, name: str, container: str) -> str:
 
 
 def container_ip(engine: Any, name: str) -> str:
-    found = engine.connections.addresses(engine.containers.get(name).id)
+    found = engine.connections.endpoints.addresses(engine.containers.get(name).id)
     return lines(address for item in found for address in (item.address, item.address6) if address)
 
 
 def container_addresses(engine: Any, name: str) -> str:
-    found = engine.connections.addresses(engine.containers.get(name).id)
+    found = engine.connections.endpoints.addresses(engine.containers.get(name).id)
     return lines(f"{item.network} {address}" for item in found for address in (item.address, item.address6) if address)
 
 
 def container_ports(engine: Any, name: str) -> str:
     out = []
-    for port in engine.connections.ports(engine.containers.get(name).id):
+    for port in engine.connections.endpoints.ports(engine.containers.get(name).id):
         address = f"[{port.host_ip}]" if ":" in port.host_ip else port.host_ip or "0.0.0.0"
         for step in range(port.count):
             out.append(f"{port.container + step}/{port.protocol} {address}:{port.host + step}")
