@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import Busy, Unreachable
 from engine.execution import Execution
@@ -12,7 +13,11 @@ from engine.lifecycle import ALIVE, State
 from engine.records import Container
 from engine.runtimes.vm.guestfiles import GuestFiles, Machines
 from engine.runtimes.vm.guestupper import GuestUpper
+from engine.runtimes.vm.leases import Leases
 from engine.runtimes.vm.machinefacts import facts
+
+if TYPE_CHECKING:
+    from engine.runtimes.vm.driver import VmRuntime
 
 FREEZE_SECONDS = 15.0  # for processes in the middle of something to stop
 
@@ -23,6 +28,7 @@ class Guests:
     def __init__(self, root: Path, execution: Execution) -> None:
         self._execution, self._root = execution, root
         self._machines = Machines(root)
+        self._leases = Leases()
 
     def has(self, container: Container) -> bool:
         """Whether a machine has its files, or is about to. Never waits."""
@@ -31,17 +37,27 @@ class Guests:
         return container.state in ALIVE and container.runtime == "vm"
 
     def files(self, container: Container) -> GuestFiles | None:
-        """Its files as the agent of its virtual machine serves them while that runs; None when they are on the host.
+        """Its files as the agent of its virtual machine serves them while that runs; None when they are on the host. A
+        paused machine goes on while it is asked for them, its processes frozen.
 
-        Never waits. Busy while nobody has them: the machine starts or is paused.
+        Never waits. Busy while nobody has them: the machine starts.
         """
         if not self.has(container):
             return None
-        if container.state is State.PAUSED:
-            raise Busy("its virtual machine is paused", hint="resume it first: echo resume > ctl")
         if container.state is State.STARTING:
             raise Busy("its virtual machine starts", hint="try again in a moment")
-        return self._machines.of(container.id)
+        return self._files(container)
+
+    def _files(self, container: Container) -> GuestFiles:
+        id = container.id
+        paused = self._root / id / "run" / "vm" / "paused"
+
+        def awake() -> AbstractContextManager[None]:
+            if not paused.exists():
+                return nullcontext()
+            return self._leases.of(id, lambda: self._driver(container).awake(id))
+
+        return self._machines.of(id, awake)
 
     @contextmanager
     def changed(self, container: Container, seconds: float = 0.0) -> Iterator[GuestUpper | None]:
@@ -54,14 +70,17 @@ class Guests:
         found = self.files(container)
         yield None if found is None else GuestUpper(found, seconds)
 
-    @contextmanager
-    def _awake(self, container: Container) -> Iterator[GuestFiles]:
+    def _driver(self, container: Container) -> VmRuntime:
         from engine.runtimes.vm.driver import VmRuntime  # few engines need it
 
         driver = self._execution.driver_of(container)
         assert isinstance(driver, VmRuntime)
-        with driver.awake(container.id):
-            yield self._machines.of(container.id)
+        return driver
+
+    @contextmanager
+    def _awake(self, container: Container) -> Iterator[GuestFiles]:
+        with self._driver(container).awake(container.id):
+            yield self._files(container)
 
     def machine(self, container: Container) -> dict[str, str]:
         """What is known of its virtual machine while it has one."""
@@ -87,4 +106,5 @@ class Guests:
                 found.call("FREEZE", {"state": 0}, FREEZE_SECONDS)
 
     def close(self) -> None:
+        self._leases.close()
         self._machines.close()

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -511,7 +512,7 @@ def test_a_hostile_name_is_refused(agent: Parts, name: bytes) -> None:
 
 
 def test_a_machine_that_is_not_there(tmp_path: Path) -> None:
-    files = guestfiles.Machines(tmp_path).of("abc")
+    files = guestfiles.Machines(tmp_path).of("abc", nullcontext)
     with pytest.raises(Unreachable):
         files.stat("container", b"f")
     assert stat.S_ISDIR(files.stat("container", b"").mode)  # whose parent is listed all the same

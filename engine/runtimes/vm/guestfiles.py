@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import DeadlineExceeded, EngineError, Unreachable
+from engine.errors import Busy, DeadlineExceeded, EngineError, Unreachable
 from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
 from engine.runtimes.vm.behind import PIPELINE
@@ -60,11 +60,17 @@ class Opened:
 
 
 class GuestFiles:
-    """Of the machine whose agent answers at `path`."""
+    """Of the machine whose agent answers at `path`; in `awake` also when it is paused."""
 
-    def __init__(self, path: Path, connect: Callable[[], socket.socket] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        connect: Callable[[], socket.socket] | None = None,
+        awake: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._path = path
         self._connect = connect or self._dial
+        self._awake = awake
         self._lock = threading.Lock()  # connecting; held for as long as that takes
         self._client: AgentClient | None = None
         self._slots = threading.BoundedSemaphore(AT_ONCE)
@@ -155,7 +161,7 @@ class GuestFiles:
         """`late` as the client's; also when the guest was not asked."""
         not_asked = late
         try:
-            with self._slot(deadline):
+            with self._slot(deadline), self._awake():
                 client = self._connected()
                 if self._done and verb in FILES:
                     with self._guard:
@@ -163,7 +169,7 @@ class GuestFiles:
                     words = {**words, "done": done}
                 not_asked = None
                 return client.call(verb, words, deadline=deadline, late=late)
-        except (DeadlineExceeded, Unreachable, protocol.ProtocolError):
+        except (Busy, DeadlineExceeded, Unreachable, protocol.ProtocolError):
             raise
         except EngineError as error:
             raise Unreachable(error.reason, hint=error.hint) from error
@@ -389,14 +395,14 @@ class Machines:
         self._lock = threading.Lock()
         self._files: dict[str, GuestFiles] = {}
 
-    def of(self, id: str) -> GuestFiles:
+    def of(self, id: str, awake: Callable[[], AbstractContextManager[None]]) -> GuestFiles:
         """Files of the running container `id`. Connects only when asked for some."""
         with self._lock:
             files = self._files.get(id)
             if files is None:
                 for other in [key for key, known in self._files.items() if known.closed]:
                     self._files.pop(other).close()
-                files = self._files[id] = GuestFiles(self._containers / id / "run" / "vm" / "agent.sock")
+                files = self._files[id] = GuestFiles(self._containers / id / "run" / "vm" / "agent.sock", awake=awake)
             return files
 
     def close(self) -> None:

@@ -48,7 +48,8 @@ class Pausing:
         with self._unsure(id, "pause"):
             frozen = self._freeze(id, 1)
             (self._place(id) / "paused").write_text("frozen" if frozen else "")
-            self._qmp(id, "stop")
+            if not (frozen and self._awake[id]):  # from the pause before; the last of those has it sleep
+                self._qmp(id, "stop")
 
     def resume(self, id: str) -> None:
         """RuntimeFailure when QEMU, or the agent, does not do it: it is paused then as before."""
@@ -116,7 +117,10 @@ class Pausing:
         with self._working_on(id), self._turn(id):
             unsure.write_text(verb)
             yield
-            unsure.unlink(missing_ok=True)
+            if self._awake[id] and self._frozen(id):
+                unsure.write_text(AWAKE)
+            else:
+                unsure.unlink(missing_ok=True)
 
     def _left(self, id: str) -> bool:
         """Whether an earlier call, or daemon, left it to be found out what is true."""
