@@ -120,7 +120,13 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     assert os.stat(place / "asleep").st_size == ticks
     wait_for(lambda: status(directory) == "paused", 60)  # QEMU's word
     daemon.sh("cmp containers/m/rootfs/ticks containers/m/rootfs/asleep; cat containers/m/state", timeout=60)
-    daemon.sh("ls -la containers/m; echo resume > containers/m/ctl; cat containers/m/rootfs/new", timeout=60)
+    # paused anew while it was awake for its files
+    daemon.sh(
+        "cd containers/m; ls rootfs/bin; echo resume > ctl; echo pause > ctl; cat state rootfs/new; ls -la", timeout=60
+    )
+    wait_for(lambda: status(directory) == "paused", 60)
+    ticks = os.stat(place / "ticks").st_size
+    daemon.sh("echo resume > containers/m/ctl; cat containers/m/rootfs/new", timeout=60)
     wait_for(lambda: os.stat(place / "ticks").st_size > ticks, 60)
     daemon.sh("echo kill > containers/m/exec/3/ctl", timeout=60)
     # a machine that hangs: an error within the deadline, and the rest of the mount goes on

@@ -127,6 +127,7 @@ CASES = [
     Case("exec-started", EXEC, f"after {SESSIONS}.start"),
     Case("changes", "cat containers/c/changes", f"before {UPPER}.walk"),
     Case("changes-paused", "cat containers/c/changes", f"before {UPPER}.walk", "start pause", state="paused"),
+    Case("files-paused", "ls containers/c/rootfs", f"before {PAUSING}._sleep", "start pause", state="paused"),
     Case("changes-paused-told", "cat containers/c/changes", f"before {PAUSING}._sleep", "start pause", state="paused"),
     Case("commit", COMMIT, f"before {UPPER}.walk", then="! test -e images/mine:1"),
     Case("commit-paused", COMMIT, f"before {UPPER}.walk", "start pause", state="paused",
