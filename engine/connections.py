@@ -288,18 +288,16 @@ class Connections:
         return row
 
     def _drop(self, row: sqlite3.Row, network: str) -> None:
-        id = row["container"]
-        (item,) = (there for there in self.endpoints.rows(id) if there["network"] == network)
+        id, rows = row["container"], self.endpoints.rows(row["container"])
+        (item,) = (there for there in rows if there["network"] == network)
         ports = read_ports(row["ports"]) if item["started"] else []
-        self._teardown_one(row, self.endpoints.link(item), ports)
-        self.endpoints.remove(row, [item], over=False)
-
-    def _teardown_one(self, row: sqlite3.Row, link: Link, ports: Sequence[PortSpec]) -> None:
-        path = self._netns / row["container"]
+        stays = any(there["started"] for there in rows if there is not item)
         try:
-            self._backend.teardown(path, row["container"], row["name"], [link], ports, json.loads(row["dns"]))
+            link, dns = self.endpoints.link(item), json.loads(row["dns"])
+            self._backend.teardown(self._netns / id, id, row["name"], [link], ports, dns, stays)
         except EngineError as error:
-            log.info("network of container %s: %s", row["container"], error.reason)
+            log.info("network of container %s: %s", id, error.reason)
+        self.endpoints.remove(row, [item], over=False)
 
     def _refresh(self, row: sqlite3.Row, place: Path, config: ContainerConfig, **moved: Sequence[str]) -> None:
         id, links = row["container"], [self.endpoints.link(item) for item in self.endpoints.rows(row["container"])]

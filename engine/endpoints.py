@@ -44,8 +44,9 @@ class Endpoints:
         return [Address(row["network"], row["interface"], row["address"], row["address6"]) for row in self.rows(id)]
 
     def ports(self, id: str) -> list[PortSpec]:
-        """What is published now, every host port decided."""
-        row = self._meta.row("SELECT ports FROM connections WHERE container = ?", (id,))
+        """What is published now, every host port decided. It goes with the last of the networks of the start."""
+        started = "SELECT 1 FROM endpoints AS e WHERE e.container = c.container AND e.started"
+        row = self._meta.row(f"SELECT ports FROM connections AS c WHERE container = ? AND EXISTS ({started})", (id,))
         return read_ports(row["ports"]) if row is not None else []
 
     def rows(self, id: str) -> list[sqlite3.Row]:

@@ -125,7 +125,8 @@ def with_pidfd(pid: int) -> None:
 def python_for(person: Person) -> Path | None:
     """An interpreter this user may run that has what the engine needs; None when there is none."""
     for binary in (person.base / "python" / "bin" / Path(sys.executable).resolve().name, "/usr/bin/python3"):
-        if person.sh(f"{binary} -c 'import fdfs.cli_daemon, fdfs.mount, pydantic'", code=None).returncode == 0:
+        tried = person.sh(f"{binary} -c 'import fdfs.cli_daemon, fdfs.mount, pydantic, ssl' 2> /dev/null", code=None)
+        if tried.returncode == 0:
             return Path(binary)
     return None
 

@@ -21,7 +21,7 @@ from engine.connections import Connections
 from engine.errors import AlreadyExists, Busy, EngineError, InvalidArgument, NotFound, RuntimeFailure, Unsupported
 from engine.events import Journal
 from engine.fields import validated
-from engine.netconfig import PortSpec
+from engine.netconfig import Endpoint, PortSpec
 from engine.networks import Networks, host_routes
 from engine.runtimes.netbase import Link
 from engine.runtimes.netfiles import MAX_HOSTS, NetworkMode, RunNetwork, hosts_text, refresh, resolv_text
@@ -38,6 +38,7 @@ class Recording:
         self.why, self.fail = "", ""
         self.up: dict[str, tuple[Link, ...]] = {}
         self.cleared = threading.Event()
+        self.unpublished: list[tuple[str, int]] = []
 
     def missing(self) -> str:
         return self.why
@@ -50,8 +51,17 @@ class Recording:
         self.up[id] = self.up.get(id, ()) + tuple(links)
 
     def teardown(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
+        self,
+        netns: Path,
+        id: str,
+        name: str,
+        links: Sequence[Link],
+        ports: Sequence[PortSpec],
+        dns: Sequence[str],
+        stays: bool = False,
     ) -> None:
+        if not stays:
+            self.unpublished += [(id, port.host) for port in ports]
         self.up[id] = tuple(link for link in self.up.get(id, ()) if link not in links)
 
     def clear(self, idle: Callable[[], bool]) -> None:
@@ -259,6 +269,20 @@ def test_a_setup_that_fails_says_so_and_leaves_nothing(place: Place) -> None:
         setup.wait()
     place.connections.release("c1")
     assert not place.meta.query("SELECT * FROM endpoints") and not place.meta.query("SELECT * FROM connections")
+
+
+def test_ports_are_published_as_long_as_a_network_of_the_start_is_left(place: Place, tmp_path: Path) -> None:
+    for name in ("front", "back", "later"):
+        place.networks.create(name)
+    place.begin("c", networks=["front", "back"], ports=["8080:80"])
+    for name in ("resolv.conf", "hosts"):
+        (tmp_path / name).touch()
+    config = validated({"networks": ["front", "back"]})
+    place.connections.connect("c", "name-c", "later", Endpoint(), tmp_path, config)
+    for network, published in (("front", True), ("back", False), ("later", False)):
+        place.connections.disconnect("c", "name-c", network, tmp_path, config)
+        assert bool(place.connections.endpoints.ports("c")) is published
+        assert place.backend.unpublished == ([] if published else [("c", 8080)])
 
 
 def test_what_is_over_is_taken_down_by_the_next_daemon(place: Place) -> None:

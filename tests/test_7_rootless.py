@@ -143,9 +143,10 @@ def test_containers_have_networks_names_and_published_ports(people: tuple[Person
         "web",
         json.dumps(
             {"image": "demo:1", "ports": [f"127.0.0.1:{port}:80", f"{port}:80/udp"], "command": ["sh", "-c", web]}
+            | {"networks": ["side", "dutchman"]}
         ),
     )
-    me.out("echo start > containers/web/ctl")
+    me.out("mkdir networks/side && echo start > containers/web/ctl")
 
     def page() -> str:
         try:
@@ -157,6 +158,8 @@ def test_containers_have_networks_names_and_published_ports(people: tuple[Person
     wait_for(lambda: page() == "ahoy\n", 20, "the published port answers")
     inside = me.sh("dutchman run --rm --name ask demo:1 sh -c 'nslookup web; wget -qO- http://web/'", code=None)
     assert "ahoy" in inside.stdout, inside
+    me.out("echo disconnect web > networks/side/ctl")  # its ports stay published by the other
+    assert page() == "ahoy\n" and len(me.out("cat containers/web/ports").splitlines()) == 2
     # a datagram from the host's own loopback is answered; nobody inside begins to talk to what listens there
     with (
         subprocess.Popen(
@@ -189,7 +192,7 @@ def test_containers_have_networks_names_and_published_ports(people: tuple[Person
     if rootless.first_port() > 80:
         me.sh(f"echo start > {me.mount}/containers/low/ctl", code=None)
         wait_for(lambda: "port 80" in me.out("cat containers/low/error"), 20, "the port is named")
-    me.sh("dutchman rm web low")
+    me.sh("dutchman rm web low && dutchman network rm side")
     me.sh("dutchman down")
     wait_for(lambda: not me.processes(), what="everything has ended")
 

@@ -115,7 +115,14 @@ class Netavark:
             raise RuntimeFailure(f"the bridge's address cannot be kept: {error}") from error
 
     def teardown(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
+        self,
+        netns: Path,
+        id: str,
+        name: str,
+        links: Sequence[Link],
+        ports: Sequence[PortSpec],
+        dns: Sequence[str],
+        stays: bool = False,
     ) -> None:
         """Take down what `setup` was given. RuntimeFailure lists what was not there; everything else is gone then."""
         with self._lock:

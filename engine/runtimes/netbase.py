@@ -56,9 +56,17 @@ class Backend(Protocol):
         ...
 
     def teardown(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
+        self,
+        netns: Path,
+        id: str,
+        name: str,
+        links: Sequence[Link],
+        ports: Sequence[PortSpec],
+        dns: Sequence[str],
+        stays: bool = False,
     ) -> None:
-        """Take down what `setup` was given; what is gone already may be an error, everything else is gone then."""
+        """Take down what `setup` was given; what is gone already may be an error, everything else is gone then.
+        `stays`: other networks that were set up with the same ports stay, and these published."""
         ...
 
     def clear(self, idle: Callable[[], bool]) -> None:

@@ -63,9 +63,17 @@ class UserNetworks:
         self._uplink.forward(_forwards(ports))
 
     def teardown(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
+        self,
+        netns: Path,
+        id: str,
+        name: str,
+        links: Sequence[Link],
+        ports: Sequence[PortSpec],
+        dns: Sequence[str],
+        stays: bool = False,
     ) -> None:
-        self._uplink.unforward(_forwards(ports))
+        if not stays:  # one way in serves all networks
+            self._uplink.unforward(_forwards(ports))
         inner = [port.model_copy(update={"host_ip": ""}) for port in ports]
         self._netavark.teardown(netns, id, name, links, inner, dns)
 

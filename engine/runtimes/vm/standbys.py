@@ -254,7 +254,7 @@ def listing(directory: Path) -> list[str]:
 
 def summary(kernels: Path) -> dict[str, str]:
     """Of all kernels, for `status`."""
-    directories = [path for path in sorted(kernels.glob("*/templates")) if not path.parent.name.startswith(".")]
+    directories = templates.places(kernels)
     made = [item for directory in directories for item in templates.kept(directory)]
     size = sum(item.bytes for item in made)
     shapes = ", ".join(sorted({templates.shape(*item.shape) for item in made}))

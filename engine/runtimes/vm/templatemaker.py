@@ -158,7 +158,7 @@ def make(directory: Path, request: Mapping[str, Any]) -> None:
             host.fsync_dir(directory)
         finally:
             host.remove_tree(aside)
-        for item in given_up([one for place in store.glob("*/templates") for one in templates.kept(place)]):
+        for item in given_up([one for place in templates.places(store) for one in templates.kept(place)]):
             remove(item)
     finally:
         os.close(lock)

@@ -228,6 +228,12 @@ class Kept:
     shape: tuple[int, int, int] = (0, 0, 0)  # MiB of memory, CPUs, networks
 
 
+def places(kernels: Path) -> list[Path]:
+    """Where those of each kernel are. `default` is another name of one of them."""
+    found = sorted(kernels.glob("*/templates"))
+    return [path for path in found if not path.parent.is_symlink() and not path.parent.name.startswith(".")]
+
+
 def kept(directory: Path) -> list[Kept]:
     """The templates of a kernel, that used last first; what cannot be read is left out."""
     out = []

@@ -45,7 +45,14 @@ class GuestNetworks:
                 raise Unsupported(f"ports: {port}: machines of this host publish tcp and udp, by IPv4", at=str(port))
 
     def teardown(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
+        self,
+        netns: Path,
+        id: str,
+        name: str,
+        links: Sequence[Link],
+        ports: Sequence[PortSpec],
+        dns: Sequence[str],
+        stays: bool = False,
     ) -> None:
         """They end with the machine."""
 
