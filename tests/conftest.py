@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from engine.runtimes import netns
 os.environ.setdefault("DUTCHMAN_DEFAULT_NETWORK", "none")
 # no machine stands by but in the tests of that: each takes a second of CPU to make
 os.environ.setdefault("DUTCHMAN_STANDBY", "0")
+# what has been compiled is kept, as for a person: each of the hundreds of programs started here would compile us anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # whatever is started here, and whatever that starts, has this in its environment: what it is left of is known by it
 MARK = ("DUTCHMAN_TEST_SESSION", f"{os.getpid()}-{time.time_ns()}")
 os.environ[MARK[0]] = MARK[1]
@@ -38,6 +42,23 @@ LEFT: list[str] = []  # mounts, processes and directories that outlived their te
 # how long an example takes is the machine's affair; in CI hypothesis' own profile says so already
 settings.register_profile("patient", settings.default, deadline=None)
 settings.load_profile("patient")
+
+# files that take long, the longest first: one that began last would run on alone
+LONG = (
+    *("7_faults", "7_cli", "4_engine_killed", "4_hostile", "6_vm_run", "6_vm_shares", "7_networks", "7_vm_networks"),
+    *("7_exec", "6_mount", "2_runtimes", "7_rootless", "7_input", "2_vm_templates", "6_vm_files", "1_logs", "6_binds"),
+    *("7_vm_rootless", "6_kernels", "2_runtimes_oci", "1_layers", "2_sessions", "2_runtimes_vm", "7_readme", "7_spec"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # of xdist, which begins with files of many tests
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        place = {f"test_{name}": number for number, name in enumerate(LONG)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))  # within a file they stay in order
 
 
 def skipped(node: str, why: object) -> None:

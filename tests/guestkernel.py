@@ -45,10 +45,25 @@ def guest_kernels() -> Kernels:
     return kernels
 
 
-def copy_kernels(store: Path) -> None:
-    """Give a store these kernels, without the templates that may be in the making beside them."""
+def copy_kernels(store: Path, *, templates: bool = False) -> None:
+    """Give a store these kernels, to do with as it likes. With `templates` also those there are: then it boots no
+    machine whose like has been booted; without them none that may be in the making comes along either."""
+    given, own = guest_kernels().directory, store / "kernels"
     ignore = shutil.ignore_patterns("templates", ".*")
-    shutil.copytree(guest_kernels().directory, store / "kernels", symlinks=True, ignore=ignore, dirs_exist_ok=True)
+    shutil.copytree(given, own, symlinks=True, ignore=ignore, dirs_exist_ok=True)
+    for made in given.glob("*/templates/[0-9a-f]*/template.json") if templates else ():
+        target = own / made.parent.relative_to(given)
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            shutil.copytree(made.parent, target)
+        except (shutil.Error, FileNotFoundError):  # it has just been given up
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def share_kernels(store: Path) -> None:
+    """Give a store these kernels, to be used alone: the templates it makes are for other tests, too."""
+    store.mkdir(parents=True, mode=0o700, exist_ok=True)
+    (store / "kernels").symlink_to(guest_kernels().directory)
 
 
 def guest_kernel() -> Kernel:

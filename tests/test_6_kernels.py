@@ -125,7 +125,7 @@ def test_a_kernel_is_used_by_a_machine_that_runs_with_it(tmp_path: Path) -> None
     (tmp_path / "other").write_bytes(vmlinux("1.0.0"))
     daemon = Daemon(tmp_path, runtime="vm")
     daemon.store.mkdir(parents=True, mode=0o700)
-    copy_kernels(daemon.store)
+    copy_kernels(daemon.store, templates=True)
     with daemon:
         top, web = daemon.mount / "kernels", daemon.mount / "containers" / "web"
         assert [event["found"] for event in events(daemon) if event["type"] == "kernelImported"] == [True]

@@ -11,7 +11,7 @@ from pathlib import Path
 import manyfiles
 import pytest
 from dutchman import demo_archive, wait_for
-from guestkernel import copy_kernels
+from guestkernel import share_kernels
 from mounting import Daemon, can_mount
 from runtimebench import SLOW, bench_of
 
@@ -31,8 +31,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         pytest.skip(reason)
     bench_of("vm", tmp_path / "bench").close()  # skips where there is no virtual machine
     daemon = Daemon(tmp_path, runtime="oci")
-    daemon.store.mkdir(parents=True, mode=0o700)
-    copy_kernels(daemon.store)
+    share_kernels(daemon.store)
     with daemon:
         daemon.sh(f"echo 'load {demo_archive()}' > images/ctl")
         wait_for(lambda: "demo:1" in os.listdir(daemon.mount / "images"), 60)

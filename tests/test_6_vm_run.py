@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from guestkernel import copy_kernels
+from guestkernel import share_kernels
 from mounting import Daemon, can_mount
 from ociimages import busybox_rootfs_tar
 from runtimebench import SLOW, no_vm, skip_or_fail
@@ -37,8 +37,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     if (why := can_mount() or no_vm()) is not None:
         skip_or_fail(why)
     place = tmp_path_factory.mktemp("vmrun")
-    (place / "store").mkdir()
-    copy_kernels(place / "store")
+    share_kernels(place / "store")
     with Daemon(place, runtime="vm") as daemon:
         (place / "rootfs.tar").write_bytes(busybox_rootfs_tar())
         daemon.sh(f"echo 'import {place}/rootfs.tar box:1' > images/ctl")
@@ -112,7 +111,7 @@ def test_a_killed_daemon_finds_it_again(daemon: Daemon) -> None:
 
 def test_how_it_ended_while_no_daemon_looked(daemon: Daemon) -> None:
     qemu = qemu_of(daemon)
-    daemon.sh("echo 'run sh -c \"sleep 3; mkdir /end\"' > containers/web/exec/ctl")
+    daemon.sh("echo 'run sh -c \"sleep 1; mkdir /end\"' > containers/web/exec/ctl")
     daemon.until("cat containers/web/exec/*/state", "running", seconds=60)
     daemon.kill()
     daemon.unmount()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from dutchman import demo_archive, wait_for
-from guestkernel import copy_kernels
+from guestkernel import share_kernels
 from mounting import Daemon, can_mount
 from runtimebench import SLOW, no_vm, skip_or_fail
 
@@ -47,8 +47,7 @@ def daemon(place: Path) -> Iterator[Daemon]:
         skip_or_fail(why)
     if not virtiofs.find():
         skip_or_fail("virtiofsd is not installed (qemu-system-common)")
-    (place / "store").mkdir()
-    copy_kernels(place / "store")
+    share_kernels(place / "store")
     host = place / "host"
     mounts = (f"{host}:/host", f"{host}:/hostro:ro", f"{host}/one:/etc/one", f"{host}/two:/etc/two:ro", "v:/vol")
     with Daemon(place, runtime="vm", env={"DUTCHMAN_MOUNT": str(place / "mnt")}) as daemon:

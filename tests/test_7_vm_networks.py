@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guestkernel import guest_kernels
+from guestkernel import share_kernels
 from runtimebench import no_vm, skip_or_fail
 from test_7_networks import Harbour, missing
 
@@ -86,7 +86,7 @@ class Fleet(Harbour):
 
     def __init__(self, place: Path) -> None:
         super().__init__(place, "vm")
-        (self.store / "kernels").symlink_to(guest_kernels().directory)
+        share_kernels(self.store)
         self.peer = place / "peer"
         source = place / "peer.c"
         source.write_text(PEER)
