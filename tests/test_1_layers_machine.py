@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import tarfile
 import tempfile
@@ -21,7 +22,13 @@ from engine.store.meta import Meta
 from engine.store.trees import Trees
 
 BODIES = [bytes([number]) * size for number, size in enumerate((1, 4096, 4097, 9000, 70_000))]
-bodies = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 4).map(BODIES.__getitem__), max_size=4)
+
+
+def body(number: int) -> bytes:
+    return BODIES[number]
+
+
+bodies = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 4).map(body), max_size=4)
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -126,4 +133,5 @@ class Store(RuleBasedStateMachine):
 
 
 TestStore = Store.TestCase
-TestStore.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+EXAMPLES = 40 if os.environ.get("DUTCHMAN_SLOW_TESTS") else 14
+TestStore.settings = settings(max_examples=EXAMPLES, stateful_step_count=20, deadline=None)

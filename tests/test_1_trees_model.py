@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import tarfile
 import tempfile
@@ -181,7 +182,7 @@ def archive(layer: list[tuple[str, str, str, int]]) -> bytes:
     return out.getvalue()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200 if os.environ.get("DUTCHMAN_SLOW_TESTS") else 60, deadline=None)
 @given(stacks)
 def test_merged_trees_equal_the_model(stack: list[list[tuple[str, str, str, int]]]) -> None:
     model = Model()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -221,10 +222,13 @@ def machine(base: Path) -> type[RuleBasedStateMachine]:
     return Machine
 
 
+EXAMPLES = 50 if os.environ.get("DUTCHMAN_SLOW_TESTS") else 15
+
+
 def test_any_sequence_of_verbs_agrees_with_the_model(tmp_path: Path) -> None:
     run_state_machine_as_test(
         machine(tmp_path),
         settings=settings(
-            max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=EXAMPLES, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

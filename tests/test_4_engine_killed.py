@@ -1,12 +1,14 @@
 """`kill -9` of the engine at each point of a container's life: the next one finds out what is true, and loses nothing.
 
 A child process opens the engine, brings a container into a state, and is killed there; `point` names where: at a call
-of the driver (just before or after it) or when all is quiet.
+of the driver (just before or after it) or when all is quiet. The children are forks of one process.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -25,52 +27,65 @@ from engine.runtimes.oci import OciRuntime
 from engine.session import OVER
 
 IMAGE = "docker.io/library/busybox:latest"
-CHILD = """
-import os, signal, subprocess, sys, threading, time
+CHILDREN = """
+import json, os, signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from engine.engine import Engine
-from engine.config import parse_config
+from engine.runtimes import fake, oci
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
-store, runtime, point, steps = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-engine = Engine(store, runtime=runtime)
-containers, driver = engine.containers, engine.drivers.get()
-when, _, method = point.partition(" ")
-if method:
-    place = {"driver": driver, "mounts": engine.mounts, "records": containers.records,
-             "restarts": containers.restarts, "sessions": getattr(driver, "sessions", None), "os": os,
-             "process": subprocess}
-    holder, _, call = method.partition(".")
-    real = getattr(place[holder], call)
-    def hooked(*args, **kwargs):
-        if when == "before":
+def live(store, runtime, point, steps):
+    engine = Engine(store, runtime=runtime)
+    containers, driver = engine.containers, engine.drivers.get()
+    when, _, method = point.partition(" ")
+    if method:
+        place = {"driver": driver, "mounts": engine.mounts, "records": containers.records,
+                 "restarts": containers.restarts, "sessions": getattr(driver, "sessions", None), "os": os,
+                 "process": subprocess}
+        holder, _, call = method.partition(".")
+        real = getattr(place[holder], call)
+        def hooked(*args, **kwargs):
+            if when == "before":
+                die()
+            result = real(*args, **kwargs)
             die()
-        result = real(*args, **kwargs)
-        die()
-        return result
-    arm = lambda: setattr(place[holder], call, hooked)
-else:
-    arm = lambda: None
-for step in steps.split(";"):
-    verb, _, rest = step.strip().partition(" ")
-    if verb == "arm":
-        arm()
-    elif verb == "keep":  # a monitor too slow to clear what an ended run leaves
-        containers.monitor._clear = lambda container: None
-    elif verb == "sleep":
-        time.sleep(float(rest))
-    elif verb == "exec":
-        engine.containers.sessions.run("c", ["sleep", "1000"])
-    elif verb == "late":  # killed so many seconds from now, wherever it is then
-        threading.Timer(float(rest), die).start()
-    elif verb == "running":
-        containers.wait_for("c", lambda now: now.state == "running", 20)
+            return result
+        arm = lambda: setattr(place[holder], call, hooked)
     else:
-        getattr(containers, verb)("c", *([float(rest)] if rest else []))
-die()
+        arm = lambda: None
+    for step in steps.split(";"):
+        verb, _, rest = step.strip().partition(" ")
+        if verb == "arm":
+            arm()
+        elif verb == "keep":  # a monitor too slow to clear what an ended run leaves
+            containers.monitor._clear = lambda container: None
+        elif verb == "sleep":
+            time.sleep(float(rest))
+        elif verb == "exec":
+            engine.containers.sessions.run("c", ["sleep", "1000"])
+        elif verb == "late":  # killed so many seconds from now, wherever it is then
+            threading.Timer(float(rest), die).start()
+        elif verb == "running":
+            containers.wait_for("c", lambda now: now.state == "running", 20)
+        else:
+            getattr(containers, verb)("c", *([float(rest)] if rest else []))
+    die()
+
+for line in sys.stdin:
+    store, *how, errors = json.loads(line)
+    child = os.fork()  # there is one thread only
+    if not child:
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        try:
+            live(Path(store), *how)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -92,8 +107,18 @@ def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def children() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", CHILDREN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.fixture
-def crash(tmp_path: Path) -> Iterator[Crash]:
+def crash(tmp_path: Path, children: subprocess.Popen[str]) -> Iterator[Crash]:
     opened: list[Engine] = []
 
     def run(
@@ -107,13 +132,11 @@ def crash(tmp_path: Path) -> Iterator[Crash]:
             add_image(engine, IMAGE)
         engine.containers.create("c", parse_config(f"image: {IMAGE}\ncommand: {command!r}\nrestart: {restart}"))
         engine.close()
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(store), runtime, point, steps],
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert children.stdin is not None and children.stdout is not None
+        errors = tmp_path / "errors"
+        children.stdin.write(json.dumps([str(store), runtime, point, steps, str(errors)]) + "\n")
+        assert select.select([children.stdout], [], [], 60)[0], "it was not killed"
+        assert int(children.stdout.readline()) == -signal.SIGKILL, errors.read_text()
         time.sleep(pause)
         opened.append(Engine(store, runtime=runtime))
         return opened[-1]
