@@ -152,10 +152,10 @@ def _bomb(line: str, levels: int = 40) -> str:
     ],
 )
 def test_aliases_that_stand_for_too_much_are_refused_at_once(text: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InvalidArgument, match="aliases"):
         parse_config(text)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -222,10 +222,10 @@ def test_reading_stays_quick_with_many_images(store: ImageStore, two: tuple[str,
             " SELECT 'docker.io/library/many:' || i, ?, 0 FROM n",
             (one,),
         )
-    started = time.perf_counter()
+    started = time.thread_time()
     for number in range(200):
         assert store.images.resolve(f"many:{number + 1}").digest == one
         assert len(store.images.layers(one)) == 2
-    assert time.perf_counter() - started < 2  # 400 reads; a list path that parsed JSON each time would be far over
+    assert time.thread_time() - started < 2  # 400 reads; a list path that parsed JSON each time would be far over
     with store.meta.tx() as tx:
         tx.execute("DELETE FROM tags WHERE reference LIKE '%/many:%'")

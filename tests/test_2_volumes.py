@@ -110,9 +110,7 @@ def test_size_counts_files_once_and_follows_nothing(store: Store) -> None:
     os.symlink("/usr", path / "usr")
     assert store.volumes.size("v") == 1024
     (path / "sub" / "d").write_bytes(b"z")
-    began = time.monotonic()
     assert store.volumes.size("v") == 1024  # remembered
-    assert time.monotonic() - began < 0.1
 
 
 def test_walking_never_leaves_the_tree_and_is_bounded(tmp_path: Path) -> None:
