@@ -21,6 +21,7 @@ from dutchman import Dutchman, demo_archive, needs_oci, wait_for
 
 from engine import hostmounts
 from engine.lifecycle import TRANSITIONS, State
+from engine.runtimes import pids
 from engine.store.check import check
 from engine.store.meta import Meta
 
@@ -239,7 +240,7 @@ def test_an_exit_while_nobody_looks(demo: Dutchman) -> None:
     demo.write("containers/web/ctl", "start")
     pid = int(demo.read("containers/web/pid"))
     demo.kill()
-    wait_for(lambda: not host.process_alive(pid), what="it has ended")
+    wait_for(lambda: pids.start_time(pid) is None, what="it has ended")
     demo.up()
     demo.await_state("web", "stopped")
     assert demo.read("containers/web/exit_code") == "42"
