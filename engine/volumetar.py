@@ -95,15 +95,16 @@ def unpack(path: Path, target: Path, tmp: Path, task: Task) -> int:
             raise
 
 
-def unpack_stream(blocks: Iterator[bytes], top: int, *, owners: bool) -> int:
+def unpack_stream(blocks: Iterator[bytes], top: int, *, owners: bool, merge: bool = False) -> int:
     """The same from a stream, into the open directory `top`, which may hold something: a file in the way is replaced,
-    a directory merged into. Without `owners`, what only root may set is left out. Damaged leaves what came before."""
-    return _Unpacked(top, owners).run(inflate(blocks), Task())
+    a directory merged into. Without `owners`, what only root may set is left out. With `merge` a directory
+    that is there keeps its mode, owner and time. Damaged leaves what came before."""
+    return _Unpacked(top, owners, merge).run(inflate(blocks), Task())
 
 
 class _Unpacked:
-    def __init__(self, top: int, owners: bool) -> None:
-        self._top, self._owners = top, owners
+    def __init__(self, top: int, owners: bool, merge: bool = False) -> None:
+        self._top, self._owners, self._merge = top, owners, merge
         self._times: list[tuple[bytes, tar.Member]] = []  # of directories, set when all is in them
 
     def run(self, blocks: Iterator[bytes], task: Task) -> int:
@@ -123,9 +124,9 @@ class _Unpacked:
         return count
 
     def _member(self, top: int, member: tar.Member, reader: tar.TarReader, task: Task) -> None:
-        parts = _parts(member.name)
+        parts = parts_of(member.name)
         if not parts:
-            if member.type == tar.DIRECTORY:
+            if member.type == tar.DIRECTORY and not self._merge:
                 self._times.append((b"", member))
             return
         parent, name = self._parent(top, parts), parts[-1]
@@ -135,7 +136,9 @@ class _Unpacked:
                     os.mkdir(name, 0o700, dir_fd=parent)
                 except FileExistsError:
                     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-                        raise Damaged("a directory where a file was before", at=_text(member.name)) from None
+                        raise Damaged("a directory where a file was before", at=shown(member.name)) from None
+                    if self._merge:
+                        return
                 self._times.append((b"/".join(parts), member))
                 return
             try:
@@ -143,7 +146,7 @@ class _Unpacked:
             except FileNotFoundError:
                 pass
             except (IsADirectoryError, PermissionError):
-                raise Damaged("a file where a directory was before", at=_text(member.name)) from None
+                raise Damaged("a file where a directory was before", at=shown(member.name)) from None
             self._make(top, parent, name, member, reader, task)
         finally:
             os.close(parent)
@@ -159,7 +162,7 @@ class _Unpacked:
                     os.mkdir(part, 0o755, dir_fd=here)
                     below = os.open(part, FLAGS, dir_fd=here)
             except OSError as error:
-                raise Damaged("its path leads through what is no directory", at=_text(b"/".join(parts))) from error
+                raise Damaged("its path leads through what is no directory", at=shown(b"/".join(parts))) from error
             finally:
                 os.close(here)
             here = below
@@ -167,14 +170,14 @@ class _Unpacked:
 
     def _make(self, top: int, parent: int, name: bytes, member: tar.Member, reader: tar.TarReader, task: Task) -> None:
         if member.type == tar.HARDLINK:
-            source = _parts(member.linkname)
+            source = parts_of(member.linkname)
             if not source:
-                raise Damaged("a hard link to nothing", at=_text(member.name))
+                raise Damaged("a hard link to nothing", at=shown(member.name))
             there = self._parent(top, source)
             try:
                 os.link(source[-1], name, src_dir_fd=there, dst_dir_fd=parent, follow_symlinks=False)
             except OSError as error:
-                raise Damaged(f"a hard link to {_text(member.linkname)}: {error.strerror}", at=_text(member.name)) \
+                raise Damaged(f"a hard link to {shown(member.linkname)}: {error.strerror}", at=shown(member.name)) \
                     from error  # fmt: skip
             finally:
                 os.close(there)
@@ -191,7 +194,7 @@ class _Unpacked:
             return
         if member.type == tar.SYMLINK:
             if not member.linkname:
-                raise Damaged("a symbolic link to nothing", at=_text(member.name))
+                raise Damaged("a symbolic link to nothing", at=shown(member.name))
             os.symlink(member.linkname, name, dir_fd=parent)
         elif member.type == tar.FIFO:
             os.mkfifo(name, 0o600, dir_fd=parent)
@@ -207,24 +210,32 @@ class _Unpacked:
     def _dress(self, fd: int, member: tar.Member) -> None:
         if self._owners:
             os.fchown(fd, member.uid, member.gid)
-        for key, value in member.xattrs.items():
-            if key.startswith(XATTRS) and (self._owners or not key.startswith(b"security.")):
-                os.setxattr(fd, key, value)
+        for key, value in settable(member, self._owners):
+            os.setxattr(fd, key, value)
         os.fchmod(fd, member.mode)
         os.utime(fd, ns=(member.mtime_ns, member.mtime_ns))
 
 
-def _parts(name: bytes) -> list[bytes]:
+def parts_of(name: bytes) -> list[bytes]:
     """The components of a member's name. InvalidArgument for `..`."""
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if b".." in parts:
-        raise InvalidArgument("the archive names a path with '..'", at=_text(name))
+        raise InvalidArgument("the archive names a path with '..'", at=shown(name))
     if parts[:1] and parts[0].startswith(b".dutchman-"):
-        raise InvalidArgument("the archive has a name the engine keeps for itself", at=_text(name))
+        raise InvalidArgument("the archive has a name the engine keeps for itself", at=shown(name))
     return parts
 
 
-def _text(name: bytes) -> str:
+def settable(member: tar.Member, owners: bool) -> list[tuple[bytes, bytes]]:
+    """Those of a member's xattrs that an archive may set; without `owners`, none that only root may."""
+    return [
+        (key, value)
+        for key, value in member.xattrs.items()
+        if key.startswith(XATTRS) and (owners or not key.startswith(b"security."))
+    ]
+
+
+def shown(name: bytes) -> str:
     return name.decode(errors="backslashreplace")[:200]
 
 

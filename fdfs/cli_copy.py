@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import click
 
 from engine import host
+from fdfs.cli_machine import Machine
 from fdfs.cli_mount import Failure, Mount
 from fdfs.cli_options import mount_option
 
@@ -32,11 +33,18 @@ class Place:
     text: str
     path: str
     root: int | None  # the container's root directory
+    name: str = ""  # of the container
 
     def open(self, path: str, flags: int) -> int:
         if self.root is None:
             return os.open(path or ".", flags | os.O_CLOEXEC)
         return host.open_in_root(self.root, path or "/", flags)
+
+    def machine(self, mount: Mount) -> Machine | None:
+        """The virtual machine that has its files, when it runs in one."""
+        if self.root is None or mount.field("containers", self.name, "runtime") != "vm":
+            return None
+        return Machine(mount, self.name, self.root)
 
 
 @contextmanager
@@ -52,7 +60,7 @@ def _place(mount: Mount, text: str) -> Iterator[Place]:
         except OSError as error:
             raise Failure(f"cp: {name} has no files yet: {error.strerror}", "hint: echo IMAGE > config/image") from None
         stack.callback(os.close, root)
-        yield Place(text, "/" + path.lstrip("/"), root)
+        yield Place(text, "/" + path.lstrip("/"), root, name)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -82,7 +90,7 @@ def cp_command(mount: str | None, archive: bool, source: str, target: str) -> No
         return
     with _place(where, source) as origin, _place(where, target) as goal:
         try:
-            _copy_to(origin, goal, archive)
+            _copy_to(where, origin, goal, archive)
         except OSError as error:
             name = f"{error.filename}: " if isinstance(error.filename, str) else ""
             raise Failure(f"cp {source} {target}: {name}{error.strerror}") from None
@@ -103,13 +111,13 @@ def _stream(where: Mount, source: str, target: str) -> None:
 
         try:
             if source == "-":
-                cli_tar.read(opened(place.path), what)
+                cli_tar.read(opened(place.path), what, place.machine(where))
                 return
             directory, name = _split(place.path)
             if name and not place.path.endswith("/"):
-                cli_tar.write(opened(directory), name, name, what)
+                cli_tar.write(opened(directory), name, name, what, place.machine(where))
             else:  # of a link that ends in `/`: what it leads to
-                cli_tar.write(opened(place.path), ".", name or ".", what)
+                cli_tar.write(opened(place.path), ".", name or ".", what, place.machine(where))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -117,7 +125,7 @@ def _stream(where: Mount, source: str, target: str) -> None:
             raise Failure(f"{what}: {path}{error.strerror}") from None
 
 
-def _copy_to(origin: Place, goal: Place, owners: bool) -> None:
+def _copy_to(mount: Mount, origin: Place, goal: Place, owners: bool) -> None:
     with ExitStack() as stack:
 
         def opened(place: Place, path: str) -> int:
@@ -142,6 +150,12 @@ def _copy_to(origin: Place, goal: Place, owners: bool) -> None:
             above, new = _split(goal.path)
             there = opened(goal, above)
             if new and stat.S_ISREG(info.st_mode) and _overwritten(here, name, goal):
+                return
+        if stat.S_ISDIR(info.st_mode) and os.fstat(here).st_dev != os.fstat(there).st_dev:
+            what = f"cp {origin.text} {goal.text}"
+            if (machine := goal.machine(mount)) and machine.fill(there, here, name, new, owners, what):
+                return
+            if (machine := origin.machine(mount)) and machine.fetch(here, name, there, new, owners, what):
                 return
         _copy(here, name, there, new, owners, 0)
 

@@ -16,8 +16,10 @@ from dataclasses import replace
 from engine.errors import EngineError
 from engine.images import tarout
 from engine.images.upperlayer import entry
+from engine.store.inflate import inflate
 from engine.volumetar import unpack_stream
 from engine.walk import walk
+from fdfs.cli_machine import Machine
 from fdfs.cli_mount import Failure
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -26,20 +28,29 @@ PIECE = 1 << 20
 Entry = tuple[tarout.Member, Iterable[bytes]]
 
 
-def write(here: int, name: str, shown: str, what: str) -> None:
+def write(here: int, name: str, shown: str, what: str, machine: Machine | None) -> None:
     """What is `name` in the directory `here`, as a tar on stdout in which it is called `shown`."""
     if sys.stdout.isatty():
         raise Failure(f"{what}: an archive is nothing for a terminal", "hint: > FILE.tar, or a pipe")
     try:
-        for piece in tarout.archive(_members(here, os.fsencode(name), os.fsencode(shown))):
+        pieces = machine.pack(here, name, shown, what) if machine else None
+        for piece in pieces or tarout.archive(members(here, os.fsencode(name), os.fsencode(shown))):
             sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
     except EngineError as error:
         raise Failure(f"{what}: {error}") from None
 
 
-def _members(here: int, name: bytes, shown: bytes) -> Iterator[Entry]:
-    links: dict[tuple[int, int], bytes] = {}
+class _Separate(dict[tuple[int, int], bytes]):
+    """Of hard links: each is a file of its own."""
+
+    def __setitem__(self, key: tuple[int, int], value: bytes) -> None:
+        pass
+
+
+def members(here: int, name: bytes, shown: bytes, *, plain: bool = False) -> Iterator[Entry]:
+    """What is `name` in the directory `here`, called `shown`. `plain`: without xattrs and hard links."""
+    links: dict[tuple[int, int], bytes] = _Separate() if plain else {}
     with ExitStack() as stack:
         info = os.stat(name, dir_fd=here, follow_symlinks=False)
         if not stat.S_ISDIR(info.st_mode):
@@ -61,18 +72,22 @@ def _members(here: int, name: bytes, shown: bytes) -> Iterator[Entry]:
                 member, body = entry(top, whole, info, links)
                 link = shown + b"/" + member.linkname if member.kind == tarout.HARDLINK else member.linkname
                 made = replace(member, name=shown + b"/" + whole, linkname=link), body
+                if plain:
+                    made = replace(made[0], xattrs={}), body
                 if stat.S_ISDIR(info.st_mode):
                     waiting[whole] = made  # right before what is in it, which the walk brings later
                 else:
                     yield made
 
 
-def read(there: int, what: str) -> None:
+def read(there: int, what: str, machine: Machine | None) -> None:
     """Make what the tar on stdin holds, compressed or not, in the directory `there`."""
     if sys.stdin.isatty():
         raise Failure(f"{what}: a tar is expected on standard input", "hint: < FILE.tar, or a pipe")
+    blocks, owners = iter(lambda: os.read(0, PIECE), b""), os.geteuid() == 0
     try:
-        unpack_stream(iter(lambda: os.read(0, PIECE), b""), there, owners=os.geteuid() == 0)
+        if machine is None or not machine.unpack(there, inflate(blocks), owners, False, what):
+            unpack_stream(blocks, there, owners=owners)
     except EngineError as error:
         where = f" ({error.at})" if error.at and error.at not in error.reason else ""
         raise Failure(f"{what}: {error.reason}{where}") from None

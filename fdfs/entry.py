@@ -105,15 +105,16 @@ class File:
     commit: Handler | None = None  # (engine, *keys, bytes): a whole document, applied at flush
     set: Handler | None = None  # (engine, *keys, str): one value, applied inside write(2)
     feed: Handler | None = None  # (engine, *keys, bytes) -> how many were taken: a stream, inside write(2)
+    opens: Handler | None = None  # (engine, *keys) -> Handle: what is written to it says what is read
     object: Handler | None = None  # (engine, *keys) -> the object whose `error` records failed writes
 
     @property
     def writable(self) -> bool:
-        return bool(self.verbs is not None or self.commit or self.set or self.feed)
+        return bool(self.verbs is not None or self.commit or self.set or self.feed or self.opens)
 
     @property
     def readable(self) -> bool:
-        return bool(self.show or self.read or self.wait or self.verbs is not None)
+        return bool(self.show or self.read or self.wait or self.opens or self.verbs is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +261,7 @@ def size_of(engine: Any, row: File, keys: Keys) -> int:
     """The true size of a virtual file in bytes; 0 for one that is only known by waiting."""
     if row.size is not None:
         return int(row.size(engine, *keys))
-    if row.wait is not None or not row.readable:
+    if row.wait is not None or row.opens is not None or not row.readable:
         return 0
     return len(render(engine, row, keys))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import AccessDenied, EngineError, InvalidArgument, NotFound, TooLarge
 from fdfs import ctl
-from fdfs.entry import BLOCK, Attr, File, Found, Keys, attr_of, render
+from fdfs.entry import BLOCK, Attr, File, Found, Handle, Keys, attr_of, render
 
 MAX_DOCUMENT = 4 << 20  # bytes a document or scratch file may hold while it is written
 MAX_SETTING = 1 << 20
@@ -310,7 +310,7 @@ class Feed:
     def close(self) -> None: ...
 
 
-def open_row(engine: Any, row: File, keys: Keys, flags: int, who: Any) -> Reader | Control | Document | Setting | Feed:
+def open_row(engine: Any, row: File, keys: Keys, flags: int, who: Any) -> Handle:
     """The handle for an open(2) of a virtual file. AccessDenied for a direction without a handler, for root too."""
     writing = flags & os.O_ACCMODE != os.O_RDONLY
     reading = flags & os.O_ACCMODE != os.O_WRONLY
@@ -318,6 +318,9 @@ def open_row(engine: Any, row: File, keys: Keys, flags: int, who: Any) -> Reader
         raise AccessDenied(f"{row.name} cannot be written")
     if reading and not row.readable:
         raise AccessDenied(f"{row.name} cannot be read")
+    if row.opens is not None:
+        handle: Handle = row.opens(engine, *keys)
+        return handle
     if row.verbs is not None:
         return Control(engine, row, keys, who)
     if writing and row.commit is not None:

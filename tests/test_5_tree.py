@@ -77,7 +77,7 @@ def test_every_row_is_documented_and_has_one_way_to_read_it() -> None:
         assert (row.doc and row.doc[0] != row.doc[0].upper()) or row.doc[:1] in "AJK0164", path
         assert "\n" not in row.doc
         if isinstance(row, File):
-            ways = [row.show, row.read, row.wait, row.verbs]
+            ways = [row.show, row.read, row.wait, row.verbs, row.opens]
             assert sum(way is not None for way in ways) == (row.feed is None), path
             assert sum(way is not None for way in (row.commit, row.set, row.verbs)) <= 1, path
             assert row.read is None or row.size is not None, path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         daemon.run("echo kill > containers/m/ctl")
 
 
-def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> None:
+def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     daemon.sh("mkdir containers/m; cd containers/m/config; echo demo:1 > image; echo vm > runtime")
     daemon.sh("printf 'sleep\\n1000\\n' > containers/m/config/command")
     # people look in all the while: nobody gets at the disk that the guest is about to have
@@ -76,6 +77,33 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest) -> N
     daemon.sh("echo 'run sh -c \"cat /new; ls -a / | grep -c fuse\"' > containers/m/exec/ctl", timeout=60)
     wait_for(lambda: daemon.run("grep . containers/m/exec/1/exit_code").returncode == 0, 60)
     assert daemon.sh("cat containers/m/exec/1/stdout") == "text\nmore\n0\n"
+    # as one stream: by the command, both ways
+    small, back = tmp_path / "small", tmp_path / "back"
+    manyfiles.make(small, 120)
+    (small / "d1/big").write_bytes(os.urandom(200_000))
+    cp = f"{sys.executable} -m fdfs cp --mount {daemon.mount}"
+    daemon.sh(f"{cp} -a {small} m:/srv/small && {cp} -a m:/srv/small {back}", timeout=120)
+    assert manyfiles.facts(back) == manyfiles.facts(small) == manyfiles.facts(place / "srv/small")
+    daemon.sh(
+        f"cd {tmp_path}; ln small/d1/big small/hard; setfattr -n user.kept -v yes small/hard; mkdir out;"
+        f" tar --format=pax --xattrs -C small -c . | {cp} - m:/d/e;"
+        f" {cp} m:/d/e - | tar --xattrs -C out -xp; mv out/e .",
+        timeout=120,
+    )
+    assert manyfiles.facts(tmp_path / "e") == manyfiles.facts(small) == manyfiles.facts(place / "d/e")
+    assert (tmp_path / "e/hard").stat().st_nlink == 2 == os.stat(place / "d/e/hard").st_nlink
+    assert os.getxattr(tmp_path / "e/hard", "user.kept") == b"yes" == os.getxattr(place / "d/e/hard", "user.kept")
+    done = daemon.run(f"{cp} {small} m:/new", timeout=60)  # a file is in the way
+    assert (done.returncode, done.stdout) == (1, ""), done
+    done = daemon.run(f"tar -C {small} -c d1 | {cp} - m:/bin/busybox", timeout=60)
+    assert done.returncode == 1 and "Not a directory" in done.stderr, done
+    daemon.sh(
+        """exec 3<>containers/m/tar; echo '{"out": "/etc", "as": "x"}' >&3; tar -t <&3 | grep -q x/group; exec 3>&-;"""
+        """ echo nonsense > containers/m/tar || grep -q 'a line of JSON expected' containers/m/error""",
+        timeout=60,
+    )
+    daemon.sh("rm -r containers/m/rootfs/srv/small; rm -r containers/m/rootfs/d/e; mkdir -p containers/m/rootfs/d/e")
+    daemon.sh("touch -d @1000 containers/m/rootfs/d/e")
     # what it changed, while it runs
     daemon.sh("cd containers/m/rootfs; rm -r srv etc/group; mkdir srv; setfattr -n user.kept -v yes d/big")
     told = daemon.sh("cat containers/m/changes").splitlines()

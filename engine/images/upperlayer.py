@@ -25,8 +25,8 @@ from engine.store.entries import OPAQUE, WHITEOUT
 from engine.store.tree import Tree
 from engine.walk import MAX_ENTRIES
 
-_OVERLAY = (b"trusted.overlay.", b"user.overlay.")
-_HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm", b"security.apparmor")
+OVERLAY = (b"trusted.overlay.", b"user.overlay.")
+HOST_ONLY = (b"security.selinux", b"security.ima", b"security.evm", b"security.apparmor")
 _NEEDS_LOWER = (b"trusted.overlay.redirect", b"trusted.overlay.metacopy")
 
 
@@ -117,6 +117,6 @@ def _xattrs(upper: Upper, path: bytes) -> dict[bytes, bytes]:
                 at=os.fsdecode(path),
                 hint="copy it inside the container, or turn redirect_dir and metacopy of overlay off",
             )
-        if not key.startswith(_OVERLAY) and key not in _HOST_ONLY:
+        if not key.startswith(OVERLAY) and key not in HOST_ONLY:
             out[key] = value
     return out

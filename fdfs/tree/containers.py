@@ -22,6 +22,7 @@ from fdfs.tree.errors import error_file
 from fdfs.tree.history import HISTORY
 from fdfs.tree.networks import CONTAINER_FILES
 from fdfs.tree.sessions import EXEC
+from fdfs.tree.tar import TAR
 from fdfs.tree.text import flat, line, stamp
 from fdfs.tree.upkeep import UPKEEP
 from fdfs.tree.usage import USAGE
@@ -399,6 +400,7 @@ CONTAINER = Dir(
         Dir(name="logs", doc="what it printed", names=_log_names, find=_log, kinds=(LOG,)),
         Dir(name="rootfs", doc="its files, live and writable", graft=rootfs, bind=rootfs_source),
         Dir(name="diff", doc="only what differs from the image, read-only", graft=diff),
+        TAR,
         File(name="changes", doc="A, M or D and a path per line, against the image", show=changes, size=changes_size),
         HISTORY,
         Dir(name="mounts", doc="volumes and bind mounts in use", names=_mount_names, find=_mount, kinds=(MOUNT,)),

@@ -10,7 +10,7 @@ static uint32_t chance(uint32_t below) { /* xorshift64* */
     return (uint32_t)((state * 0x2545f4914f6cdd1dull) >> 33) % below;
 }
 
-static const char *const keys[] = {"id", "argv", "caps", "rlimit", "mount", "size", "uid", "part", "flags", "from", "data", "cgroup", "", "="};
+static const char *const keys[] = {"id", "argv", "caps", "rlimit", "mount", "size", "uid", "part", "flags", "from", "data", "xattr", "", "="};
 static const char *const values[] = {"", "1", "-1", "ff", "18446744073709551616", "a=b", "/dev/vda", "0x10", "99999999999", "-"};
 
 static const char *key(void) { return keys[chance(300) ? chance(12) : 12 + chance(2)]; } /* the last two are none */
@@ -41,6 +41,8 @@ static void look(struct words *words) {
         number_of(words, keys[i], chance(2) ? 10 : 16, -1, &out);
         while ((value = next_value(words, keys[i], &at, &length))) {
             if (value[length]) abort(); /* each ends with a NUL */
+            struct part rest;
+            if (!named(value, length, &rest) && (rest.at <= value || rest.at + rest.length != value + length || rest.at[-1])) abort();
             int count = parts_of(value, length, part, 5);
             for (int n = 0; n < count && n < 5; n++)
                 if (part[n].at + part[n].length > value + length || part[n].at[part[n].length]) abort();

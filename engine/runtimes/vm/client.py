@@ -145,19 +145,19 @@ class AgentClient:
         try:
             for verb, words in requests:
                 pending = Pending(verb)
-                asked.append((self._request(pending, words, time.monotonic() + deadline), pending))
+                asked.append((self.request(pending, words, time.monotonic() + deadline), pending))
             while asked:
-                self._answer(*asked.popleft(), time.monotonic() + deadline)
+                self.answer(*asked.popleft(), time.monotonic() + deadline)
         finally:
             for number, pending in asked:  # nobody waits for these any more
-                self._abandon(number, pending)
+                self.abandon(number, pending)
 
     def _ask(self, pending: Pending, words: Words | None, deadline: float) -> tuple[int, Values]:
         until = time.monotonic() + deadline
-        number = self._request(pending, words, until)
-        return number, self._answer(number, pending, until)
+        number = self.request(pending, words, until)
+        return number, self.answer(number, pending, until)
 
-    def _request(self, pending: Pending, words: Words | None, until: float) -> int:
+    def request(self, pending: Pending, words: Words | None, until: float) -> int:
         payload = protocol.request(pending.verb, words)
         with self.state:
             number = self._number()
@@ -165,15 +165,15 @@ class AgentClient:
         try:
             self.send(protocol.frame(Type.REQ, number, payload), until)
         except DeadlineExceeded:
-            self._abandon(number, pending)
+            self.abandon(number, pending)
             raise
         return number
 
-    def _answer(self, number: int, pending: Pending, until: float) -> Values:
+    def answer(self, number: int, pending: Pending, until: float) -> Values:
         try:
             self.wait_for(lambda: pending.answer is not None, until, f"the agent's answer to {pending.verb}")
         except DeadlineExceeded:
-            self._abandon(number, pending)
+            self.abandon(number, pending)
             raise
         assert pending.answer is not None
         error, values = pending.answer
@@ -184,7 +184,7 @@ class AgentClient:
             raise GuestError(error, pending.verb, values.text("step"))
         return values
 
-    def _abandon(self, number: int, pending: Pending) -> None:
+    def abandon(self, number: int, pending: Pending) -> None:
         """Its answer may come yet."""
         with self.state:
             pending.abandoned = True

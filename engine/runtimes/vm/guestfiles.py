@@ -70,7 +70,7 @@ class GuestFiles:
     ) -> None:
         self._path = path
         self._connect = connect or self._dial
-        self._awake = awake
+        self.awake = awake
         self._lock = threading.Lock()  # connecting; held for as long as that takes
         self._client: AgentClient | None = None
         self._slots = threading.BoundedSemaphore(AT_ONCE)
@@ -103,7 +103,7 @@ class GuestFiles:
                 hint="it is starting or ending, or its engine was killed: read state",
             ) from error
 
-    def _connected(self) -> AgentClient:
+    def connected(self) -> AgentClient:
         client = self._client
         if client is not None and not client.closed:
             return client
@@ -130,7 +130,7 @@ class GuestFiles:
             self._lock.release()
 
     @contextmanager
-    def _slot(self, deadline: float) -> Iterator[None]:
+    def slot(self, deadline: float) -> Iterator[None]:
         with self._guard:
             mute = self._mute_until > 0
             if mute and (self._tried or time.monotonic() < self._mute_until):
@@ -161,8 +161,8 @@ class GuestFiles:
         """`late` as the client's; also when the guest was not asked."""
         not_asked = late
         try:
-            with self._slot(deadline), self._awake():
-                client = self._connected()
+            with self.slot(deadline), self.awake():
+                client = self.connected()
                 if self._done and verb in FILES:
                     with self._guard:
                         done, self._done = self._done[:MAX_DONE], self._done[MAX_DONE:]

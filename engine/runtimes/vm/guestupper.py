@@ -33,10 +33,11 @@ def as_stat(attr: Attr) -> os.stat_result:
 
 
 class GuestUpper:
-    """Of the guest that `files` reaches. With `seconds` all of it must be done within that: DeadlineExceeded."""
+    """Of the guest that `files` reaches. With `seconds` all of it must be done within that: DeadlineExceeded. `root`:
+    what else of the guest is read in the same way."""
 
-    def __init__(self, files: GuestFiles, seconds: float = 0.0) -> None:
-        self._files = files
+    def __init__(self, files: GuestFiles, seconds: float = 0.0, root: str = ROOT) -> None:
+        self._files, self._root = files, root
         self._until = time.monotonic() + seconds if seconds else float("inf")
 
     def walk(
@@ -48,7 +49,7 @@ class GuestUpper:
             path = pending.pop()
             entries: list[tuple[bytes, os.stat_result]] = []
             try:
-                for name, attr in self._files.list(ROOT, path):
+                for name, attr in self._files.list(self._root, path):
                     self._in_time()
                     count += 1
                     if count > limit:
@@ -73,19 +74,19 @@ class GuestUpper:
 
     def opaque(self, here: bytes) -> bool:
         try:
-            return OPAQUE in self._files.xattr_names(ROOT, here) and self._xattr(here, OPAQUE) == b"y"
+            return OPAQUE in self._files.xattr_names(self._root, here) and self._xattr(here, OPAQUE) == b"y"
         except OSError:
             return False
 
     def empty(self, here: bytes, name: bytes) -> bool:
-        return next(iter(self._files.list(ROOT, here + b"/" + name if here else name)), None) is None
+        return next(iter(self._files.list(self._root, here + b"/" + name if here else name)), None) is None
 
     def _xattr(self, path: bytes, name: bytes) -> bytes:
-        return self._files.call("GETXATTR", {"root": ROOT, "path": path, "name": name}).need("value")
+        return self._files.call("GETXATTR", {"root": self._root, "path": path, "name": name}).need("value")
 
     def xattrs(self, path: bytes) -> dict[bytes, bytes]:
         out: dict[bytes, bytes] = {}
-        for name in sorted(self._files.xattr_names(ROOT, path)):
+        for name in sorted(self._files.xattr_names(self._root, path)):
             try:
                 out[name] = self._xattr(path, name)
             except OSError as error:
@@ -94,17 +95,17 @@ class GuestUpper:
         return out
 
     def readlink(self, path: bytes) -> bytes:
-        return self._files.call("READLINK", {"root": ROOT, "path": path}).need("target")
+        return self._files.call("READLINK", {"root": self._root, "path": path}).need("target")
 
     def body(self, path: bytes, size: int) -> Iterator[bytes]:
         """Its first `size` bytes. Busy when there are fewer."""
-        file = self._files.open(ROOT, path, "r")
+        file = self._files.open(self._root, path, "r")
         try:
             offset = 0
             while offset < size:
                 piece = file.read(min(PIECE, size - offset), offset)
                 if not piece:
-                    raise Busy("a file became shorter while it was read", at=os.fsdecode(path), hint="commit it again")
+                    raise Busy("a file became shorter while it was read", at=os.fsdecode(path), hint="try again")
                 offset += len(piece)
                 yield piece
         finally:

@@ -50,6 +50,7 @@ char *next_value(struct words *words, const char *key, int *at, uint32_t *length
 int number_of(struct words *words, const char *key, int base, long long fallback, long long *out); /* errno */
 int number(const char *text, int base, long long *out);                                            /* errno */
 int parts_of(char *value, uint32_t length, struct part *parts, int most);                          /* their number */
+int named(char *value, uint32_t length, struct part *rest); /* NAME NUL REST, whatever is in that; errno */
 
 /* frame.c: an answer being built. One per thread. */
 struct answer {

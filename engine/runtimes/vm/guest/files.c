@@ -422,7 +422,9 @@ static int do_open(struct worker *w) {
     if (fd < 0 && (fd = open_existing(w, flags)) < 0) return errno;
     if ((error = answer_attr(w, fd, ""))) return close(fd), error;
     struct stat info;
-    if (early && !fstat(fd, &info) && info.st_size <= early && (error = read_some(w, fd, 0, early))) return close(fd), error;
+    if (early && !fstat(fd, &info) && info.st_size <= early) {
+        if ((error = read_some(w, fd, 0, early)) || value_of(&w->words, "whole", NULL)) return close(fd), error;
+    }
     if ((error = handle_add(fd, &handle))) return error;
     answer_text(&w->answer, "handle", "%lld", handle);
     return 0;
@@ -644,6 +646,110 @@ static int with_object(struct worker *w, const char *verb, int fd) {
     return setxattr(link, name, value, length, a) ? errno : 0;
 }
 
+/* MAKE: a member of an archive, all of it, below the folder `at`, from which no link is followed. */
+static int below(int base, const char *path, const char **name) {
+    char copy[4096];
+    struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
+    strcpy(copy, path);
+    char *slash = strrchr(copy, '/');
+    if (slash) *slash = 0;
+    *name = slash ? path + (slash - copy) + 1 : path;
+    if (!**name || !strcmp(*name, ".") || !strcmp(*name, "..")) return errno = EINVAL, -1;
+    return syscall(SYS_openat2, base, slash && *copy ? copy : ".", &how, sizeof how);
+}
+
+static int dress(struct words *words, int fd, mode_t mode) {
+    struct timespec times[2];
+    uint32_t length;
+    int error = own_open(words, fd, mode & 07777), at = 1;
+    for (char *name; !error && (name = next_value(words, "xattr", &at, &length));) {
+        struct part value;
+        if (named(name, length, &value)) return EINVAL;
+        if (fsetxattr(fd, name, value.at, value.length, 0)) error = errno;
+    }
+    if (!error && (one_time(words, "mtime", times) || one_time(words, "mtime", times + 1))) error = EINVAL;
+    return error ? error : futimens(fd, times) ? errno : 0;
+}
+
+static int make_open(struct worker *w, int parent, const char *name, mode_t mode, int dresses) {
+    uint32_t length, have = 0;
+    struct stat info;
+    char *data = value_of(&w->words, "data", &length);
+    int flags = (dresses ? O_RDONLY | (S_ISDIR(mode) ? O_DIRECTORY : 0) : O_WRONLY | O_CREAT | O_EXCL) | O_NONBLOCK | O_NOCTTY | O_NOFOLLOW | O_CLOEXEC;
+    int fd = openat(parent, name, flags, 0600), error = 0;
+    if (fd < 0) return errno;
+    if (fstat(fd, &info)) error = errno;
+    else if ((info.st_mode ^ mode) & S_IFMT) error = ESTALE;
+    while (!error && data && !dresses && have < length) {
+        ssize_t count = write(fd, data + have, length - have);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) error = count ? errno : EIO;
+        else have += count;
+    }
+    if (!error) error = dress(&w->words, fd, mode);
+    close(fd);
+    return error;
+}
+
+static int make_one(struct worker *w, int base, int parent, const char *name, mode_t mode) {
+    struct words *words = &w->words;
+    struct timespec times[2];
+    uint32_t length;
+    long long major_, minor_;
+    const char *last;
+    char *path = path_of(words, "link");
+    if (path) {
+        int there = below(base, path, &last), error = there < 0 ? errno : 0;
+        if (!error && linkat(there, last, parent, name, 0)) error = errno;
+        if (there >= 0) close(there);
+        return error;
+    }
+    if (value_of(words, "link", NULL)) return EINVAL;
+    if (S_ISREG(mode)) return make_open(w, parent, name, mode, 0);
+    if (S_ISLNK(mode)) {
+        char *target = value_of(words, "target", &length);
+        if (!target || strlen(target) != length) return EINVAL;
+        if (symlinkat(target, parent, name)) return errno;
+    } else {
+        if (number_of(words, "rdev_major", 10, 0, &major_) || number_of(words, "rdev_minor", 10, 0, &minor_)) return EINVAL;
+        if (mknodat(parent, name, (mode & S_IFMT) | 0600, makedev(major_, minor_))) return errno;
+    }
+    int error = own(words, parent, name, !S_ISLNK(mode), mode);
+    if (!error && (one_time(words, "mtime", times) || one_time(words, "mtime", times + 1))) error = EINVAL;
+    return error ? error : utimensat(parent, name, times, AT_SYMLINK_NOFOLLOW) ? errno : 0;
+}
+
+static int make_folder(struct worker *w, int parent, const char *name, mode_t mode) {
+    struct stat info;
+    if (!mkdirat(parent, name, mode & 07777)) return answer_text(&w->answer, "made", "1"), 0;
+    if (errno != EEXIST) return errno;
+    if (fstatat(parent, name, &info, AT_SYMLINK_NOFOLLOW)) return errno;
+    return S_ISDIR(info.st_mode) ? 0 : ENOTDIR;
+}
+
+static int do_make(struct worker *w) {
+    long long mode;
+    const char *name = ".";
+    char *at = path_of(&w->words, "at"), *path = path_of(&w->words, "path");
+    int dresses = value_of(&w->words, "dress", NULL) != NULL;
+    if (!at || !path || !value_of(&w->words, "mode", NULL) || number_of(&w->words, "mode", 8, 0, &mode)) return EINVAL;
+    if (dresses ? !S_ISREG(mode) && !S_ISDIR(mode) : !strchr("\001\002\004\006\010\012", (mode & S_IFMT) >> 12) || !(mode & S_IFMT)) return EINVAL;
+    int root = root_of(&w->words);
+    if (root < 0) return errno;
+    int base = resolve(root, at, O_PATH | O_DIRECTORY, 0), error = base < 0 ? errno : 0;
+    close(root);
+    if (error) return error;
+    int itself = dresses && !*path, parent = itself ? base : below(base, path, &name);
+    if (parent < 0) error = errno;
+    else if (dresses) error = make_open(w, parent, name, mode, 1);
+    else if (S_ISDIR(mode)) error = make_folder(w, parent, name, mode);
+    else if ((error = make_one(w, base, parent, name, mode)) == EEXIST) /* it takes the place of what is there */
+        error = unlinkat(parent, name, 0) ? errno : make_one(w, base, parent, name, mode);
+    if (parent >= 0 && !itself) close(parent);
+    close(base);
+    return error;
+}
+
 static const char *const by_name[] = {"MKNOD", "MKDIRAT", "SYMLINK", "UNLINK", "RMDIR", NULL};
 static const char *const by_object[] = {"CHMOD", "CHOWN", "UTIMENS", "STATFS", "GETXATTR", "LISTXATTR", "SETXATTR", "REMOVEXATTR", NULL};
 static const struct {
@@ -653,7 +759,7 @@ static const struct {
 static const struct {
     const char *verb;
     int (*run)(struct worker *);
-} others[] = {{"STAT", do_stat}, {"LIST", do_list}, {"READLINK", do_readlink}, {"OPEN", do_open}, {"TRUNCATE", do_truncate}, {"SCRATCH", do_scratch}, {NULL, NULL}};
+} others[] = {{"STAT", do_stat}, {"LIST", do_list}, {"READLINK", do_readlink}, {"OPEN", do_open}, {"TRUNCATE", do_truncate}, {"SCRATCH", do_scratch}, {"MAKE", do_make}, {NULL, NULL}};
 
 static int one_of(const char *const *list, const char *verb) {
     while (*list && strcmp(*list, verb)) list++;

@@ -86,6 +86,13 @@ int parts_of(char *value, uint32_t length, struct part *parts, int most) {
     }
 }
 
+int named(char *value, uint32_t length, struct part *rest) {
+    char *stop = memchr(value, 0, length);
+    if (!stop || stop == value) return EINVAL;
+    *rest = (struct part){stop + 1, value + length - stop - 1};
+    return 0;
+}
+
 void answer_begin(struct answer *answer) {
     answer->used = sizeof(struct header) + 4;
     answer->overflow = 0;
