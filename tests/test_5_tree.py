@@ -14,7 +14,7 @@ from engines import SMALL, add_image
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import host
+from engine import host, hostmounts
 from engine.engine import Engine
 from engine.errors import AccessDenied, Busy, EngineError, InvalidArgument, NotFound, TooLarge
 from fdfs import ctl
@@ -375,13 +375,13 @@ def test_nothing_is_made_below_what_was_mounted(tmp_path: Path) -> None:
     """A disk that a guest has got by now: what is made in the directory it was mounted on would never be seen again."""
     root = tmp_path / "merged"
     root.mkdir()
-    host.mount("tmpfs", root, "tmpfs", 0)
+    hostmounts.mount("tmpfs", root, "tmpfs", 0)
     try:
         tree = Loopback(root, writable=lambda: True, mounted=True)
         tree.change("create", b"here", 0o644, os.O_RDWR).close()
         assert not tree.gone() and [name for name, _, _ in tree.readdir(b"")] == [b"here"]
     finally:
-        host.unmount(root)
+        hostmounts.unmount(root)
     assert tree.gone()
     for operation, *arguments in (("create", 0o644, os.O_RDWR), ("mkdir", 0o755)):
         with pytest.raises(Busy, match="handed over"):
