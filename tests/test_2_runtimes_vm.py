@@ -70,7 +70,8 @@ def test_its_disk_keeps_what_it_wrote_and_nothing_outlives_its_owner(bench: Benc
     owner, qemu = bench.runtime.status(id).pid, qemu_of(bench, id)
     assert owner
     os.kill(owner, signal.SIGKILL)
-    assert bench.end().exit_code == 137
+    end = bench.end()
+    assert end.exit_code == 137 and f"process {owner} of this host" in end.reason and "not the container" in end.reason
     gone(bench, qemu)
 
 

@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from engine.errors import Busy, DeadlineExceeded, EngineError, InvalidArgument, 
 from engine.kernels import Kernels
 from engine.mountspec import Consistency
 from engine.netconfig import HOST
-from engine.runtimes import conmon, foreign
-from engine.runtimes.base import Probe, RunSpec, State, Status
+from engine.runtimes import conmon, foreign, pids
+from engine.runtimes.base import Exit, Probe, RunSpec, State, Status
 from engine.runtimes.calls import find_monitor, first_line, program
 from engine.runtimes.conmon import Facts
 from engine.runtimes.netfiles import NetworkMode
@@ -57,6 +58,7 @@ from engine.runtimes.vm import (
 )
 from engine.runtimes.vm.client import GuestError
 from engine.runtimes.vm.guestsetup import MAIN
+from engine.runtimes.vm.owner import GONE, SOCKET
 from engine.runtimes.vm.pausing import Pausing
 from engine.runtimes.vm.templatemaker import Makers
 
@@ -68,6 +70,7 @@ WRITTEN_SECONDS = 7.0  # for it to end after that, its disk written out; less th
 START_SECONDS = 60.0  # with the networks to be set up
 LATER_SECONDS = 0.5  # after a start: until then the CPUs are the container's
 NET_SECONDS = 15.0  # for one interface of a running guest
+MAYBE = "for want of memory, if it was the kernel: dmesg tells"
 NICS = 4  # of a machine in networks, at least: one that runs takes no more; microvm without ACPI has room for these
 
 
@@ -232,7 +235,10 @@ class VmRuntime(OciRuntime):
     def signal(self, id: str, signum: int) -> None:
         """SIGKILL is for the container's process in the guest, whose file systems are then written out as after any
         end: what a killed process has written is not lost with the machine. A machine that does not do so is killed."""
-        if signum != signal.SIGKILL or self.status(id).state is not State.RUNNING:
+        state = self.status(id).state
+        if signum == signal.SIGKILL and state is State.PAUSED:
+            self._note(id, "killed while it was paused, with its virtual machine")
+        if signum != signal.SIGKILL or state is not State.RUNNING:
             super().signal(id, signum)
             return
         facts = self._expect(id, State.RUNNING)
@@ -244,18 +250,34 @@ class VmRuntime(OciRuntime):
                 link.close()
         except (EngineError, OSError) as error:
             log.info("container %s: its machine is killed: %s", id[:12], error)
-            with contextlib.suppress(OSError):  # a full disk: it is in the daemon's log
-                self._files(id).reason.write_text(f"killed with its virtual machine, which did not do it: {error}")
+            self._note(id, f"killed with its virtual machine, which did not do it: {error}")
             super().signal(id, signum)
             return
 
         def insist() -> None:
+            if pids.start_time(facts.pid) != facts.pid_start:
+                return  # as it should
+            self._note(id, f"killed with its virtual machine, which did not end within {WRITTEN_SECONDS:g} s")
             with contextlib.suppress(EngineError):  # it has ended
                 conmon.send_signal(facts.pid, facts.pid_start, signal.SIGKILL, "container")
 
         timer = threading.Timer(WRITTEN_SECONDS, insist)
         timer.daemon = True
         timer.start()
+
+    def _note(self, id: str, reason: str) -> None:
+        """Why it ends, for `_finish`."""
+        with contextlib.suppress(OSError):  # a full disk: it is in the daemon's log
+            self._files(id).reason.write_text(reason)
+
+    def _finish(self, id: str) -> Exit:
+        """As every driver; 137 is told apart: an owner that was killed leaves its socket, and nobody's words."""
+        end = super()._finish(id)
+        if end.exit_code == GONE and not end.reason and (self._vm(id) / SOCKET).exists():
+            facts = self._facts(self._files(id))
+            who = f"process {facts.pid} of this host, which owned" if facts else "the process that owned"
+            end = replace(end, reason=f"{who} its virtual machine, was killed, not the container; {MAYBE}")
+        return end
 
     def _end(self, facts: Facts, id: str) -> bool:
         ended = super()._end(facts, id)

@@ -47,6 +47,7 @@ MOUNT_SECONDS = 30.0  # for the guest to answer one request while it sets itself
 DISK_SECONDS = 5.0  # for the host to let go of the disk
 CONSOLE_KEPT = 16 << 10  # bytes of the guest's last console output
 TCG = "tcg"  # accel.Accelerator.TCG
+SOCKET = "agent.sock"  # the relay's
 GONE = 137  # exit code when the machine ended under the container: as if it had been killed
 
 
@@ -306,7 +307,7 @@ class Owner:
         (self.place / "accelerator").write_text(
             self.plan["machine"]["accelerator"]
         )  # which may be another than planned
-        self.relay.listen(self.place / "agent.sock")
+        self.relay.listen(self.place / SOCKET)
         clock.keep(self.link, self.place)
 
     def wait(self, out: int, err: int) -> NoReturn:
@@ -353,6 +354,7 @@ class Owner:
         self.qemu = self._guard = None
         if self.way is not None:
             self.way.close()
+        (self.place / SOCKET).unlink(missing_ok=True)  # left behind by one that was killed: driver.py, _finish
 
     def _note(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk: the exit code still says that it ended
