@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import IO
 
 from engine import host
-from engine.errors import Busy, InvalidArgument, NotFound, TooLarge, Unsupported
+from engine.errors import AccessDenied, Busy, InvalidArgument, NotFound, TooLarge, Unsupported
 
 MAX_ADDRESS = 104  # bytes of sockaddr_un.sun_path on macOS, its NUL included
+SHORT = Path("/tmp")  # not $TMPDIR, which is long on macOS
 
 
 def read(text: str, field: str, limit: int) -> bytes:
@@ -93,7 +94,7 @@ def socket_address(path: Path) -> Iterator[str]:
     macOS), a path may be longer. FileNotFoundError without its directory.
 
     Linux reaches the directory by a descriptor; elsewhere a short link in the runtime directory leads there
-    and stays.
+    and stays, in /tmp where that directory's own path is too long. AccessDenied when that is somebody else's.
     """
     if host.LINUX:
         with host.directory_fd(path.parent) as place:
@@ -104,9 +105,16 @@ def socket_address(path: Path) -> Iterator[str]:
         return
     import hashlib  # takes a while, and few need it
 
+    name = hashlib.sha256(os.fsencode(path.parent)).hexdigest()[:12]
     links = host.runtime_dir() / "s"
+    if len(os.fsencode(links / name / path.name)) >= MAX_ADDRESS:
+        links = SHORT / f"dutchman-{os.geteuid()}-s"
     links.mkdir(mode=0o700, parents=True, exist_ok=True)
-    link = links / hashlib.sha256(os.fsencode(path.parent)).hexdigest()[:12]
+    info = os.lstat(links)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        hint = "somebody made it first: remove it, or have a shorter XDG_RUNTIME_DIR"
+        raise AccessDenied(f"{links}, where sockets of long paths are reached, is not yours alone", hint=hint)
+    link = links / name
     with suppress(FileExistsError):  # made for the same directory
         link.symlink_to(path.parent)
     yield str(link / path.name)

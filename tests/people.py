@@ -45,7 +45,10 @@ class Person:
         os.chown(self.home, self.uid, self.gid)
         self.mount = self.home / "FlyingDutchman"
         self.store = self.home / ".local/share/dutchman"
-        self.runtime = Path(tempfile.gettempdir()) / f"dutchman-{self.uid}"
+        place = base / ("run" * 30)  # longer than an address of a socket may be: none may depend on it
+        place.mkdir(exist_ok=True)
+        place.chmod(0o1777)
+        self.runtime = place / f"dutchman-{self.uid}"
         self.group: Path | None = None  # the cgroup their shells are in; None: where the test is
 
     def _id(self, flag: str) -> str:
@@ -57,6 +60,7 @@ class Person:
             "HOME": str(self.home),
             "USER": self.name,
             "LC_ALL": "C.UTF-8",
+            "XDG_RUNTIME_DIR": str(self.runtime.parent),
             "PATH": f"{self.base / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": f"{self.base / 'project'}:{self.base / 'packages'}",
             "PYTHONDONTWRITEBYTECODE": "1",

@@ -14,7 +14,7 @@ def test_every_module_can_be_imported_and_finds_its_places() -> None:
 import os, platform, shutil, tempfile
 from pathlib import Path
 from engine import doctor, hostfiles, hostmounts, programs
-from engine.errors import Unsupported
+from engine.errors import AccessDenied, Unsupported
 from engine.runtimes import select
 from engine.runtimes.base import parse_signal
 from engine.runtimes.vm import accel, qemu
@@ -83,6 +83,21 @@ with tempfile.TemporaryDirectory() as place:
                 server.bind(address)
             assert (deep / "agent.sock").exists()
             os.unlink(deep / "agent.sock")
+    short = hostfiles.SHORT = Path(place, "short")
+    os.environ["XDG_RUNTIME_DIR"] = str(Path(place, "r" * 90))  # no link in there would be short enough
+    for _ in range(2):
+        with hostfiles.socket_address(deep / "agent.sock") as address:
+            assert address.startswith(f"{short}/dutchman-{os.geteuid()}-s/"), address
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(address)
+            os.unlink(deep / "agent.sock")
+    (links,) = short.iterdir()
+    links.chmod(0o755)
+    try:
+        with hostfiles.socket_address(deep / "agent.sock"):
+            raise AssertionError
+    except AccessDenied as error:
+        assert "yours alone" in str(error) and "XDG_RUNTIME_DIR" in error.hint
 print("right")
 """
     )

@@ -26,6 +26,7 @@ from typing import Any
 
 from engine import host
 from engine.errors import Busy, RuntimeFailure, Unsupported
+from engine.hostfiles import socket_address
 from engine.programs import find, run_helper
 from engine.runtimes import rootless
 from engine.runtimes.pids import ended, open_process, start_time
@@ -130,11 +131,17 @@ class Uplink:
             self._shield()
             said, say = os.pipe()
             argv = [rootless.tool("slirp4netns") or "slirp4netns", "--configure", f"--mtu={MTU}"]
-            argv += ["--ready-fd", str(say), "--api-socket", str(self._socket)]
+            argv += ["--ready-fd", str(say), "--api-socket", self._socket.name]
             argv += ["--netns-type=path", self.namespace(), "tap0"]
             with open(self._directory / "slirp.log", "wb") as words:
                 process = subprocess.Popen(
-                    argv, stdin=subprocess.DEVNULL, stdout=words, stderr=words, pass_fds=[say], start_new_session=True
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=words,
+                    stderr=words,
+                    cwd=self._directory,  # the address of a socket is short
+                    pass_fds=[say],
+                    start_new_session=True,
                 )
             os.close(say)
             with os.fdopen(said, "rb", buffering=0) as pipe:
@@ -215,9 +222,9 @@ class Uplink:
     def _ask(self, verb: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
         order = {"execute": verb} | ({"arguments": arguments} if arguments else {})
         try:
-            with socket.socket(socket.AF_UNIX) as asking:
+            with socket.socket(socket.AF_UNIX) as asking, socket_address(self._socket) as address:
                 asking.settimeout(SECONDS)
-                asking.connect(str(self._socket))
+                asking.connect(address)
                 asking.sendall(json.dumps(order).encode())
                 asking.shutdown(socket.SHUT_WR)
                 data = b""

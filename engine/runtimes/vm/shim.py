@@ -51,14 +51,17 @@ def parse(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def connect(place: Path) -> AgentClient:
-    """To the agent through the owner of the machine whose files are at `place`. NotFound when it does not run."""
+    """To the agent through the owner of the machine whose files are at `place`. NotFound when it does not run,
+    RuntimeFailure when its socket cannot be used."""
     client = socket.socket(socket.AF_UNIX)
     try:
         with hostfiles.socket_address(place / "agent.sock") as address:
             client.connect(address)
-    except OSError as error:
+    except (EngineError, OSError) as error:
         client.close()
-        raise NotFound("the virtual machine does not run") from error
+        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            raise NotFound("the virtual machine does not run") from error
+        raise RuntimeFailure(f"the virtual machine cannot be reached at {place / 'agent.sock'}: {error}") from error
     return AgentClient(client, deadline=GREETING)
 
 
