@@ -3,7 +3,7 @@
 Floor 2. Same sources and compiler, same bytes. Built once per sources, compiler and architecture, into a cache of the
 caller. Thread- and process-safe: one builds at a time, the others wait for it; made aside, renamed into place; what one
 that was killed has left is removed by the next, and its compiler ends with it. Deterministic: no paths, times or build
-ids inside.
+ids inside. Those of other releases are removed but for the last few; what another process uses has its shared flock(2).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +34,10 @@ FLAGS = ("-static", "-Os", "-s", "-std=gnu11", "-Wall", "-fno-sanitize=all", "-g
 DEADLINE = 600  # seconds: the first build of an architecture makes its C library too
 LOOK = 0.5  # seconds between two looks at the compiler, or at who builds
 ASIDE, LOCK = ".agent-", ".lock"
+KEEP = 4  # agents of an architecture: going back to another release need not build again
+
+_guard = threading.Lock()
+_held: dict[Path, int] = {}  # what this process uses -> a descriptor with the lock; for as long as it lives
 
 
 def compiler() -> str:
@@ -78,8 +84,51 @@ def build(
     `tell` hears what is waited for; `check_on` is called often, to end it by raising.
     """
     check(architecture, cache)
-    if (found := built(architecture, cache)) is not None:
-        return found
+    while True:
+        found = built(architecture, cache) or _make(architecture, cache, tell, check_on)
+        if _hold(found):
+            return found
+
+
+def _hold(agent: Path) -> bool:
+    """Nobody removes it while this process lives. False when somebody has."""
+    with _guard:
+        try:
+            fd = os.open(agent, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        now, old = os.fstat(fd), _held.get(agent)
+        if now.st_nlink == 0 or (old is not None and os.path.sameopenfile(old, fd)):
+            os.close(fd)
+            return now.st_nlink > 0
+        if old is not None:
+            os.close(old)
+        _held[agent] = fd
+        with suppress(OSError):  # a cache that is not to be written to
+            os.utime(agent)  # it is the one used last
+    prune(agent.parent)
+    return True
+
+
+def prune(cache: Path) -> None:
+    """Remove agents of other sources, but for the last KEEP of an architecture and those in use."""
+    found: list[tuple[int, Path]] = []
+    for path in cache.glob("agent-*"):
+        with suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime_ns, path))
+    kept: Counter[str] = Counter()
+    for _, path in sorted(found, reverse=True):
+        _, architecture, sources, *_ = path.name.split("-")
+        kept[architecture] += 1
+        if kept[architecture] <= KEEP or sources == build_id():
+            continue
+        with suppress(FileNotFoundError, BlockingIOError, PermissionError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _make(architecture: str, cache: Path, tell: Callable[[str], None], check_on: Callable[[], None]) -> Path:
     version = compiler()
     target = cache / f"agent-{architecture}-{build_id()}-{version}"
     cache.mkdir(parents=True, exist_ok=True)
