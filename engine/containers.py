@@ -15,13 +15,11 @@ import logging
 import os
 import random
 import signal as signals
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from engine import fields, host, lifecycle, updates
-from engine.attach import check_mounts
+from engine import configcheck, fields, host, lifecycle, updates
 from engine.changes import changes
 from engine.config import ContainerConfig
 from engine.connections import Connections
@@ -34,11 +32,9 @@ from engine.failures import Failures
 from engine.guests import Guests
 from engine.health import HealthChecks, machine_changed
 from engine.images.catalog import Images
-from engine.images.manifests import parse_platform
-from engine.images.reference import parse as parse_reference
 from engine.lifecycle import ALIVE, State, Verb
 from engine.logs import ContainerLogs
-from engine.logsopen import Recent
+from engine.logsopen import OpenLogs
 from engine.meters import Meters
 from engine.model import check_name
 from engine.monitor import Monitor
@@ -48,9 +44,7 @@ from engine.names import random_name
 from engine.processes import Process
 from engine.records import PINNED, Container, Records
 from engine.restarts import Restarts
-from engine.runtimes.base import Mount, check_names_of_host, parse_signal
-from engine.runtimes.select import NAMES as RUNTIMES
-from engine.runtimes.spec import capabilities
+from engine.runtimes.base import Mount, parse_signal
 from engine.runtimes.vm.guestupper import CHANGES_SECONDS
 from engine.scheduler import Clock
 from engine.sessions import Sessions
@@ -88,9 +82,7 @@ class Containers:
         self._volumes = volumes
         self._mounts = mounts
         self._connections = connections
-        self._guard = threading.Lock()  # of the logs
-        self._logs: dict[str, ContainerLogs] = {}
-        self._recent = Recent()
+        self._logs = OpenLogs[str]()  # by id
         self._workers = Workers(failures)
         self.records = Records(meta, journal)
         self.execution = Execution(store, meta, self.records, images, volumes, mounts, trees, drivers, connections)
@@ -137,19 +129,17 @@ class Containers:
         return self.records.wait(self.get(name).id, until, timeout)
 
     def logs(self, name: str) -> ContainerLogs:
-        if name.startswith(PINNED) and (known := self._logs.get(name[1:])) is not None:  # who follows asks often
-            return self._recent.used(known)
+        if name.startswith(PINNED) and (known := self._logs.known(name[1:])) is not None:  # who follows asks often
+            return known
         return self._logs_of(self.get(name).id)
 
     def _logs_of(self, id: str) -> ContainerLogs:
-        with self._guard:
-            logs = self._logs.get(id)
-            if logs is None:
-                directory = self._root / id / "logs"
-                if not directory.is_dir():
-                    raise NotFound("the container has no logs")
-                logs = self._logs[id] = ContainerLogs(directory)
-        return self._recent.used(logs)
+        if (known := self._logs.known(id)) is not None:
+            return known
+        directory = self._root / id / "logs"
+        if not directory.is_dir():
+            raise NotFound("the container has no logs")
+        return self._logs.open(id, directory)
 
     def rootfs(self, name: str) -> Path:
         """The merged root filesystem, mounted when it is not yet; live and writable whether it runs or not.
@@ -205,7 +195,7 @@ class Containers:
         """A container in state created. AlreadyExists when the name is taken; NotFound for an image not here."""
         check_name(name, "container")
         config = config or fields.validated({})
-        self._check(config)
+        configcheck.check(config)
         if config.image:
             self.execution.find_image(config)
         return self.records.create(name, config, self._make_directory)
@@ -250,36 +240,11 @@ class Containers:
         return self._configure(name, lambda now: fields.with_field(now.config, field, text))
 
     def _configure(self, name: str, new: Callable[[Container], ContainerConfig]) -> Container:
-        return updates.configure(self.records, self.execution, self.get(name).id, new, self._check)
+        return updates.configure(self.records, self.execution, self.get(name).id, new)
 
     def rename(self, name: str, to: str) -> Container:
         """Give it another name; it may run. AlreadyExists when that is taken."""
         return self.records.rename(self.get(name).id, check_name(to, "container"))
-
-    def _check(self, config: ContainerConfig) -> None:
-        """What can be said of a config before it runs. InvalidArgument names the field."""
-        if config.image:
-            try:
-                parse_reference(config.image)
-            except InvalidArgument as error:
-                raise InvalidArgument(f"image: {error.reason}", at=error.at or config.image, hint=error.hint) from error
-        if config.platform:
-            parse_platform(config.platform)
-        if config.stop_signal:
-            try:
-                parse_signal(config.stop_signal)
-            except InvalidArgument as error:
-                raise InvalidArgument(f"stop_signal: {error.reason}", at=error.at, hint=error.hint) from error
-        if config.runtime and config.runtime not in RUNTIMES:
-            raise InvalidArgument(
-                f"runtime: unknown runtime {config.runtime!r}", at=config.runtime, hint=f"one of {', '.join(RUNTIMES)}"
-            )
-        check_names_of_host(config.hostname or "", config.domainname or "")
-        capabilities(config)
-        for path in config.env_file:
-            if not Path(path).expanduser().is_absolute():
-                raise InvalidArgument(f"env_file: {path}: an absolute path expected", at=path)
-        check_mounts(config)
 
     # --- verbs --------------------------------------------------------------------------------------------------
 
@@ -385,11 +350,7 @@ class Containers:
             self.execution.driver_of(container).delete(id)
             self._connections.release(id)
             self._mounts.forget(id)
-            with self._guard:
-                logs = self._logs.pop(id, None)
-            if logs is not None:
-                self._recent.forget(logs)
-                logs.close()
+            self._logs.drop(id)
             aside = self._tmp / f"removed-{id}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self._root / id, aside)
@@ -435,11 +396,7 @@ class Containers:
         self.meters.close()
         self.guests.close()
         self._workers.join(max(0.0, deadline - time.monotonic()))
-        with self._guard:
-            logs = list(self._logs.values())
-            self._logs.clear()
-        for item in logs:
-            item.close()
+        self._logs.close()
 
     def discard_directory(self, id: str) -> None:
         """Delete the directory of a container that has no row."""

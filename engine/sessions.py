@@ -31,7 +31,7 @@ from engine.execution import COULD_NOT_START, Execution, one_line, start_failure
 from engine.failures import Failures
 from engine.lifecycle import State
 from engine.logs import ContainerLogs
-from engine.logsopen import Recent
+from engine.logsopen import OpenLogs
 from engine.records import Container, Records
 from engine.runtimes import base
 from engine.runtimes.base import Exit, parse_signal
@@ -59,8 +59,7 @@ class Sessions:
         self._execution = execution
         self._changed = threading.Condition()  # guards what is below
         self._table: dict[str, dict[int, Session]] = {}
-        self._logs: dict[tuple[str, int], ContainerLogs] = {}
-        self._recent = Recent()
+        self._logs = OpenLogs[tuple[str, int]]()  # by container and number
         self._locks: dict[tuple[str, int], threading.RLock] = {}
         self._timers: dict[tuple[str, int], threading.Timer] = {}  # of those that wait for their `start`
         self._closing = False
@@ -99,13 +98,11 @@ class Sessions:
         """What it printed: at most sessions.LOG_LIMIT bytes of log, from the start on."""
         session = self.get(name, number)
         key = session.container, number
-        with self._changed:
-            if key not in self._logs:
-                directory = self._directory(*key) / "logs"
-                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._logs[key] = ContainerLogs(directory)
-            logs = self._logs[key]
-        return self._recent.used(logs)
+        if (known := self._logs.known(key)) is not None:
+            return known
+        directory = self._directory(*key) / "logs"
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self._logs.open(key, directory)
 
     def attach_path(self, name: str, number: int) -> Path | None:
         """Where its input and output can be had at once; None when it is over or its driver has no such thing."""
@@ -338,7 +335,7 @@ class Sessions:
                 self._driver(session).delete(id, session.number)
             except (EngineError, OSError) as error:
                 log.warning("%s was not cleared: %s", session.object, error)
-            self._close_log((id, session.number))
+            self._logs.drop((id, session.number))
             self._failures.clear(session.object)
         self._failures.clear(f"container/{id}/exec")
         with self._meta.tx() as db:
@@ -348,9 +345,7 @@ class Sessions:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            logs, self._logs = list(self._logs.values()), {}
-        for item in logs:
-            item.close()
+        self._logs.close()
 
     # --- pieces -------------------------------------------------------------------------------------------------
 
@@ -392,16 +387,9 @@ class Sessions:
             if self._table.get(session.container, {}).pop(session.number, None) is None:
                 return  # another thread does
             self._locks.pop(key, None)
-        self._close_log(key)
+        self._logs.drop(key)
         self._failures.clear(session.object)
         host.remove_tree(self._directory(*key))
-
-    def _close_log(self, key: tuple[str, int]) -> None:
-        with self._changed:
-            logs = self._logs.pop(key, None)
-        if logs is not None:
-            self._recent.forget(logs)
-            logs.close()
 
     def _drop_oldest(self, id: str) -> None:
         with self._changed:

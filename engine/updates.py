@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from engine import fields
+from engine import configcheck, fields
 from engine.config import ContainerConfig
 from engine.errors import Busy, EngineError
 from engine.execution import Execution
@@ -23,10 +23,9 @@ AT_REST = (State.CREATED, State.STOPPED)
 UPDATABLE = (State.RUNNING, State.PAUSED)
 PATIENCE = 5.0  # seconds an update waits for another command on the container
 New = Callable[[Container], ContainerConfig]
-Check = Callable[[ContainerConfig], None]
 
 
-def configure(records: Records, execution: Execution, id: str, new: New, check: Check) -> Container:
+def configure(records: Records, execution: Execution, id: str, new: New) -> Container:
     """Replace the config of a container by what `new` makes of it.
 
     Busy for what cannot change in its state; InvalidArgument or RuntimeFailure when limits cannot be applied to what
@@ -34,13 +33,13 @@ def configure(records: Records, execution: Execution, id: str, new: New, check: 
     """
     now = records.by_id(id)
     if now.state not in UPDATABLE or Resources.of(new(now)) == Resources.of(now.config):
-        return records.configure(id, _change(new, check, None))
+        return records.configure(id, _change(new, None))
     with execution.locked(id, PATIENCE):
         now = records.by_id(id)
         if now.state not in UPDATABLE:
-            return records.configure(id, _change(new, check, None))
+            return records.configure(id, _change(new, None))
         before, after = Resources.of(now.config), Resources.of(new(now))
-        change = _change(new, check, after)
+        change = _change(new, after)
         change(now)  # all that can be refused is refused before anything is applied
         driver = execution.driver_of(now)
         driver.update(id, after)
@@ -54,14 +53,14 @@ def configure(records: Records, execution: Execution, id: str, new: New, check: 
             raise
 
 
-def _change(new: New, check: Check, applied: Resources | None) -> New:
+def _change(new: New, applied: Resources | None) -> New:
     """The change with its checks. `applied`: the limits a running container has been given already."""
 
     def change(now: Container) -> ContainerConfig:
         config = new(now)
         if config == now.config:
             return config
-        check(config)
+        configcheck.check(config)
         if now.state not in AT_REST:
             live = fields.LIVE | (fields.RESOURCES if Resources.of(config) == applied else frozenset())
             for field in fields.FIELDS:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from engine.errors import InvalidArgument, NotFound
 from engine.logformat import JSONL, STDERR, STDOUT, VIEWS, measure, parse, render
 from engine.logs import ContainerLogs, mend
-from engine.logsopen import Recent
+from engine.logsopen import OpenLogs
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 HEAD = b"2026-03-25T13:20:42.%09d+00:00 %s %s "
@@ -510,18 +510,19 @@ def test_a_reader_and_a_burst_with_rotation_at_once(tmp_path: Path) -> None:
 
 
 def test_only_the_logs_used_last_keep_files_open(tmp_path: Path) -> None:
-    recent, many = Recent(8), []
+    several = OpenLogs[int](8)
     for number in range(40):
         directory = tmp_path / str(number)
         directory.mkdir()
         (directory / "ctr.log").write_bytes(record(number, b"stdout", False, b"%d" % number))
-        many.append(ContainerLogs(directory))
     before = len(os.listdir("/dev/fd"))
-    for logs in many:
-        assert recent.used(logs).size(STDOUT) > 0
+    for number in range(40):
+        assert several.known(number) is None
+        assert several.open(number, tmp_path / str(number)).size(STDOUT) > 0
     assert len(os.listdir("/dev/fd")) <= before + 9
-    for number, logs in enumerate(many):  # what rests goes on where it was, with what came meanwhile
-        with logs.current.open("ab") as file:
+    for number in range(40):  # what rests goes on where it was, with what came meanwhile
+        with several.open(number, tmp_path / str(number)).current.open("ab") as file:
             file.write(record(number, b"stdout", False, b"more"))
-        assert everything(recent.used(logs), STDOUT) == b"%d\nmore\n" % number
-        logs.close()
+        known = several.known(number)
+        assert known is not None and everything(known, STDOUT) == b"%d\nmore\n" % number
+        several.drop(number)
