@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine import kernelplan
+from engine import pruneplan
 from engine.errors import AlreadyExists, Damaged, NotFound
 from engine.kernelfetch import KATA, Wanted
 from engine.kernelfetch import fetch as fetch_kernel
@@ -163,15 +163,15 @@ def choose_this(engine: Any, name: str, call: Call) -> None:
 
 
 def plan(engine: Any) -> str:
-    return kernelplan.text(engine.kernels)
+    return pruneplan.of_kernels(engine.kernels).text()
 
 
 def prune(engine: Any, call: Call) -> str:
     """The hash is checked now, so that the writer hears of a changed plan, and again when the job runs."""
     digest = call.arg(0) or ""
-    kernelplan.check(engine.kernels, digest)
-    verb = f"kernels prune {digest}"
-    return job_reply(engine.jobs.start(verb, lambda task: kernelplan.run(engine.kernels, digest, task)))
+    plan = pruneplan.of_kernels(engine.kernels)
+    plan.check(digest)
+    return job_reply(engine.jobs.start(f"kernels prune {digest}", lambda task: plan.run(digest, task)))
 
 
 def remove(engine: Any, name: str, call: Call | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine import volumeplan, volumetar
+from engine import pruneplan, volumetar
 from engine.errors import AlreadyExists, InvalidArgument, NotFound
 from engine.model import check_name
 from engine.volumedrivers import shown
@@ -148,7 +148,7 @@ def import_(engine: Any, name: str, call: Call) -> str:
 
 
 def plan(engine: Any) -> str:
-    return volumeplan.text(engine.volumes)
+    return pruneplan.of_volumes(engine.volumes).text()
 
 
 def make(engine: Any, name: str) -> None:
@@ -162,9 +162,9 @@ def remove(engine: Any, name: str, call: Call | None = None) -> None:
 def prune(engine: Any, call: Call) -> str:
     """The hash is checked now, so that the writer hears of a changed plan, and again when the job runs."""
     digest = call.arg(0) or ""
-    volumeplan.check(engine.volumes, digest)
-    number = engine.jobs.start(f"prune-volumes {digest}", lambda task: volumeplan.run(engine.volumes, digest, task))
-    return f"jobs/{number}"
+    plan = pruneplan.of_volumes(engine.volumes)
+    plan.check(digest)
+    return f"jobs/{engine.jobs.start(f'prune-volumes {digest}', lambda task: plan.run(digest, task))}"
 
 
 def _names(engine: Any) -> list[str]:
