@@ -133,19 +133,6 @@ class Attachments:
         except EngineError:
             return list(container.config.volumes)
 
-    def existing(self, container: Container) -> list[Mount]:
-        """The volumes and bind mounts that exist on this host, tmpfs left out."""
-        out = []
-        for item in self.shown(container):
-            try:
-                if item.type is MountKind.VOLUME:
-                    out.append(Mount(item.type, self._volumes.path(item.source), item.target, item.read_only))
-                elif item.type is MountKind.BIND:
-                    out.append(Mount(item.type, Path(item.source).expanduser(), item.target, item.read_only))
-            except NotFound:
-                continue  # made by the next start
-        return out
-
     # --- a start ------------------------------------------------------------------------------------------------------
 
     @contextmanager

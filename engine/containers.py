@@ -44,7 +44,7 @@ from engine.names import random_name
 from engine.processes import Process
 from engine.records import PINNED, Container, Records
 from engine.restarts import Restarts
-from engine.runtimes.base import Mount, parse_signal
+from engine.runtimes.base import parse_signal
 from engine.runtimes.vm.guestupper import CHANGES_SECONDS
 from engine.scheduler import Clock
 from engine.sessions import Sessions
@@ -168,10 +168,6 @@ class Containers:
     def mount_specs(self, name: str) -> list[MountSpec]:
         """Its mounts: its config's, those of volumes_from, its image's VOLUMEs; anonymous volumes by their names."""
         return self.execution.attachments.shown(self.get(name))
-
-    def mounts_of(self, name: str) -> list[Mount]:
-        """The volumes and bind mounts that exist on this host, tmpfs left out."""
-        return self.execution.attachments.existing(self.get(name))
 
     def stats(self, name: str) -> dict[str, int]:
         """What it uses now; empty when it does not run or its driver does not count."""

@@ -61,7 +61,6 @@ log = logging.getLogger(__name__)
 LOG_SIZE, LOG_KEPT = 4 << 20, 3  # bytes of engine.log, and how many older ones
 DATABASE = ("db.sqlite", "db.sqlite-wal", "db.sqlite-shm")  # the database, then its side files
 DIRECTORIES = ("blobs", "layers", "trees", "containers", "volumes", "run", "tmp")
-PARTIAL = "partial-"  # downloads in tmp/ that can be resumed
 MAX_LINE = 2000  # characters of a command line kept in its event
 
 
@@ -115,7 +114,7 @@ class Engine:
             (self.store / name).mkdir(mode=0o700, exist_ok=True)
         undo.callback(self._log_to_file())
         unmount_litter(self.store)
-        self._empty_tmp()
+        check.empty_tmp(self.store)
         for name in DATABASE:  # SQLite gives its side files the mode of the database: that is set before, not after
             _make_private(self.store / name, create=name == DATABASE[0])
         self.meta = Meta(self.store / DATABASE[0])
@@ -240,19 +239,6 @@ class Engine:
             handler.close()
 
         return end
-
-    def _empty_tmp(self) -> None:
-        """Drop what was in the making when the last daemon ended; downloads to be resumed stay."""
-        for path in (self.store / "tmp").iterdir():
-            if path.name.startswith(PARTIAL):
-                continue
-            try:
-                if path.is_dir() and not path.is_symlink():
-                    host.remove_tree(path)
-                else:
-                    path.unlink()
-            except OSError:
-                log.warning("tmp/%s cannot be removed", path.name, exc_info=True)
 
     def _check_files(self) -> None:
         """A quick check that what the catalog lists is there; a miss is a warning, found again where it is used."""

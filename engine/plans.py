@@ -15,11 +15,11 @@ def hash_of(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
-def check(given: str, now: str, where: str) -> None:
-    """Whether `given`, what was written behind `prune`, is the hash `now` of the plan at `where`."""
+def check(given: str, now: str, where: str, verb: str = "prune") -> None:
+    """Whether `given`, what was written behind `verb`, is the hash `now` of the plan at `where`."""
     if not re.fullmatch(r"[0-9a-f]{64}", given):
         raise InvalidArgument(
-            f"prune takes the hash of the plan: read {where}", at=given[:80] or "prune",
+            f"{verb} takes the hash of the plan: read {where}", at=given[:80] or verb,
             hint=f"cat {where}; its last line is what to write",
         )  # fmt: skip
     if given != now:

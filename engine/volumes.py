@@ -368,17 +368,6 @@ class Volumes:
         used = volumeusers.used(self._meta.query)
         return [volume for volume in self.all() if volume.name not in used and not self._held[volume.name]]
 
-    def prune(self) -> list[str]:
-        """Remove every volume no container's config mounts; their names."""
-        removed = []
-        for volume in self.unused():
-            try:
-                self.remove(volume.name)
-            except (Busy, NotFound):
-                continue  # taken into use, or removed, since we looked
-            removed.append(volume.name)
-        return removed
-
     def _discard(self, name: str) -> None:
         """Delete the directory of a name without a row: out of the way first, so that the name is free at once."""
         path = self._root / name

@@ -162,10 +162,6 @@ class Found(NamedTuple):
     rest: bytes | None = None  # None: the row itself; b"" is the root of its graft
     pin: tuple[Handler, int] | None = None  # the `pin` met last on the way, and how many keys it takes
 
-    @property
-    def grafted(self) -> bool:
-        return self.rest is not None
-
 
 def split(path: bytes) -> list[bytes]:
     return [part for part in path.split(b"/") if part]

@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import Damaged, InvalidArgument, NotFound, TooLarge
 from engine.store.blobs import Blobs
-from engine.store.check import check, empty_tmp, repair
+from engine.store.check import check, empty_tmp, remove_strays
 from engine.store.meta import Meta
 
 
@@ -124,7 +124,7 @@ def test_a_crash_between_file_and_row_is_invisible_and_repaired(blobs: Blobs) ->
     digest = sha(b"orphan")
     blobs.path(digest).write_bytes(b"orphan")
     assert not blobs.has(digest)
-    assert repair(blobs.root, blobs.meta) == [f"blobs/{digest[7:]}"]
+    assert remove_strays(blobs.root, blobs.meta) == [f"blobs/{digest[7:]}"]
     blobs.path(digest).write_bytes(b"orph")  # or the next writer replaces it
     blobs.put(b"orphan", "x")
     assert blobs.read(digest) == b"orphan"

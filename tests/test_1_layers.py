@@ -23,7 +23,7 @@ from engine import host, hostmounts
 from engine.errors import Busy, Damaged, InvalidArgument, NoSpace, NotFound, TooLarge
 from engine.store.blobs import Blobs
 from engine.store.bodies import Sieve
-from engine.store.check import check, repair
+from engine.store.check import check, empty_tmp, remove_strays
 from engine.store.index import Entry, IndexWriter, Kind, read_index
 from engine.store.layers import Layers
 from engine.store.meta import Meta
@@ -323,7 +323,8 @@ def test_kill_9_in_the_middle_leaves_only_litter(layers: Layers, tmp_path: Path,
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    repair(tmp_path, layers.meta)
+    empty_tmp(tmp_path)
+    remove_strays(tmp_path, layers.meta)
     assert check(tmp_path, layers.meta, deep=True) == []
     assert contents(layers, kept.diff_id) == {"kept": b"kept"}
     info = layers.ingest([source.read_bytes()], TYPE)

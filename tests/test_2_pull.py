@@ -219,10 +219,11 @@ def test_a_pull_killed_in_the_middle_is_resumed(tmp_path: Path, registry: Regist
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close() if child.stdout else None
-    from engine.store.check import repair
+    from engine.store.check import empty_tmp, remove_strays
 
     with ImageStore(tmp_path / "store") as store:
-        repair(store.root, store.meta)
+        empty_tmp(store.root)
+        remove_strays(store.root, store.meta)
         assert store.images.all() == []
         part = next((tmp_path / "store" / "tmp").glob("partial-*"))
         assert 0 < part.stat().st_size < size

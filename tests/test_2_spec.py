@@ -15,7 +15,7 @@ from engine.config import ContainerConfig, MountKind
 from engine.errors import InvalidArgument, Unsupported
 from engine.model import ImageConfig
 from engine.runtimes import seccomp, spec
-from engine.runtimes.base import Mount, command_line, environment, failure_exit_code, make_spec, parse_signal
+from engine.runtimes.base import Mount, command_line, environment, make_spec, parse_signal
 from engine.runtimes.cgroups import Cgroups
 from engine.runtimes.users import identify, make_directory, read_in_root
 
@@ -258,13 +258,6 @@ def test_signals(text: str, number: int) -> None:
 def test_bad_signals(text: str) -> None:
     with pytest.raises(InvalidArgument):
         parse_signal(text)
-
-
-def test_exit_codes_of_failures() -> None:
-    assert failure_exit_code('exec: "x": executable file not found in $PATH') == 127
-    assert failure_exit_code('exec: "/x": stat /x: no such file or directory') == 127
-    assert failure_exit_code('exec: "/etc": permission denied') == 126
-    assert failure_exit_code("error mounting /x: no such file or directory") == 128
 
 
 # --- users ----------------------------------------------------------------------------------------------------------

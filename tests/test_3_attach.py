@@ -79,7 +79,8 @@ def ran(engine: Engine) -> Iterator[Callable[..., str]]:
     yield run
     for container in engine.containers.all():
         engine.containers.remove(container.name, force=True)
-    engine.volumes.prune()
+    for volume in engine.volumes.unused():
+        engine.volumes.remove(volume.name)
     assert engine.volumes.all() == []
 
 

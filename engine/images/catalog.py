@@ -32,7 +32,6 @@ from engine.store.meta import Meta
 from engine.store.trees import Trees
 
 CACHED = 256  # parsed images kept
-MIN_PREFIX = 4  # hex digits of a shortened id
 _PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
 
 

@@ -15,9 +15,7 @@ Threading: all methods from any thread; a run keeps the catalog's gate, so what 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 import threading
 import time
 from collections import Counter
@@ -25,7 +23,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-from engine.errors import Busy, EngineError, InvalidArgument
+from engine import plans
+from engine.errors import Busy, EngineError
 from engine.events import rfc3339
 from engine.images import collect
 from engine.images.catalog import Images
@@ -43,6 +42,9 @@ GRACE = 600.0  # seconds an image without a name is safe from eviction nobody as
 class Scope(StrEnum):
     PRUNE = "prune"
     GC = "gc"
+
+
+PLACES = {Scope.PRUNE: "images/plan", Scope.GC: "store/plan"}  # where people read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """64 hex digits: sha256 of `body`."""
-        return hashlib.sha256(self.body().encode()).hexdigest()
+        return plans.hash_of(self.body())
 
     def text(self) -> str:
         """`CLASS DIGEST BYTES REASON` lines, `total N objects B bytes`, and `VERB HASH`: what runs exactly this."""
@@ -108,19 +110,7 @@ class Collector:
 
     def check(self, scope: Scope, digest: str) -> None:
         """Whether `run` with this hash would be accepted now: InvalidArgument, Busy."""
-        if not re.fullmatch(r"[0-9a-f]{64}", digest):
-            file = "store/plan" if scope is Scope.GC else "images/plan"
-            raise InvalidArgument(
-                f"{scope} takes the hash of the plan: read {file}", at=digest[:80] or str(scope),
-                hint=f"cat {file}; its last line is what to write",
-            )  # fmt: skip
-        self._same(self.plan(scope), digest)
-
-    @staticmethod
-    def _same(plan: Plan, digest: str) -> None:
-        if plan.hash != digest:
-            file = "store/plan" if plan.scope is Scope.GC else "images/plan"
-            raise Busy("the plan is not what it was: nothing was deleted", at=digest[:12], hint=f"read {file} again")
+        plans.check(digest, self.plan(scope).hash, PLACES[scope], scope)
 
     def run(self, scope: Scope, digest: str, task: Task | None = None) -> str:
         """Delete exactly what the plan with this hash lists; returns a line saying what was done.
@@ -130,15 +120,8 @@ class Collector:
         """
         with self.images.gate():
             plan = self.plan(scope)
-            self._same(plan, digest)
+            plans.check(digest, plan.hash, PLACES[scope], scope)
             return self._execute(plan, task)
-
-    def prune(self) -> list[str]:
-        """Plan and run at once; returns the digests of the images removed."""
-        with self.images.gate():
-            plan = self.plan(Scope.PRUNE)
-            self._execute(plan, None)
-            return plan.of("image")
 
     def _execute(self, plan: Plan, task: Task | None) -> str:
         images = self.images

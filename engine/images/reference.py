@@ -10,7 +10,7 @@ must be of an algorithm that can be verified here: sha256.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine.errors import InvalidArgument
 
@@ -29,7 +29,6 @@ _DIGEST = r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}
 
 DOMAIN = re.compile(_DOMAIN)
 NAME = re.compile(rf"(?:({_DOMAIN})/)?({_PATH})")
-TAG = re.compile(_TAG)
 IDENTIFIER = re.compile(r"[a-f0-9]{64}")
 DIGEST_FORM = re.compile(_DIGEST)
 REFERENCE = re.compile(rf"((?:{_DOMAIN}/)?{_PATH})(?::({_TAG}))?(?:@({_DIGEST}))?")
@@ -118,18 +117,6 @@ def with_name(text: str) -> Reference:
     return Reference(*_split(text))
 
 
-def with_tag(reference: Reference, tag: str) -> Reference:
-    if not TAG.fullmatch(tag):
-        raise InvalidArgument("invalid tag: letters, digits, '_', '.' and '-', at most 128", at=tag[:140])
-    return replace(reference, tag=tag)
-
-
-def with_digest(reference: Reference, digest: str) -> Reference:
-    if not DIGEST_FORM.fullmatch(digest):
-        raise InvalidArgument("invalid digest format", at=digest[:100])
-    return replace(reference, digest=digest)
-
-
 def split_docker_domain(name: str) -> tuple[str, str]:
     """Domain and the rest of what people write: the first component is a domain when it looks like one."""
     first, slash, rest = name.partition("/")
@@ -156,14 +143,6 @@ def parse(text: str) -> Reference:
     return parse_exact(f"{domain}/{rest}")
 
 
-def parse_canonical(text: str) -> Reference:
-    """A reference already in its full form; anything shorter is refused."""
-    reference = parse(text)
-    if str(reference) != text:
-        raise InvalidArgument("repository name must be canonical", at=text[:300])
-    return reference
-
-
 def parse_any(text: str) -> Reference:
     """A reference, a digest, or the 64 hex digits of one."""
     if IDENTIFIER.fullmatch(text):
@@ -172,42 +151,3 @@ def parse_any(text: str) -> Reference:
         return Reference("", "", "", check_digest_form(text))
     except InvalidArgument:
         return parse(text)
-
-
-def parse_docker(text: str) -> Reference:
-    """As `docker pull` takes it: without tag and digest `latest` is meant, and a digest wins over a tag."""
-    reference = parse(text)
-    if reference.digest:
-        return replace(reference, tag="")
-    return replace(reference, tag=reference.tag or DEFAULT_TAG)
-
-
-def familiar_match(pattern: str, reference: Reference) -> bool:
-    """Does a shell pattern (`*` and `?` stay within a path component) match the familiar form, with or without tag?"""
-    form = _pattern(pattern)
-    return bool(form.fullmatch(reference.familiar()) or form.fullmatch(reference.familiar_name()))
-
-
-def _pattern(pattern: str) -> re.Pattern[str]:
-    """Go's path.Match as a regular expression."""
-    out, at = "", 0
-    while at < len(pattern):
-        char = pattern[at]
-        at += 1
-        if char == "*":
-            out += "[^/]*"
-        elif char == "?":
-            out += "[^/]"
-        elif char == "[":
-            end = pattern.find("]", at + 1)
-            if end < 0:
-                raise InvalidArgument("a '[' without its ']' in the pattern", at=pattern[:100])
-            inside, at = pattern[at:end], end + 1
-            negated = inside.startswith("^")
-            body = re.sub(r"([\\\[\]&~|])", r"\\\1", inside.removeprefix("^"))
-            out += f"[{'^' if negated else ''}{body}]"
-        else:
-            if char == "\\" and at < len(pattern):
-                char, at = pattern[at], at + 1
-            out += re.escape(char)
-    return re.compile(out)

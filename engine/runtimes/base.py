@@ -280,16 +280,6 @@ def make_spec(
     )
 
 
-def failure_exit_code(reason: str) -> int:
-    """The exit code Docker reports for a container that could not be started: 127 not found, 126 not executable."""
-    executing = 'exec: "' in reason or "executable" in reason  # else it is about a mount, say
-    if executing and ("not found" in reason or "no such file or directory" in reason):
-        return 127
-    if executing and ("permission denied" in reason or "is a directory" in reason or "format error" in reason):
-        return 126
-    return 128
-
-
 def parse_signal(text: str) -> int:
     """Linux's signal number of SIGTERM, TERM, term, 15, RTMIN+3 or RTMAX-2, as Docker takes them. EINVAL otherwise."""
     word = text.strip().upper()

@@ -1,14 +1,14 @@
-"""Does the store hold what its rows say? `check` after every store test and for `verify`, `repair` at every start.
+"""Does the store hold what its rows say? `check` after store tests, `empty_tmp` and `remove_strays` at every start.
 
 Only here: the whole-store view. What a crash can leave, and what repairs it:
 
     crash at                                  on disk                          repaired by
-    writing in tmp/                           tmp litter                       repair (partial-* is kept for resuming)
-    between rename and row                    blob, layer, tree without a row  repair removes it
-    between row deletion and file removal     the same                         repair removes it
+    writing in tmp/                           tmp litter                       empty_tmp (partial-* stays for resuming)
+    between rename and row                    blob, layer, tree without a row  remove_strays
+    between row deletion and file removal     the same                         remove_strays
     lost or damaged files                     row without (right) files        reported; pulling again restores it
 
-`repair` only lists directories; `check` reads every index, with `deep` every byte. Neither is safe against writers:
+What repairs only lists directories; `check` reads every index, with `deep` every byte. Neither is safe against writers:
 run them at start-up, before anything is stored, or with writers quiet.
 """
 
@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from engine import host
 from engine.errors import EngineError
 from engine.store.index import read_index
 from engine.store.meta import Meta
 from engine.store.tree import Handle, Tree
+
+log = logging.getLogger(__name__)
 
 PART_AGE = 7 * 86400  # seconds an abandoned part file of a download is kept
 
@@ -163,11 +166,6 @@ def _listed(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def repair(root: Path, meta: Meta) -> list[str]:
-    """Remove what a crash left behind: tmp litter and files without a row. Returns what was removed. Run at start."""
-    return empty_tmp(root) + remove_strays(root, meta)
-
-
 def remove_strays(root: Path, meta: Meta) -> list[str]:
     """Remove files without a row: a crash between the two. Returns what was removed."""
     removed = []
@@ -179,24 +177,25 @@ def remove_strays(root: Path, meta: Meta) -> list[str]:
         rows = {_hex(row[0]) for row in meta.query(f"SELECT {column} FROM {table}")}
         for path in _listed(root / kind / "sha256"):
             if path.name not in rows:
-                _remove(path)
-                removed.append(f"{kind}/{path.name}")
+                removed += _removed(path, f"{kind}/{path.name}")
     return removed
 
 
 def empty_tmp(root: Path) -> list[str]:
-    """Empty tmp/, except part files of downloads younger than PART_AGE. Returns what was removed."""
+    """Drop what was in the making when the last daemon ended. Parts of downloads can be resumed: those stay for
+    PART_AGE. Returns what was removed."""
     removed = []
     for path in _listed(root / "tmp"):
         if path.name.startswith("partial-") and time.time() - path.lstat().st_mtime < PART_AGE:
             continue
-        _remove(path)
-        removed.append(f"tmp/{path.name}")
+        removed += _removed(path, f"tmp/{path.name}")
     return removed
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _removed(path: Path, name: str) -> list[str]:
+    try:
+        host.remove_tree(path)
+    except OSError:
+        log.warning("%s cannot be removed", name, exc_info=True)
+        return []
+    return [name]

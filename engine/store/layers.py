@@ -2,7 +2,7 @@
 
 Only here: ingest, the one streaming pass from compressed bytes to a layer, and removal. Everything is made in tmp/,
 verified, made durable, renamed into place, and only then visible through its row; so a row always has its files, and
-a crash leaves tmp/ litter or a directory without a row, which the next ingest or `check.repair` removes. Memory is
+a crash leaves tmp/ litter or a directory without a row, which the next ingest or check.py removes. Memory is
 bounded whatever the layer's size. All methods are thread-safe; ingests run in parallel.
 
     caller      chunks -> sha256(compressed), keep
