@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -59,16 +58,6 @@ def group(me: Person) -> Iterator[Path]:
     made = delegate(me, "all", "cpu cpuset io memory pids")
     yield made
     take_back(me, made)
-
-
-@pytest.fixture(params=["runc", "crun"])
-def runtime(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The other one is hidden."""
-    other = shutil.which({"runc": "crun", "crun": "runc"}[request.param])
-    assert other is not None
-    hostmounts.bind(Path("/dev/null"), Path(other))
-    yield request.param
-    hostmounts.unmount(Path(other))
 
 
 def start(me: Person, name: str) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from mounting import Daemon
-from oneruntime import only_runtime
 
 ENFORCE = Path("/sys/fs/selinux/enforce")
 PROCESS, FILE = "system_u:system_r:container_t:s0", "system_u:object_r:container_file_t:s0"
@@ -24,13 +23,6 @@ def enforcing() -> Iterator[None]:
     ENFORCE.write_text("1")
     yield
     ENFORCE.write_text("0")
-
-
-@pytest.fixture(scope="module", params=["runc", "crun"])
-def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with only_runtime(request.param, tmp_path_factory.mktemp(request.param)) as daemon:
-        assert f"runtime oci: {request.param} works here" in daemon.sh("cat status")
-        yield daemon
 
 
 def context(path: Path | str) -> str:
