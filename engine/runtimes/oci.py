@@ -1,7 +1,7 @@
 """The `oci` driver: runc or crun, under conmon, on Linux as root.
 
 Floor 2. The daemon holds nothing a container needs: conmon is its own session and cgroup, all facts are files in
-`containers/<id>/run`, so a later daemon finds every run again. One watcher thread waits on the pidfds of all conmons.
+`containers/<id>/run`, so a later daemon finds every run again. Who waits for the ends of conmons is watches.py.
 
 What can happen while no daemon looks, and what is found then:
     the process ended            exit file -> stopped with its code
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import selectors
 import shutil
 import signal
 import subprocess
@@ -36,6 +35,7 @@ from engine.runtimes.calls import call, find_conmon, first_line, search_path, wo
 from engine.runtimes.conmon import Facts, Files
 from engine.runtimes.oci_sessions import OciSessions
 from engine.runtimes.resources import Resources
+from engine.runtimes.watches import UNKNOWN, Watches
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ RUNTIMES = ("runc", "crun")  # in order of preference: runc also does cgroup v1 
 DEADLINE = 20.0  # seconds for one call of the runtime
 LAST_WORDS = 5.0  # seconds for a killed process, or conmon after it, to end
 LIVE = (State.CREATED, State.RUNNING, State.PAUSED)
-UNKNOWN = 255  # exit code when nobody saw it
 
 
 class OciRuntime(Joined):
@@ -64,10 +63,7 @@ class OciRuntime(Joined):
         self._flags: tuple[str, ...] = ()  # those of conmon.FLAGS that it knows
         self._probe_lock = threading.Lock()
         self._directories: dict[str, Path] = {}
-        self._watched: dict[str, tuple[int, Callable[[str, Exit], None]]] = {}  # id -> pidfd or -1, callback
-        self._selector: selectors.BaseSelector | None = None
-        self._wake = pids.Waker()
-        self._closed = False
+        self._watches = Watches(self._finish)
         self.console = stdio.OciConsole(lambda id: (self._expect(id, *LIVE), self._files(id))[1])
         tools = lambda: (*self._tools(), self._flags)  # noqa: E731
         self.sessions = OciSessions(
@@ -256,29 +252,13 @@ class OciRuntime(Joined):
         if facts is not None and facts.boot == pids.boot_id():
             found = pids.open_process(facts.conmon, facts.conmon_start)
             pidfd = -1 if found is None else found
-        with self._lock:
-            if self._closed:
-                if pidfd >= 0:
-                    os.close(pidfd)
-                raise Busy("the driver is closed")
-            self._forget(id)
-            self._watched[id] = (pidfd, on_exit)
-            if self._selector is None:
-                self._selector = selectors.DefaultSelector()
-                self._selector.register(self._wake, selectors.EVENT_READ, None)
-                thread = threading.Thread(target=self._watcher, args=(self._selector,), name="oci-watch", daemon=True)
-                thread.start()
-            if pidfd >= 0:
-                self._selector.register(pidfd, selectors.EVENT_READ, id)
-            else:
-                self._wake.wake()
+        self._watches.watch(id, pidfd, on_exit)
 
     def reopen_log(self, id: str) -> None:
         conmon.reopen_log(self._files(id))
 
     def delete(self, id: str, runtime: str | None = None) -> None:
-        with self._lock:
-            self._forget(id)
+        self._watches.forget(id)
         files = self._files(id)
         facts = self._facts(files)
         if facts is not None or (self._state / id).exists():
@@ -317,52 +297,9 @@ class OciRuntime(Joined):
 
     def close(self) -> None:
         self.sessions.close()
-        with self._lock:
-            self._closed = True
-            if self._selector is not None:
-                self._wake.wake()
+        self._watches.close()
 
-    # --- the watcher thread -------------------------------------------------------------------------------------
-
-    def _forget(self, id: str) -> None:
-        """Drop the watch of `id`. The lock is held."""
-        pidfd, _ = self._watched.pop(id, (-1, None))
-        if pidfd >= 0:
-            if self._selector is not None:
-                self._selector.unregister(pidfd)
-            os.close(pidfd)
-
-    def _watcher(self, selector: selectors.BaseSelector) -> None:
-        while True:
-            ready = selector.select()
-            due: list[tuple[str, Callable[[str, Exit], None]]] = []
-            with self._lock:
-                if self._closed:
-                    for id in list(self._watched):
-                        self._forget(id)
-                    selector.close()
-                    self._wake.close()
-                    self._selector = None
-                    return
-                self._wake.clear()
-                ids = {key.data for key, _ in ready if key.data is not None}
-                ids |= {id for id, (pidfd, _) in self._watched.items() if pidfd < 0}
-                for id in ids & self._watched.keys():
-                    pidfd, callback = self._watched[id]
-                    if pidfd >= 0 and not pids.ended(pidfd, 0):
-                        continue  # an older event, of a watch that has been replaced since
-                    due.append((id, callback))
-                    self._forget(id)
-            for id, callback in due:
-                try:
-                    end = self._finish(id)
-                except Exception as error:
-                    log.exception("how container %s ended was not found out", id)
-                    end = Exit(UNKNOWN, False, time.time_ns(), f"how it ended was not found out: {error}")
-                try:
-                    callback(id, end)
-                except Exception:
-                    log.exception("reporting the end of container %s failed", id)
+    # --- the end -----------------------------------------------------------------------------------------------------
 
     def _finish(self, id: str) -> Exit:
         """conmon of `id` has ended: what became of the container. Writes down what would be lost."""
