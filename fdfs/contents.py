@@ -20,9 +20,11 @@ from engine import userids
 from engine.errors import NotFound, ReadOnly
 from engine.store.contents import MAX_PLACES, Content, read
 from fdfs.entry import BLOCK, STARTED_NS, Attr
+from fdfs.readonly import STATFS, ReadHandle, check_flags, one_of
 from fdfs.rootfs import PREFIX
 from fdfs.tree.text import paths
 
+REFUSAL = "contents are read-only"
 NAME = re.compile(rb"(?:sha256:)?([0-9a-f]{64})(\.refs)?")
 
 
@@ -32,48 +34,6 @@ def _missing(path: bytes) -> FileNotFoundError:
 
 def _ino(sha256: bytes, refs: bool = False) -> int:
     return (int.from_bytes(sha256[:8], "little") >> 2 | refs << 62) or 1
-
-
-class _Bytes:
-    """An open generated file."""
-
-    direct = True
-    keep = False
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def read(self, size: int, offset: int) -> bytes:
-        return self._content[offset : offset + size]
-
-    def write(self, data: bytes, offset: int) -> int:
-        raise ReadOnly("contents are read-only")
-
-    def truncate(self, size: int) -> None:
-        raise ReadOnly("contents are read-only")
-
-    def flush(self) -> None: ...
-
-    def fsync(self) -> None: ...
-
-    def attr(self) -> Attr | None:
-        return None
-
-    def close(self) -> None: ...
-
-
-class _Body(_Bytes):
-    """An open content."""
-
-    direct = False
-    keep = True
-
-    def __init__(self, content: Content, handle: Any) -> None:
-        super().__init__(b"")
-        self._body, self._handle = content, handle
-
-    def read(self, size: int, offset: int) -> bytes:
-        return read(self._handle, self._body, size, offset)
 
 
 class ContentsGraft:
@@ -136,15 +96,16 @@ class ContentsGraft:
         self._find(path)
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    def open(self, path: bytes, flags: int) -> _Bytes:
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise ReadOnly("contents are read-only")
+    def open(self, path: bytes, flags: int) -> ReadHandle:
+        check_flags(flags, REFUSAL)
         if not path:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         content, refs = self._find(path)
         if refs:
-            return _Bytes(self.refs(content.sha256))
-        return _Body(content, self._engine.contents.open(content))
+            text = self.refs(content.sha256)
+            return ReadHandle(lambda size, offset: text[offset : offset + size], generated=True, refusal=REFUSAL)
+        handle = self._engine.contents.open(content)
+        return ReadHandle(lambda size, offset: read(handle, content, size, offset), refusal=REFUSAL)
 
     def _xattrs(self, path: bytes) -> dict[bytes, bytes]:
         if not path:
@@ -161,16 +122,13 @@ class ContentsGraft:
         return list(self._xattrs(path))
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
-        found = self._xattrs(path).get(name)
-        if found is None:
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        return found
+        return one_of(self._xattrs(path), name)
 
     def statfs(self) -> Mapping[str, int]:
-        return {"f_bsize": 4096, "f_frsize": BLOCK, "f_namemax": 255}
+        return STATFS
 
     def change(self, operation: str, path: bytes, *arguments: Any) -> Any:
-        raise ReadOnly("contents are read-only")
+        raise ReadOnly(REFUSAL)
 
 
 def references(engine: Any, sha256: bytes) -> bytes:

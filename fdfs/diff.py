@@ -16,8 +16,9 @@ from typing import Any
 
 from engine.errors import ReadOnly
 from engine.images.diff import ADDED, CHANGED, DELETED, Diff, Pair, differ, pairs
-from fdfs.entry import BLOCK, Attr
-from fdfs.rootfs import TreeFile, attr_of, salt, xattrs
+from fdfs.entry import Attr
+from fdfs.readonly import STATFS, TREE, ReadHandle, check_flags, one_of
+from fdfs.rootfs import attr_of, salt, tree_file, xattrs
 
 VIEWS = {"added": ADDED, "changed": CHANGED, "before": CHANGED, "deleted": DELETED}
 _DIR = stat.S_IFDIR
@@ -113,25 +114,21 @@ class DiffGraft:
     def readlink(self, path: bytes) -> bytes:
         return bytes(self._tree.readlink(self._find(path)[0]))
 
-    def open(self, path: bytes, flags: int) -> TreeFile:
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise ReadOnly("this tree is read-only")
-        return TreeFile(self._tree, self._find(path)[0])
+    def open(self, path: bytes, flags: int) -> ReadHandle:
+        check_flags(flags)
+        return tree_file(self._tree, self._find(path)[0])
 
     def listxattr(self, path: bytes) -> list[bytes]:
         return list(xattrs(self._tree, self._find(path)[0], self._extra))
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
-        found = xattrs(self._tree, self._find(path)[0], self._extra).get(name)
-        if found is None:
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        return found
+        return one_of(xattrs(self._tree, self._find(path)[0], self._extra), name)
 
     def statfs(self) -> Mapping[str, int]:
-        return {"f_bsize": 4096, "f_frsize": BLOCK, "f_namemax": 255}
+        return STATFS
 
     def change(self, operation: str, path: bytes, *arguments: Any) -> Any:
-        raise ReadOnly("this tree is read-only")
+        raise ReadOnly(TREE)
 
 
 def _child(tree: Any, nid: int, name: bytes) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.errors import ReadOnly
-from fdfs.entry import BLOCK, Attr
+from fdfs.entry import Attr
+from fdfs.readonly import STATFS, TREE, ReadHandle, check_flags, one_of
 
 PREFIX = b"user.dutchman."
 
@@ -63,32 +64,9 @@ def xattrs(tree: Any, nid: int, extra: Mapping[str, Mapping[str, str]]) -> dict[
     return own | provenance(tree, nid, extra)
 
 
-class TreeFile:
-    """An open regular file of a tree. No state: closing does nothing."""
-
-    direct = False
-    keep = True
-
-    def __init__(self, tree: Any, nid: int) -> None:
-        self._tree, self._nid = tree, nid
-
-    def read(self, size: int, offset: int) -> bytes:
-        return bytes(self._tree.pread(self._nid, size, offset))
-
-    def write(self, data: bytes, offset: int) -> int:
-        raise ReadOnly("this tree is read-only")
-
-    def truncate(self, size: int) -> None:
-        raise ReadOnly("this tree is read-only")
-
-    def flush(self) -> None: ...
-
-    def fsync(self) -> None: ...
-
-    def attr(self) -> Attr | None:
-        return None
-
-    def close(self) -> None: ...
+def tree_file(tree: Any, nid: int) -> ReadHandle:
+    """An open regular file of a tree."""
+    return ReadHandle(lambda size, offset: bytes(tree.pread(nid, size, offset)))
 
 
 class TreeGraft:
@@ -116,22 +94,18 @@ class TreeGraft:
     def readlink(self, path: bytes) -> bytes:
         return bytes(self._tree.readlink(self._find(path)))
 
-    def open(self, path: bytes, flags: int) -> TreeFile:
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
-            raise ReadOnly("this tree is read-only")
-        return TreeFile(self._tree, self._find(path))
+    def open(self, path: bytes, flags: int) -> ReadHandle:
+        check_flags(flags)
+        return tree_file(self._tree, self._find(path))
 
     def listxattr(self, path: bytes) -> list[bytes]:
         return list(xattrs(self._tree, self._find(path), self._extra))
 
     def getxattr(self, path: bytes, name: bytes) -> bytes:
-        found = xattrs(self._tree, self._find(path), self._extra).get(name)
-        if found is None:
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        return found
+        return one_of(xattrs(self._tree, self._find(path), self._extra), name)
 
     def statfs(self) -> Mapping[str, int]:
-        return {"f_bsize": 4096, "f_frsize": BLOCK, "f_namemax": 255}
+        return STATFS
 
     def change(self, operation: str, path: bytes, *arguments: Any) -> Any:
-        raise ReadOnly("this tree is read-only")
+        raise ReadOnly(TREE)

@@ -18,7 +18,8 @@ from engine.images.chunked import source
 from engine.images.manifests import Index
 from engine.images.reference import parse
 from fdfs.entry import STARTED_NS, Attr, Dir, File, Row, inode, is_litter
-from fdfs.rootfs import TreeFile, TreeGraft
+from fdfs.readonly import STATFS, ReadHandle
+from fdfs.rootfs import TreeGraft
 from fdfs.tree.text import line
 
 MAX_DEPTH = 8  # components of a repository
@@ -272,7 +273,7 @@ class LazyGraft:
     def readlink(self, path: bytes) -> bytes:
         return self._tree().readlink(path)
 
-    def open(self, path: bytes, flags: int) -> TreeFile:
+    def open(self, path: bytes, flags: int) -> ReadHandle:
         return self._tree().open(path, flags)
 
     def listxattr(self, path: bytes) -> list[bytes]:
@@ -282,7 +283,7 @@ class LazyGraft:
         return self._tree().getxattr(path, name)
 
     def statfs(self) -> Mapping[str, int]:
-        return {"f_bsize": 4096, "f_frsize": 512, "f_namemax": 255}
+        return STATFS
 
     def change(self, operation: str, path: bytes, *arguments: Any) -> Any:
         raise ReadOnly("an image in a registry is read-only")
