@@ -311,9 +311,6 @@ class Jobs:
         """Every job, oldest first."""
         return [self._job(row) for row in self._meta.query("SELECT * FROM jobs ORDER BY id")]
 
-    def ids(self) -> list[int]:
-        return [int(row["id"]) for row in self._meta.query("SELECT id FROM jobs ORDER BY id")]
-
     def get(self, number: int) -> Job:
         """NotFound."""
         row = self._meta.row("SELECT * FROM jobs WHERE id = ?", (number,))

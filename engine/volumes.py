@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections import Counter
@@ -413,10 +412,6 @@ class Volumes:
         if self.mounted(volume):
             return usage(volume.path)
         return self._driver(volume.driver).usage(volume.path.parent, volume.options)
-
-    def free_bytes(self) -> int:
-        """Room on the file system that holds the volumes."""
-        return shutil.disk_usage(self._root).free
 
 
 def _of_driver(options: Mapping[str, str]) -> dict[str, str]:

@@ -213,17 +213,6 @@ class Transport:
             self.task.check()
             raise Retry(Unreachable(f"cannot reach {host}: {error or type(error).__name__}"[:300], at=host)) from error
 
-    def get(self, url: str, headers: Mapping[str, str], what: str, limit: int) -> tuple[bytes, Mapping[str, str]]:
-        """A whole small body and its headers, with retries. `what` names it in errors."""
-        backoff = Backoff(self.policy, self.task)
-        while True:
-            try:
-                with self.open(url, headers) as response:
-                    self.expect(response, what, {200})
-                    return self.body(response, what, limit), response.headers
-            except Retry as retry:
-                backoff.pause(retry)
-
     def body(self, response: httpx.Response, what: str, limit: int) -> bytes:
         """The whole body, at most `limit` bytes, within the deadline for an answer."""
         if int(response.headers.get("content-length") or 0) > limit:

@@ -185,10 +185,6 @@ class BlobWriter:
         if self._size is not None and self.offset > self._size:
             self.restart()
 
-    @property
-    def expected(self) -> str | None:
-        return self._expected
-
     def replay(self) -> Iterator[bytes]:
         """The bytes already there, from the start (up to the file's end when called)."""
         position = 0

@@ -95,10 +95,6 @@ class Makers:
         elif not self._closed:
             log.info("template %s was not made (status %d): %s", request["key"], process.returncode, words)
 
-    def busy(self) -> bool:
-        with self._lock:
-            return self._making is not None
-
     def close(self) -> None:
         """What is being made is given up."""
         with self._lock:
