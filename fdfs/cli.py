@@ -2,7 +2,7 @@
 
 Floor 7. Only here: the table of commands (each loaded when it is used, so that `dutchman ps` starts quickly) and the
 one place where a Failure becomes text on stderr and an exit code. Commands live in cli_daemon, cli_images,
-cli_containers, cli_verbs, cli_volumes, cli_store, cli_events, cli_about.
+cli_containers, cli_logs, cli_verbs, cli_volumes, cli_store, cli_events, cli_about.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COMMANDS = {
     "attach": "fdfs.cli_exec",
     "cp": "fdfs.cli_copy",
     "ps": "fdfs.cli_containers",
-    "logs": "fdfs.cli_containers",
+    "logs": "fdfs.cli_logs",
     "start": "fdfs.cli_containers",
     "stop": "fdfs.cli_verbs",
     "rm": "fdfs.cli_verbs",

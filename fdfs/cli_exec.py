@@ -173,7 +173,7 @@ def join(mount: Mount, name: str, *, fresh: bool) -> int:
     """
     if has_terminal(mount, name):
         return _terminal(mount, name, fresh=fresh)
-    from fdfs.cli_containers import follow
+    from fdfs.cli_logs import follow
 
     if mount.field("containers", name, "config", "stdin") == "true":
         threading.Thread(target=_feed, args=(mount, name), daemon=True).start()

@@ -12,8 +12,9 @@ from typing import Any
 
 import click
 
-from fdfs.cli_containers import ENDED, each, for_each
+from fdfs.cli_containers import each, for_each
 from fdfs.cli_limits import fields_of, limit_options
+from fdfs.cli_logs import ENDED
 from fdfs.cli_mount import Failure, Mount, explain
 from fdfs.cli_options import columns, human, mount_option
 
