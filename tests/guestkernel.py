@@ -12,8 +12,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from engines import add_busybox
 
 from engine import kernelimage, kernelmodules, kernelpackage
+from engine.engine import Engine
 from engine.kernels import Kernel, Kernels
 
 CACHE = Path(__file__).parents[1] / ".cache" / "kernels"
@@ -26,6 +28,13 @@ def package() -> Path:
     if not found:
         pytest.skip("no guest kernel: tools/setup test fetches one into .cache/kernels where apt-get knows it")
     return found[-1]
+
+
+def stocked(store: Path, kernel: Path | None = None) -> Kernel:
+    """A new store with the image busybox, and a kernel: that file's, or of the package. For benches."""
+    with Engine(store, runtime="oci") as engine:
+        add_busybox(engine)
+        return engine.kernels.import_(kernel or package())
 
 
 def guest_kernels() -> Kernels:

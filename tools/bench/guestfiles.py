@@ -28,11 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import manyfiles
-from engines import add_busybox
-from guestkernel import package
+from guestkernel import stocked
 from mounting import Daemon
-
-from engine.engine import Engine
 
 SECONDS = 240.0  # for whatever is waited for
 CONFIG = "image: busybox\nruntime: vm\ncommand: [sleep, '100000']\nnetworks: [none]\n"
@@ -126,9 +123,7 @@ def main() -> None:
     memory = Path(tempfile.mkdtemp(prefix="dutchman-bench-", dir="/dev/shm"))
     native.mkdir()
     manyfiles.make(small, given.files)
-    with Engine(place / "store", runtime="oci") as engine:
-        add_busybox(engine)
-        kernel = engine.kernels.import_(given.kernel or package())
+    kernel = stocked(place / "store", given.kernel)
     daemon = Daemon(place, runtime="oci")
     try:
         daemon.start()

@@ -27,11 +27,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from engines import add_busybox
-from guestkernel import package
+from guestkernel import stocked
 from mounting import Daemon
 
-from engine.engine import Engine
 from engine.runtimes.vm import standbys
 
 WAYS = {
@@ -131,9 +129,7 @@ def main() -> None:
     options.add_argument("--networks", default="none")
     given = options.parse_args()
     place = Path(tempfile.mkdtemp(prefix="dutchman-bench-"))
-    with Engine(place / "store", runtime="oci") as engine:
-        add_busybox(engine)
-        kernel = engine.kernels.import_(given.kernel or package())
+    kernel = stocked(place / "store", given.kernel)
     daemon = Bench(place, runtime="oci")
     daemon.networks = given.networks
     try:
