@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from engine.errors import Busy, DeadlineExceeded, NotFound
@@ -19,11 +19,22 @@ from engine.runtimes.sessions import INPUT_PATIENCE
 from engine.runtimes.sessions import Console as Driver
 
 
+@contextmanager
+def turn(lock: threading.RLock) -> Iterator[None]:
+    """That of one of several writers; none waits longer than a write to a process that does not read."""
+    if not lock.acquire(timeout=INPUT_PATIENCE):
+        raise DeadlineExceeded("somebody else writes to its input", hint="try again when it has read that")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Console:
     def __init__(self, records: Records, execution: Execution) -> None:
         self._records = records
         self._execution = execution
-        self._turns = tuple(threading.Lock() for _ in range(64))  # by id; two containers may share one
+        self._turns = tuple(threading.RLock() for _ in range(64))  # by id; two containers may share one
 
     def send(self, name: str, data: bytes) -> int:
         """Feed the input of its process (`stdin: true`); how many bytes it took. See the driver's `send`."""
@@ -52,15 +63,8 @@ class Console:
         except (Busy, NotFound):
             return None  # it has just ended
 
-    @contextmanager
-    def _turn(self, id: str) -> Iterator[None]:
-        lock = self._turns[hash(id) % len(self._turns)]
-        if not lock.acquire(timeout=INPUT_PATIENCE):
-            raise DeadlineExceeded("somebody else writes to its input", hint="try again when it has read that")
-        try:
-            yield
-        finally:
-            lock.release()
+    def _turn(self, id: str) -> AbstractContextManager[None]:
+        return turn(self._turns[hash(id) % len(self._turns)])
 
     def _driver(self, container: Container) -> Driver:
         return self._execution.driver_of(container).console

@@ -18,14 +18,14 @@ import shlex
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine import host
-from engine.errors import Busy, DeadlineExceeded, EngineError, NoSpace, NotFound
+from engine.console import turn
+from engine.errors import Busy, EngineError, NoSpace, NotFound
 from engine.events import Journal
 from engine.execution import COULD_NOT_START, Execution, one_line, start_failure_code
 from engine.failures import Failures
@@ -35,8 +35,8 @@ from engine.logsopen import OpenLogs
 from engine.records import Container, Records
 from engine.runtimes import base
 from engine.runtimes.base import Exit, parse_signal
-from engine.runtimes.sessions import INPUT_PATIENCE, SessionSpec
 from engine.runtimes.sessions import Sessions as Driver
+from engine.runtimes.sessions import SessionSpec
 from engine.session import OVER, Phase, Session, checked, load, plain, told
 from engine.store.meta import Meta
 
@@ -194,14 +194,14 @@ class Sessions:
         session = self._alive(name, number)
         if not (session.stdin or session.tty):
             raise Busy("its input is not open", hint="run … stdin=true")
-        with self._input(session):
+        with turn(self._lock(session)):
             return self._driver(session).send(session.container, number, data)
 
     def end_input(self, name: str, number: int) -> None:
         session = self._alive(name, number)
         if not (session.stdin or session.tty):
             raise Busy("its input is not open", hint="run … stdin=true")
-        with self._input(session):
+        with turn(self._lock(session)):
             self._driver(session).end_input(session.container, number)
 
     def resize(self, name: str, number: int, columns: int, rows: int) -> None:
@@ -358,17 +358,6 @@ class Sessions:
     def _lock(self, session: Session) -> threading.RLock:
         with self._changed:
             return self._locks.setdefault((session.container, session.number), threading.RLock())
-
-    @contextmanager
-    def _input(self, session: Session) -> Iterator[None]:
-        """Its lock, for one of several writers; none waits longer than a write to a process that does not read."""
-        lock = self._lock(session)
-        if not lock.acquire(timeout=INPUT_PATIENCE):
-            raise DeadlineExceeded("somebody else writes to its input", hint="try again when it has read that")
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _put(self, session: Session) -> Session:
         with self._changed:
