@@ -127,19 +127,29 @@ class Shim:
         if stay := os.environ.pop(STAY, ""):
             self._own(bundle, fifo, int(stay), end_with_peer)
         host.die_with_parent(signal.SIGKILL)  # a killed conmon leaves nobody who waits for a machine that boots
+        try:
+            self._leave(
+                lambda writing: self._own(bundle, fifo, writing, end_with_reader), "the process that owns the machine"
+            )
+        except RuntimeFailure:
+            host.remove_tree(self.state)
+            raise
+        os._exit(0)  # Python takes a while to tidy up, and conmon waits
+
+    def _leave(self, stand: Callable[[int], NoReturn], who: str) -> None:
+        """Leave a process that runs `stand`, with a descriptor to say `ready` at, or why not: RuntimeFailure then."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            self._own(bundle, fifo, writing, end_with_reader)
+            stand(writing)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             said = pipe.read(64 << 10)
         if said != b"ready":
-            host.remove_tree(self.state)
-            raise RuntimeFailure(said.decode(errors="replace") or "the process that owns the machine was killed")
-        self._note_pid(pid)
-        os._exit(0)  # Python takes a while to tidy up, and conmon waits
+            raise RuntimeFailure(said.decode(errors="replace") or f"{who} was killed")
+        if path := self.options.get("--pid-file"):
+            Path(path).write_text(str(pid))
 
     def _own(self, bundle: Path, fifo: Path, writing: int, watch: Callable[[int], Callable[[], None]]) -> NoReturn:
         """Be the process that stands for the container."""
@@ -172,10 +182,6 @@ class Shim:
         size = process.get("consoleSize")
         return pump.give_terminal(path, (size["height"], size["width"]) if size else None)
 
-    def _note_pid(self, pid: int) -> None:
-        if path := self.options.get("--pid-file"):
-            Path(path).write_text(str(pid))
-
     def start(self) -> None:
         self._link().call("START", {"id": MAIN}, deadline=30.0)
 
@@ -190,17 +196,7 @@ class Shim:
             return self._session(saved, plan, process, None)
         if stay := os.environ.pop(STAY, ""):
             self._stand(saved, plan, process, int(stay), end_with_peer)
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(reading)
-            self._stand(saved, plan, process, writing)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            said = pipe.read(64 << 10)
-        if said != b"ready":
-            raise RuntimeFailure(said.decode(errors="replace") or "the session's process was killed")
-        self._note_pid(pid)
+        self._leave(lambda writing: self._stand(saved, plan, process, writing), "the session's process")
         return 0
 
     def _stand(self, saved: dict[str, Any], plan: dict[str, Any], process: dict[str, Any], writing: int,
