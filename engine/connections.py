@@ -39,7 +39,7 @@ from engine.networks import Networks, default_network
 from engine.ports import read_ports
 from engine.runtimes import netns
 from engine.runtimes.base import RunSpec, Runtime
-from engine.runtimes.netbase import Backend, Link
+from engine.runtimes.netbase import Backend, Link, Wiring
 from engine.runtimes.netfiles import NetworkMode, RunNetwork, refresh
 from engine.runtimes.vm import usernetworks
 from engine.store.meta import Meta
@@ -152,10 +152,11 @@ class Connections:
         with self._locked(id):
             self._release(id)  # what an earlier run left
             links, ports = self.endpoints.allocate(id, name, hostname, wanted, config)
-        if self._backend.inside:
-            self._backend.setup(Path(), id, name, links, ports, config.dns)
-            return Setup(usernetworks.of_run(name, links, ports, config.dns))
         path = self._netns / id
+        wiring = Wiring(path, id, name, links, ports, config.dns)
+        if self._backend.inside:
+            self._backend.setup(wiring)
+            return Setup(usernetworks.of_run(wiring))
         resolvers = tuple(gateway for link in links for _, gateway in link.subnets) if self._backend.resolves else ()
         network = RunNetwork(
             NetworkMode.JOINED,
@@ -169,7 +170,7 @@ class Connections:
 
         def work() -> None:
             with self._locked(id):
-                self._backend.setup(path, id, name, links, ports, config.dns)
+                self._backend.setup(wiring)
 
         return Setup(network, work)
 
@@ -228,9 +229,13 @@ class Connections:
         self.endpoints.remove(row, endpoints, over=True)
         self._idle_soon()
 
+    def _wiring(self, row: sqlite3.Row, links: Sequence[Link], ports: Sequence[PortSpec]) -> Wiring:
+        id = row["container"]
+        return Wiring(self._netns / id, id, row["name"], links, ports, json.loads(row["dns"]))
+
     def _teardown(self, row: sqlite3.Row, path: Path, links: list[Link], ports: Sequence[PortSpec]) -> None:
         try:
-            self._backend.teardown(path, row["container"], row["name"], links, ports, json.loads(row["dns"]))
+            self._backend.teardown(self._wiring(row, links, ports))
         except EngineError as error:
             # what it lists was not there (the setup had failed, say); the interfaces go with the namespace
             log.info("network of container %s: %s", row["container"], error.reason)
@@ -265,7 +270,7 @@ class Connections:
             row = self._attached(id)
             link = self.endpoints.add(id, name, network, item)
             try:
-                self._backend.setup(self._netns / id, id, row["name"], [link], [], json.loads(row["dns"]))
+                self._backend.setup(self._wiring(row, [link], []))
             except BaseException:
                 self._drop(row, network)
                 raise
@@ -293,8 +298,7 @@ class Connections:
         ports = read_ports(row["ports"]) if item["started"] else []
         stays = any(there["started"] for there in rows if there is not item)
         try:
-            link, dns = self.endpoints.link(item), json.loads(row["dns"])
-            self._backend.teardown(self._netns / id, id, row["name"], [link], ports, dns, stays)
+            self._backend.teardown(self._wiring(row, [self.endpoints.link(item)], ports), stays=stays)
         except EngineError as error:
             log.info("network of container %s: %s", id, error.reason)
         self.endpoints.remove(row, [item], over=False)

@@ -114,7 +114,7 @@ from engine import hostmounts
 from engine.errors import InvalidArgument, Unsupported
 from engine.netconfig import PortSpec
 from engine.runtimes import calls, conmon, monitor, pids, signals
-from engine.runtimes.netbase import Link
+from engine.runtimes.netbase import Link, Wiring
 from engine.runtimes.netfiles import NetworkMode
 from engine.runtimes.vm import qemu, translate, usernetworks
 
@@ -185,7 +185,7 @@ assert hostmounts.mounts_told(table) == [("/", "apfs", "/dev/disk3s1s1"), ("/Use
 link = Link("n1", "dutchman", (("10.88.0.0/16", "10.88.0.1"),), False, "eth0", ("10.88.0.7",), ())
 inner = Link("n2", "inner", (("10.89.0.0/24", "10.89.0.1"),), True, "eth1", ("10.89.0.3",), ())
 ports = [PortSpec(host_ip="127.0.0.1", host=8080, host_last=8081, container=80, container_last=81)]
-network = usernetworks.of_run("web", [inner, link], ports, ())
+network = usernetworks.of_run(Wiring(Path(), "", "web", [inner, link], ports, ()))
 assert network.mode is NetworkMode.GUEST and network.resolvers == ("10.89.0.254",)
 inside, outside = usernetworks.describe(network.links, network.ports)
 assert (inside["ports"], inside["words"]["route"]) == ([], [])
@@ -200,8 +200,8 @@ assert qemu.net_options(1, qemu.user_net(outside), "pci") == [
 ]
 assert ",restrict=on" in qemu.net_options(0, qemu.user_net(inside), "pci")[1]
 try:
-    usernetworks.GuestNetworks().setup(Path(), "", "web", [link], [PortSpec(container=80, container_last=80,
-        protocol="sctp")], ())
+    sctp = [PortSpec(container=80, container_last=80, protocol="sctp")]
+    usernetworks.GuestNetworks().setup(Wiring(Path(), "", "web", [link], sctp, ()))
 except Unsupported as error:
     assert "sctp" in error.reason
 else:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from engine.events import Journal
 from engine.fields import validated
 from engine.netconfig import Endpoint, PortSpec
 from engine.networks import Networks, host_routes
-from engine.runtimes.netbase import Link
+from engine.runtimes.netbase import Link, Wiring
 from engine.runtimes.netfiles import MAX_HOSTS, NetworkMode, RunNetwork, hosts_text, refresh, resolv_text
 from engine.runtimes.usernet import UserNetworks
 from engine.store.meta import Meta
@@ -43,26 +43,15 @@ class Recording:
     def missing(self) -> str:
         return self.why
 
-    def setup(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
-    ) -> None:
+    def setup(self, wiring: Wiring) -> None:
         if self.fail:
             raise RuntimeFailure(self.fail)
-        self.up[id] = self.up.get(id, ()) + tuple(links)
+        self.up[wiring.id] = self.up.get(wiring.id, ()) + tuple(wiring.links)
 
-    def teardown(
-        self,
-        netns: Path,
-        id: str,
-        name: str,
-        links: Sequence[Link],
-        ports: Sequence[PortSpec],
-        dns: Sequence[str],
-        stays: bool = False,
-    ) -> None:
+    def teardown(self, wiring: Wiring, *, stays: bool = False) -> None:
         if not stays:
-            self.unpublished += [(id, port.host) for port in ports]
-        self.up[id] = tuple(link for link in self.up.get(id, ()) if link not in links)
+            self.unpublished += [(wiring.id, port.host) for port in wiring.ports]
+        self.up[wiring.id] = tuple(link for link in self.up.get(wiring.id, ()) if link not in wiring.links)
 
     def clear(self, idle: Callable[[], bool]) -> None:
         if idle():
@@ -371,8 +360,8 @@ def test_ports_are_bounded(tmp_path: Path, place: Place) -> None:
     outside = UserNetworks(tmp_path / "state", tmp_path)
     many = [PortSpec(host=1024, host_last=2047, container=1024, container_last=2047)]
     with pytest.raises(InvalidArgument, match="at most 512"):
-        outside.setup(tmp_path / "netns", "id", "name", [], many, [])
+        outside.setup(Wiring(tmp_path / "netns", "id", "name", [], many, []))
     six = [PortSpec(host_ip="::1", host=80, host_last=80, container=80, container_last=80)]
     with pytest.raises(Unsupported, match="::1: an engine without root publishes no ports at IPv6"):
-        outside.setup(tmp_path / "netns", "id", "name", [], six, [])
+        outside.setup(Wiring(tmp_path / "netns", "id", "name", [], six, []))
     assert list(tmp_path.glob("slirp*")) == []

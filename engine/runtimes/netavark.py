@@ -23,9 +23,8 @@ from typing import Any
 
 from engine import host
 from engine.errors import DeadlineExceeded, RuntimeFailure, Unsupported
-from engine.netconfig import PortSpec
 from engine.programs import run_helper
-from engine.runtimes.netbase import Link
+from engine.runtimes.netbase import Wiring
 from engine.runtimes.netns import inside, pin_address
 from engine.runtimes.slirp import Uplink
 from engine.userids import rootless
@@ -90,17 +89,16 @@ class Netavark:
 
     # --- setting up and taking down -----------------------------------------------------------------------------
 
-    def setup(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
-    ) -> None:
+    def setup(self, wiring: Wiring) -> None:
         """Connect the namespace. RuntimeFailure with netavark's words; what it had begun must be torn down."""
         with self._lock:
             self._forget_dead_resolver()
-            answer = self._call("setup", netns, self._options(id, name, links, ports, dns))
-            self._pin([link.bridge for link in links])
+            answer = self._call("setup", wiring.netns, self._options(wiring))
+            self._pin([link.bridge for link in wiring.links])
             if self._resolver is not None:
-                self._await_resolver([gateway for link in links for _, gateway in link.subnets if ":" not in gateway])
-        log.debug("network of %s: %s", id, answer)
+                gateways = [gateway for link in wiring.links for _, gateway in link.subnets]
+                self._await_resolver([gateway for gateway in gateways if ":" not in gateway])
+        log.debug("network of %s: %s", wiring.id, answer)
 
     def _pin(self, bridges: Sequence[str]) -> None:
         """Releases before 1.9 leave a bridge the changing address of its ports."""
@@ -114,24 +112,13 @@ class Netavark:
         except OSError as error:
             raise RuntimeFailure(f"the bridge's address cannot be kept: {error}") from error
 
-    def teardown(
-        self,
-        netns: Path,
-        id: str,
-        name: str,
-        links: Sequence[Link],
-        ports: Sequence[PortSpec],
-        dns: Sequence[str],
-        stays: bool = False,
-    ) -> None:
+    def teardown(self, wiring: Wiring, *, stays: bool = False) -> None:
         """Take down what `setup` was given. RuntimeFailure lists what was not there; everything else is gone then."""
         with self._lock:
             self._forget_dead_resolver()
-            self._call("teardown", netns, self._options(id, name, links, ports, dns))
+            self._call("teardown", wiring.netns, self._options(wiring))
 
-    def _options(
-        self, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
-    ) -> dict[str, Any]:
+    def _options(self, wiring: Wiring) -> dict[str, Any]:
         mappings = [
             {
                 "container_port": port.container,
@@ -140,10 +127,10 @@ class Netavark:
                 "protocol": port.protocol,
                 "range": port.count,
             }
-            for port in ports
+            for port in wiring.ports
         ]
         networks, info = {}, {}
-        for link in links:
+        for link in wiring.links:
             networks[link.network] = {
                 "interface_name": link.interface,
                 "static_ips": list(link.addresses),
@@ -163,8 +150,9 @@ class Netavark:
                 # of several default routes that of the first interface counts
                 "options": {} if link.internal else {"metric": str(100 + int(link.interface.removeprefix("eth")))},
             }
-        out: dict[str, Any] = {"container_id": id, "container_name": name, "networks": networks, "network_info": info}
-        return {**out, "port_mappings": mappings, "dns_servers": list(dns)}
+        out: dict[str, Any] = {"container_id": wiring.id, "container_name": wiring.name}
+        out |= {"networks": networks, "network_info": info}
+        return {**out, "port_mappings": mappings, "dns_servers": list(wiring.dns)}
 
     def _call(self, verb: str, netns: Path, options: Mapping[str, Any]) -> str:
         if why := self.missing():

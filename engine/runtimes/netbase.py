@@ -27,6 +27,18 @@ class Link:
     mac: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What a container has of networks, or comes to have. `dns` answers what the networks' resolver does not know."""
+
+    netns: Path  # where its namespace is bound
+    id: str
+    name: str
+    links: Sequence[Link]
+    ports: Sequence[PortSpec]
+    dns: Sequence[str]
+
+
 class Backend(Protocol):
     """What makes networks on the host. Errors: RuntimeFailure with its words, DeadlineExceeded, Unsupported."""
 
@@ -49,22 +61,11 @@ class Backend(Protocol):
         """Why it cannot be used here, '' when it can. Runs no program."""
         ...
 
-    def setup(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
-    ) -> None:
-        """Connect the namespace bound at `netns`. `dns` answers what the networks' resolver does not know."""
+    def setup(self, wiring: Wiring) -> None:
+        """Connect the namespace."""
         ...
 
-    def teardown(
-        self,
-        netns: Path,
-        id: str,
-        name: str,
-        links: Sequence[Link],
-        ports: Sequence[PortSpec],
-        dns: Sequence[str],
-        stays: bool = False,
-    ) -> None:
+    def teardown(self, wiring: Wiring, *, stays: bool = False) -> None:
         """Take down what `setup` was given; what is gone already may be an error, everything else is gone then.
         `stays`: other networks that were set up with the same ports stay, and these published."""
         ...

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from engine.errors import Unsupported
 from engine.netconfig import PortSpec, is_v6
-from engine.runtimes.netbase import Link
+from engine.runtimes.netbase import Link, Wiring
 from engine.runtimes.netfiles import NetworkMode, RunNetwork
 from engine.runtimes.vm import network
 from engine.runtimes.vm.network import Interface, Route
@@ -33,27 +32,16 @@ class GuestNetworks:
     def missing(self) -> str:
         return ""
 
-    def setup(
-        self, netns: Path, id: str, name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]
-    ) -> None:
+    def setup(self, wiring: Wiring) -> None:
         """Unsupported for what QEMU cannot do."""
-        for link in links:
+        for link in wiring.links:
             if any(":" in subnet for subnet, _ in link.subnets):
                 raise Unsupported(f"networks: {link.bridge} has IPv6, which machines of this host have not")
-        for port in ports:
+        for port in wiring.ports:
             if port.protocol not in ("tcp", "udp") or is_v6(port.host_ip):
                 raise Unsupported(f"ports: {port}: machines of this host publish tcp and udp, by IPv4", at=str(port))
 
-    def teardown(
-        self,
-        netns: Path,
-        id: str,
-        name: str,
-        links: Sequence[Link],
-        ports: Sequence[PortSpec],
-        dns: Sequence[str],
-        stays: bool = False,
-    ) -> None:
+    def teardown(self, wiring: Wiring, *, stays: bool = False) -> None:
         """They end with the machine."""
 
     def clear(self, idle: Callable[[], bool]) -> None:
@@ -65,12 +53,15 @@ def resolver(link: Link) -> str:
     return str(ipaddress.ip_network(link.subnets[0][0])[-2])
 
 
-def of_run(name: str, links: Sequence[Link], ports: Sequence[PortSpec], dns: Sequence[str]) -> RunNetwork:
+def of_run(wiring: Wiring) -> RunNetwork:
     """Of a container's run in those networks."""
-    resolvers = () if dns else (resolver(links[0]),)
+    links = wiring.links
+    resolvers = () if wiring.dns else (resolver(links[0]),)
     addresses = tuple(address for link in links for address in link.addresses)
     gateway = links[0].subnets[0][1]
-    return RunNetwork(NetworkMode.GUEST, None, (name,), addresses, resolvers, gateway, tuple(links), tuple(ports))
+    return RunNetwork(
+        NetworkMode.GUEST, None, (wiring.name,), addresses, resolvers, gateway, tuple(links), tuple(wiring.ports)
+    )
 
 
 def _words(name: str, link: Link, leads: bool) -> dict[str, Any]:
