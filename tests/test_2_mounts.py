@@ -129,7 +129,7 @@ def test_mounts_of_a_killed_daemon_are_used_again_and_stray_ones_taken_down(stor
         "import os, sys; sys.path[:0] = sys.argv[4:]\n"
         "from pathlib import Path; from test_2_mounts import Store\n"
         "store = Store(Path(sys.argv[1])); store.mounts.ensure('c', sys.argv[2])\n"
-        "store.mounts._ensure_tree(sys.argv[3]); os.kill(os.getpid(), 9)\n"
+        "store.mounts._images.ensure(sys.argv[3]); os.kill(os.getpid(), 9)\n"
     )
     here = Path(__file__).parent
     done = subprocess.run(

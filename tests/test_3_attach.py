@@ -133,13 +133,12 @@ def test_links_of_an_image_lead_nowhere_on_the_host(tmp_path: Path, ran: Callabl
     """/link -> /etc in the image: the mount lands in the container's /etc, the host's is what it was."""
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "seen").write_text("seen\n")
-    before = {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir("/etc")}
     said = ran(
         "cat /etc/deep/er/seen /link/one/seen; ls -d /link/made",
         volumes=[f"{tmp_path}/d:/link/deep/er", f"{tmp_path}/d:/link/one", "fresh:/link/made"],
     )
     assert said == "seen\nseen\n/link/made\n"
-    assert before == {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir("/etc")}
+    assert not [name for name in ("deep", "one", "made") if os.path.lexists(f"/etc/{name}")]
 
 
 def test_u_gives_the_source_away_without_following_links(tmp_path: Path, ran: Callable[..., str]) -> None:

@@ -35,7 +35,8 @@ def later(mount: Mount, **fields: str) -> threading.Timer:
 def test_it_is_waited_for(fake_mount: Mount) -> None:
     timer = later(fake_mount, state="running")
     await_start(fake_mount, "slow", "run demo")
-    assert not timer.is_alive() and fake_mount.field("containers", "slow", "state") == "running"
+    assert fake_mount.field("containers", "slow", "state") == "running"
+    timer.join()
 
 
 def test_why_it_did_not_start_is_told(fake_mount: Mount) -> None:
