@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BINDINGS = ("fdfs/mount.py", "fdfs/binds.py", "fdfs/binder.py")
 CONFINED = {
     "subprocess": (
         "engine/hostmounts.py",

@@ -66,7 +66,7 @@ class Made:
 
 
 START_VERB = "echo start > containers/c/ctl"
-EXECUTION, DRIVER = "engine.execution:Execution", "engine.runtimes.vm.driver:VmRuntime"
+DRIVER = "engine.runtimes.vm.driver:VmRuntime"
 PAUSING, UPPER = "engine.runtimes.vm.pausing:Pausing", "engine.runtimes.vm.guestupper:GuestUpper"
 MOUNTS, NETWORKS, RECORDS = "engine.mounts:RootfsMounts", "engine.connections:Connections", "engine.records:Records"
 SESSIONS = "engine.runtimes.oci_sessions:OciSessions"
