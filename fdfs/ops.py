@@ -208,7 +208,14 @@ class Operations:
             if flags & os.O_TRUNC:
                 scratch.truncate(0)
             return self.opened(scratch), scratch
-        handle = self.declared.open(where, flags) if isinstance(where, Found) else where[0].open(where[1], flags)
+        if isinstance(where, Found):
+            handle = self.declared.open(where, flags)
+        else:
+            try:
+                handle = where[0].open(where[1], flags)
+            except FileNotFoundError as error:
+                # the kernel has believed a name of a moment ago: it looks again, and makes the file if that is wanted
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
         if isinstance(handle, Reader):
             with self._lock:
                 self._readers[path] = (*self._readers.get(path, ()), handle)

@@ -421,3 +421,20 @@ def test_a_failing_job_says_why(daemon: Daemon, tmp_path: Path) -> None:
     daemon.until(f"cat {job}/state", "failed")
     assert daemon.sh(f"cat {job}/error").strip()
     daemon.refused(f"echo cancel > {job}/ctl", "Device or resource busy")
+
+
+def test_a_name_that_has_gone_behind_the_mount_is_looked_for_again(tmp_path: Path) -> None:
+    """The kernel believes names for a second. One that has gone meanwhile is made when that is asked for, and is not
+    there for who reads: as with a machine that ended before it had written a file out."""
+    with Daemon(tmp_path, runtime="fake", binds=False) as daemon:
+        daemon.sh("mkdir volumes/v && echo one > volumes/v/data/file")
+        path = next(daemon.store.glob("volumes/*/data")) / "file"
+        for command, said in (("echo two > volumes/v/data/file", ""), ("cat volumes/v/data/file", "No such file")):
+            for _ in range(5):
+                path.write_text("here")
+                daemon.sh("stat volumes/v/data/file")
+                path.unlink()
+                done = daemon.run(command)
+                assert said in done.stderr and "Stale" not in done.stderr, done.stderr
+                assert bool(done.returncode) == bool(said)
+        assert not path.exists()

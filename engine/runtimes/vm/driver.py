@@ -236,13 +236,13 @@ class VmRuntime(OciRuntime):
         """SIGKILL is for the container's process in the guest, whose file systems are then written out as after any
         end: what a killed process has written is not lost with the machine. A machine that does not do so is killed."""
         state = self.status(id).state
-        if signum == signal.SIGKILL and state is State.PAUSED:
-            self._note(id, "killed while it was paused, with its virtual machine")
-        if signum != signal.SIGKILL or state is not State.RUNNING:
+        if signum != signal.SIGKILL or state not in (State.RUNNING, State.PAUSED):
             super().signal(id, signum)
             return
-        facts = self._expect(id, State.RUNNING)
+        facts = self._expect(id, State.RUNNING, State.PAUSED)
         try:
+            if state is State.PAUSED:
+                self._pausing.wake(id)
             link = shim.connect(self._vm(id))
             try:
                 link.call("SIGNAL", {"id": MAIN, "signal": int(signal.SIGKILL)}, deadline=KILL_SECONDS)

@@ -336,7 +336,11 @@ class GuestFiles:
         if letters == "r":
             self.settle()
             turn = self.beliefs.turn
-            values = self.call("OPEN", {"root": root, "path": path, "early": protocol.EARLY, **words})
+            try:
+                values = self.call("OPEN", {"root": root, "path": path, "early": protocol.EARLY, **words})
+            except FileNotFoundError:
+                self.beliefs.forget(root, path, names=True)
+                raise
             attr = self.beliefs.told(turn, root, path, values)
         else:
             values = self.change("OPEN", root, path, words)

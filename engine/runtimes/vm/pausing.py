@@ -57,6 +57,12 @@ class Pausing:
             self._qmp(id, "cont")
             self._thaw(id)
 
+    def wake(self, id: str) -> None:
+        """The machine goes on, its processes frozen as they were: so they can be killed, and it ends in good order.
+        RuntimeFailure with QEMU's words."""
+        with self._unsure(id, "kill"):
+            self._qmp(id, "cont")
+
     @contextlib.contextmanager
     def awake(self, id: str) -> Iterator[None]:
         """In the block the agent of a paused machine answers, and its processes are frozen as they were. Busy when they
