@@ -224,6 +224,42 @@ def test_the_end_of_one_that_stood_by_is_not_that_of_the_next(tmp_path: Path, mo
     until(lambda: (tmp_path / "two").exists() and not followers())
 
 
+@pytest.mark.parametrize("way", ["it says why", "its keeper is killed", "its disks cannot be made"])
+def test_why_none_stands_by_is_told_until_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setenv("DUTCHMAN_STANDBY", "1")
+    script = {"it says why": 'read -r line; echo "QEMU: no such\nmachine"'}.get(way, "kill -9 $$")
+    directory = tmp_path / "6.1" / "templates"
+    directory.mkdir(parents=True)
+    request = {"machine": {"memory": 1}, "agent": "/agent", "directory": str(directory), "plan": {}}
+
+    def make(*_: object) -> list[list[int]]:
+        if way == "its disks cannot be made":
+            raise RuntimeFailure("the disk is full")
+        return []
+
+    monkeypatch.setattr(standbys, "make_disks", make)
+    found = Standbys()
+    program = ["sh", "-c", f"({script}) &"]
+    found.want(program, directory, request | {"key": "k"})
+    until(lambda: not followers())
+    why = {"it says why": "QEMU: no such machine", "its disks cannot be made": "the disk is full"}
+    (line,) = standbys.listing(directory)
+    assert re.fullmatch(r"k none stands by before 2\d{3}-[0-9T:-]+Z: " + why.get(way, "its process was killed"), line)
+    assert standbys.summary(tmp_path)["standbys"] == f"0; {line}"
+    found.want(program, directory, request | {"key": "k"})
+    assert found._turn == 1 and not Standbys()._key, "it was tried again at once"
+    os.utime(directory / "k.alone", (1, 1))
+    assert standbys.summary(tmp_path)["standbys"] == "0"
+    found.want(program, directory, request | {"key": "k"})
+    assert found._turn == 2
+    until(lambda: not followers())
+    templates.forget(directory)
+    assert not [path for path in directory.iterdir() if not path.name.startswith(".")]
+    found.close()
+
+
 def followers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "standby"]
 

@@ -48,7 +48,6 @@ class Standbys:
         self._ready = False
         self._handle = -1  # its keeper's standard input
         self._turn = 0  # counts them: descriptors have the numbers of earlier ones
-        self._failed: dict[str, float] = {}
         self._closed = os.environ.get(VARIABLE, "1") == "0"
 
     def want(self, program: Sequence[str], directory: Path, request: Mapping[str, Any]) -> None:
@@ -58,7 +57,7 @@ class Standbys:
         with self._lock:
             if self._closed or self._key == key or (self._key and not self._ready):
                 return
-            if time.monotonic() - self._failed.get(key, -AGAIN_SECONDS) < AGAIN_SECONDS or not enough(request):
+            if failed(directory, key) or not enough(request):
                 return
             self._give_up()
             process = subprocess.Popen(
@@ -76,11 +75,12 @@ class Standbys:
 
     def _follow(self, key: str, turn: int, process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
         assert process.stdin is not None and process.stdout is not None
+        why = ""
         try:
             line = self._request(request)
         except (EngineError, OSError) as error:
             log.warning("no machine of template %s stands by: %s", key, error)
-            line = b""
+            line, why = b"", str(error)
         process.wait()  # it has left another behind
         with contextlib.suppress(BrokenPipeError):  # which was killed
             process.stdin.write(line)
@@ -99,12 +99,14 @@ class Standbys:
                     log.info("a machine of template %s stands by", key)
                     with self._lock:
                         self._ready = self._ready or self._turn == turn
+        told = " ".join(words.decode(errors="replace").split())[-500:] or why or "its process was killed"
         with self._lock:
             if self._turn == turn:
                 self._give_up()
                 if not words.startswith(b"ready\n"):
-                    self._failed[key] = time.monotonic()
-        log.info("the machine of template %s: %s", key, " ".join(words.decode(errors="replace").split())[-500:])
+                    with contextlib.suppress(OSError):  # its kernel is gone; a full disk: it is in the log
+                        host.write_atomic(Path(request["directory"]) / f"{key}{templates.ALONE}", told.encode(), 0o600)
+        log.info("the machine of template %s: %s", key, told)
 
     def _request(self, request: dict[str, Any]) -> bytes:
         """The line for its keeper: `request` with the disks made, which needs more than a keeper has."""
@@ -240,9 +242,25 @@ def standing(directory: Path) -> list[Standing]:
     return out
 
 
-def listing(directory: Path) -> list[str]:
-    """A line for each that stands by, of a kernel."""
+def failed(directory: Path, key: str) -> str:
+    """Why none of a template is made for now; empty when one may be."""
+    return templates.refused(directory, key, templates.ALONE, AGAIN_SECONDS)
+
+
+def failures(directory: Path) -> list[str]:
+    """A line for each template of a kernel of which none is made for now."""
     lines = []
+    for path in sorted(directory.glob(f"*{templates.ALONE}")):
+        with contextlib.suppress(FileNotFoundError):
+            again = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime + AGAIN_SECONDS))
+            if why := failed(directory, path.stem):
+                lines.append(f"{path.stem} none stands by before {again}: {why}")
+    return lines
+
+
+def listing(directory: Path) -> list[str]:
+    """A line for each that stands by, of a kernel, and for each that could not."""
+    lines = failures(directory)
     for item in standing(directory):
         with contextlib.suppress(OSError, ValueError, IndexError):  # it ends
             if item.ready:
@@ -262,9 +280,10 @@ def summary(kernels: Path) -> dict[str, str]:
     for item in (item for directory in directories for item in standing(directory)):
         with contextlib.suppress(OSError, ValueError, IndexError):  # it ends
             lines.append(f"{item.shape} held={item.held}M" if item.ready else f"{item.shape} is being made")
+    alone = [line for directory in directories for line in failures(directory)]
     return {
         "templates": f"{len(made)}, {size >> 20} MiB: {shapes}" if made else "0",
-        "standbys": f"{len(lines)}: {', '.join(lines)}" if lines else "0",
+        "standbys": "; ".join([f"{len(lines)}: {', '.join(lines)}" if lines else "0", *alone]),
     }
 
 

@@ -8,6 +8,7 @@ Imported by the process that owns a machine, so it imports little.
         state           of its devices, as QEMU writes it (x-ignore-shared: without the memory)
         template.json   what it was made from, and what to check
     kernels/<name>/templates/<key>.refused   why machines did not start from it: it is not made again for a while
+    kernels/<name>/templates/<key>.alone     why no machine of it could stand by (standbys.py): so for a while
 
 The key is a digest of everything a snapshot depends on: QEMU's program and its command line but for paths and
 descriptors (so memory, CPUs, devices, the kernel's command line), kernel and agent, and the host's CPU. Disks are not
@@ -39,6 +40,7 @@ CONFIRM_SECONDS = 15.0  # for the agent of a restored guest to answer, on a busy
 SAME = ("version", "build", "arch", "kernel")  # words of HELLO that a restored guest says again
 REFUSED_SECONDS = 3600.0  # for which a template that did not work is not made again
 MAX_TEXT = 1 << 20
+REFUSED, ALONE = ".refused", ".alone"
 RAM, STATE, ABOUT = "ram", "state", "template.json"
 MAKING = ".making-"  # what the directory of an unfinished one is called
 
@@ -200,14 +202,14 @@ def discard(directory: Path, key: str) -> None:
 def refuse(directory: Path, key: str, why: str) -> None:
     """It was whole, and no machine started from it."""
     discard(directory, key)
-    host.write_atomic(directory / f"{key}.refused", f"{why}\n".encode(), 0o600)
+    host.write_atomic(directory / f"{key}{REFUSED}", f"{why}\n".encode(), 0o600)
 
 
-def refused(directory: Path, key: str) -> str:
+def refused(directory: Path, key: str, suffix: str = REFUSED, seconds: float = REFUSED_SECONDS) -> str:
     """Why it is not to be made for now; empty when it may be."""
-    path = directory / f"{key}.refused"
+    path = directory / f"{key}{suffix}"
     try:
-        if time.time() - path.stat().st_mtime > REFUSED_SECONDS:
+        if time.time() - path.stat().st_mtime > seconds:
             path.unlink()
             return ""
         return path.read_text(errors="replace")[:1000].strip()
@@ -257,7 +259,7 @@ def listing(directory: Path) -> list[str]:
     for item in kept(directory):
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(item.used_ns // 10**9))
         lines.append(f"{item.key} {shape(*item.shape)} bytes={item.bytes} used={when}")
-    for path in sorted(directory.glob("*.refused")):
+    for path in sorted(directory.glob(f"*{REFUSED}")):
         with contextlib.suppress(FileNotFoundError):
             lines.append(f"{path.stem} refused: {' '.join(path.read_text(errors='replace').split())[:500]}")
     return lines
@@ -267,5 +269,6 @@ def forget(directory: Path) -> None:
     """Remove them all, and what is known of those that did not work."""
     for item in kept(directory):
         discard(directory, item.key)
-    for path in directory.glob("*.refused"):
-        path.unlink(missing_ok=True)
+    for suffix in (REFUSED, ALONE):
+        for path in directory.glob(f"*{suffix}"):
+            path.unlink(missing_ok=True)
