@@ -213,7 +213,9 @@ class Operations:
         else:
             try:
                 handle = where[0].open(where[1], flags)
-            except FileNotFoundError as error:
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
                 # the kernel has believed a name of a moment ago: it looks again, and makes the file if that is wanted
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
         if isinstance(handle, Reader):

@@ -338,7 +338,7 @@ class GuestFiles:
             turn = self.beliefs.turn
             try:
                 values = self.call("OPEN", {"root": root, "path": path, "early": protocol.EARLY, **words})
-            except FileNotFoundError:
+            except OSError:
                 self.beliefs.forget(root, path, names=True)
                 raise
             attr = self.beliefs.told(turn, root, path, values)
