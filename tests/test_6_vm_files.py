@@ -120,6 +120,12 @@ def test_files_of_a_machine(daemon: Daemon, request: pytest.FixtureRequest, tmp_
     assert daemon.sh("cat containers/m/state").strip() == "running"
     # an engine that is killed while it holds the processes still leaves them running
     held = GuestFiles(directory / "run/vm/agent.sock")
+    for command, code in (("echo two > behind", 0), ("cat behind", 1)):  # a name the kernel still believes
+        (place / "behind").write_text("one")
+        assert os.stat(place / "behind").st_size == 3
+        held.change("UNLINK", "container", b"behind", {})
+        done = daemon.run(f"cd containers/m/rootfs; {command}", timeout=60)
+        assert done.returncode == code and "Stale" not in done.stderr, done
     held.call("FREEZE", {"state": 1}, 60)
     held.close()
     daemon.sh("echo 'run echo goes on' > containers/m/exec/ctl", timeout=60)
