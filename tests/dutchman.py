@@ -55,7 +55,7 @@ def demo_archive() -> Path:
     return path
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15.0, what: str = "") -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 40.0, what: str = "") -> Any:
     """The first true answer; fails when there is none in time."""
     deadline = time.monotonic() + max(seconds, PATIENCE)
     while True:
@@ -177,7 +177,7 @@ class Dutchman:
     def state(self, name: str) -> str:
         return self.read(f"containers/{name}/state")
 
-    def await_state(self, name: str, *states: str, seconds: float = 20) -> None:
+    def await_state(self, name: str, *states: str, seconds: float = 40) -> None:
         wait_for(lambda: self.state(name) in states, seconds, f"{name} {states}")
 
     def make(self, name: str, script: str, image: str = "demo:1") -> None:

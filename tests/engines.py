@@ -47,14 +47,14 @@ def add_busybox(engine: Engine, reference: str = "docker.io/library/busybox:late
     return add_image(engine, reference, busybox_rootfs_tar(), **(config or {"Cmd": ["sh"]}))
 
 
-def reach(engine: Engine, name: str, *states: State, seconds: float = 10.0) -> Container:
+def reach(engine: Engine, name: str, *states: State, seconds: float = 40.0) -> Container:
     """Wait until a container is in one of `states`."""
     found = engine.containers.wait_for(name, lambda now: now.state in states, seconds)
     assert found is not None, f"{name} is {engine.containers.get(name).state}, not {states}"
     return found
 
 
-def eventually(check: Callable[[], Any], seconds: float = 10.0) -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 40.0) -> Any:
     """What `check` returns once it is true."""
     deadline = time.monotonic() + seconds
     while not (found := check()):

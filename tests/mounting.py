@@ -63,7 +63,7 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
         self.expect_errors = False  # tests that provoke a bug's traceback set this
 
-    def start(self, seconds: float = max(20, PATIENCE)) -> Daemon:
+    def start(self, seconds: float = max(60, PATIENCE)) -> Daemon:
         self.mount.parent.mkdir(parents=True, exist_ok=True)
         self.store.mkdir(parents=True, exist_ok=True)
         reading, writing = os.pipe()
@@ -127,7 +127,7 @@ class Daemon:
         if kind is None and not self.expect_errors:
             assert "Traceback" not in self.log(), self.log()[-6000:]
 
-    def run(self, command: str, *, timeout: float = 30, shell: str = "bash") -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, *, timeout: float = 60, shell: str = "bash") -> subprocess.CompletedProcess[str]:
         """Run a shell command in the mount; never raises for its exit status."""
         done = subprocess.run(
             [*self._within, shell, "-c", command],
@@ -140,20 +140,20 @@ class Daemon:
             command, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
         )
 
-    def sh(self, command: str, *, timeout: float = 30) -> str:
+    def sh(self, command: str, *, timeout: float = 60) -> str:
         """Output of a command that must succeed."""
         done = self.run(command, timeout=timeout)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}\n{self.log()[-3000:]}"
         return done.stdout
 
-    def refused(self, command: str, errno_text: str, *, timeout: float = 30) -> str:
+    def refused(self, command: str, errno_text: str, *, timeout: float = 60) -> str:
         """stderr of a command that must fail with this errno's text."""
         done = self.run(command, timeout=timeout)
         assert done.returncode != 0, f"{command} succeeded:\n{done.stdout}"
         assert re.search(errno_text, done.stderr), f"{command}: {done.stderr}"
         return done.stderr
 
-    def until(self, command: str, wanted: str, *, seconds: float = 10) -> str:
+    def until(self, command: str, wanted: str, *, seconds: float = 40) -> str:
         """Repeat a command until its output holds `wanted`."""
         deadline = time.monotonic() + max(seconds, PATIENCE)
         while True:

@@ -30,12 +30,19 @@ BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "sleep", "echo", "cat", "true", "false", "seq", "id", "head", "yes", "tty", "dd", "touch", "grep")
 COMMANDS: dict[str, dict[str, tuple[str, ...]]] = {
     "fake": {"true": ("true",), "exit 3": ("exit", "3"), "hello": ("echo", "hello"), "sleep": ("sleep", "inf")}
-    | {"deaf": ("trap", "inf"), "oom": ("oom",), "warn": ("warn", "careful"), "lines": ("lines", "2000")},
+    | {
+        "trap": ("sleep", "inf"),
+        "deaf": ("trap", "inf"),
+        "oom": ("oom",),
+        "warn": ("warn", "careful"),
+        "lines": ("lines", "2000"),
+    },
     "oci": {
         "true": ("true",),
         "exit 3": ("sh", "-c", "exit 3"),
         "hello": ("echo", "hello"),
         "sleep": ("sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.02; done"),
+        "trap": ("sh", "-c", "trap 'exit 143' TERM; echo ready; while :; do sleep 0.02; done"),
         "deaf": ("sh", "-c", "trap '' TERM INT; while :; do sleep 0.05; done"),
         "oom": ("sh", "-c", "x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done"),
         "warn": ("sh", "-c", "echo careful >&2"),
@@ -142,7 +149,7 @@ class Bench:
     def watch(self, id: str) -> None:
         self.runtime.watch(id, lambda id, end: self.ends.put((id, end)))
 
-    def end(self, seconds: float = 15) -> Exit:
+    def end(self, seconds: float = 40) -> Exit:
         return self.ends.get(timeout=seconds * (PATIENCE[self.kind] if seconds > 1 else 1))[1]
 
     def run(self, command: str | tuple[str, ...], **fields: Any) -> str:
@@ -155,12 +162,12 @@ class Bench:
     def output(self, id: str, view: str = "stdout") -> bytes:
         logs = ContainerLogs(self.place / "containers" / id / "logs")
         try:
-            assert logs.caught_up(view, 10)
+            assert logs.caught_up(view, 40)
             return logs.read(view, 0, 1 << 30)
         finally:
             logs.close()
 
-    def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 40) -> None:
         end = time.monotonic() + seconds * PATIENCE[self.kind]
         while not condition():
             assert time.monotonic() < end, "it did not come to that"

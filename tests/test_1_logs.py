@@ -43,7 +43,7 @@ def expected(records: list[Record]) -> dict[str, bytes]:
 
 
 def everything(logs: ContainerLogs, view: str) -> bytes:
-    assert logs.caught_up(view, 10)
+    assert logs.caught_up(view, 60)
     return logs.read(view, 0, logs.size(view) + 1000)
 
 
@@ -68,7 +68,7 @@ class Writer:
 
 
 def wait_sealed(directory: Path, count: int) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         plain = [name for name in os.listdir(directory) if name[8:].isdigit()]
         packed = [name for name in os.listdir(directory) if name.endswith(".zst")]
@@ -187,7 +187,7 @@ def test_garbage_without_a_newline_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "ctr.log").write_bytes(first + bytes(3 << 20) + b"\n" + last)
     logs = ContainerLogs(tmp_path)
     assert everything(logs, STDOUT) == b"first\nlast\n"
-    assert logs.caught_up(JSONL, 5)
+    assert logs.caught_up(JSONL, 60)
     assert [json.loads(line)["line"] for line in everything(logs, JSONL).splitlines()] == ["first", "last"]
     logs.close()
 
@@ -453,7 +453,7 @@ def test_size_answers_fast_on_a_large_backlog_and_the_helper_catches_up(tmp_path
     started = time.thread_time()
     first = logs.size(STDOUT)
     assert time.thread_time() - started < 1.0  # its bound is 50 ms
-    assert logs.caught_up(STDOUT, 30)
+    assert logs.caught_up(STDOUT, 60)
     assert first <= logs.size(STDOUT) == 4 * 1_200_000
     started = time.thread_time()
     logs.size(JSONL)
@@ -501,7 +501,7 @@ def test_a_reader_and_a_burst_with_rotation_at_once(tmp_path: Path) -> None:
     while not done.is_set() or logs.size(STDOUT) > len(seen):
         seen += logs.read(STDOUT, len(seen), 70_000)
     thread.join()
-    assert logs.caught_up(STDOUT, 10)
+    assert logs.caught_up(STDOUT, 60)
     seen += logs.read(STDOUT, len(seen), 1 << 30)
     assert bytes(seen) == b"".join(b"%08d\n" % n for n in range(total))
     assert list(tmp_path.glob("ctr.log.*"))

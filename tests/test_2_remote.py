@@ -135,7 +135,7 @@ def test_a_reader_leaves_a_slow_registry_and_finds_what_came(tmp_path: Path, mon
         with pytest.raises(DeadlineExceeded):
             opened.read(0, 100)
     go.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 40
     while True:
         try:
             assert opened.read(0, 5000) == body(1)
@@ -218,7 +218,7 @@ def test_a_silent_place_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert time.monotonic() - since < 3
     assert asked.ask("other", "d", lambda: 8, 60) == 8  # nobody else suffers
     go.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 40
     while asked.known("a") is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

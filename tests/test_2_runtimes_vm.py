@@ -46,7 +46,7 @@ def test_limits_and_what_survives_a_daemon(bench: Bench) -> None:
     assert said(bench, id, limits).split() == [str(48 << 20), "50"]
     pid = bench.runtime.status(id).pid
     bench.runtime.pause(id)  # as when the host sleeps: the guest's clock stands still
-    time.sleep(4)
+    time.sleep(3)
     bench.runtime.resume(id)
     bench.until(lambda: abs(float(said(bench, id, "busybox date +%s")) - time.time()) < 2)
     bench.runtime.close()

@@ -71,7 +71,7 @@ def test_the_guest_takes_over_address_and_routes(namespace: Path) -> None:
         assert asked[ARP_TARGET] == socket.inet_aton("10.213.7.2")
         answer = asked[6:12] + mac + asked[12:20] + struct.pack("!H", 2) + mac + asked[38:42] + asked[22:32]
         os.write(tap, b"\0" * HEADER + answer)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 40
         while interface.mac not in neighbours(namespace.with_name("outside")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -82,7 +82,7 @@ def test_the_guest_takes_over_address_and_routes(namespace: Path) -> None:
 def ask(outside: Path, tap: int) -> bytes:
     """Have the outside look for 10.213.7.2: the frame that the guest hears."""
     code = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('10.213.7.2', 9))"
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 40
     while time.monotonic() < deadline:
         subprocess.run(["nsenter", f"--net={outside}", "python3", "-c", code], check=False, timeout=10)
         while select.select([tap], [], [], 0.5)[0]:

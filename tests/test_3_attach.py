@@ -68,7 +68,7 @@ def ran(engine: Engine) -> Iterator[Callable[..., str]]:
         name = f"c{len(names)}"
         names.append(name)
         engine.containers.run(IMAGE, name, ["sh", "-c", script], **fields)
-        assert engine.containers.wait(name, 20) == code, logs(name, "stderr")
+        assert engine.containers.wait(name, 40) == code, logs(name, "stderr")
         return logs(name, "stdout")
 
     def logs(name: str, stream: str) -> str:
@@ -372,7 +372,7 @@ def test_declared_and_anonymous_volumes_live_as_long_as_their_container(
     with pytest.raises(Busy, match="c0"):
         engine.volumes.remove(names["/declared"])
     engine.containers.start("c0")
-    assert engine.containers.wait("c0", 20) == 0
+    assert engine.containers.wait("c0", 40) == 0
     assert (engine.volumes.path(names["/declared"]) / "given").read_text() == "given\nkept\nkept\n"
     assert ran("cat /declared/given; ls /anon", volumes_from=["c0:ro"]).endswith("kept\ny\n")
     assert engine.volumes.users(names["/anon"]) == ["c0", "c1"]

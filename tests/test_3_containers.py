@@ -82,7 +82,7 @@ def test_illegal_verbs_are_refused_by_name_and_change_nothing(engine: Engine) ->
 def test_what_ends_by_itself_is_stopped_with_its_exit_code(engine: Engine) -> None:
     id = make(engine, "job", "exit", "7")
     engine.containers.start("job")
-    assert engine.containers.wait("job", 5) == 7
+    assert engine.containers.wait("job", 40) == 7
     assert states(engine, id) == ["starting", "running", "stopped"]
     engine.containers.set_field("job", "command", "oom")
     engine.containers.start("job")
@@ -103,7 +103,7 @@ def test_a_start_that_fails_leaves_it_stopped_with_the_reason_and_dockers_exit_c
     assert states(engine, id) == ["starting", "stopped"]
     engine.containers.set_field("bad", "command", "true")
     engine.containers.start("bad")
-    assert engine.containers.wait("bad", 5) == 0
+    assert engine.containers.wait("bad", 40) == 0
 
 
 def test_names_images_and_fields_are_checked(engine: Engine) -> None:
@@ -150,7 +150,7 @@ def test_run_without_a_name_chooses_one_and_argv_replaces_the_command(engine: En
     container = engine.containers.run(IMAGE, None, ["exit", "3"])
     adjective, _, noun = container.name.partition("_")
     assert adjective and noun
-    assert engine.containers.wait(container.name, 5) == 3
+    assert engine.containers.wait(container.name, 40) == 3
 
 
 def test_stop_escalates_to_sigkill_and_the_caller_does_not_wait_for_a_long_grace(engine: Engine) -> None:
@@ -220,7 +220,7 @@ def test_wait_ends_when_it_stops_times_out_before_and_fails_when_it_is_removed(e
     assert engine.containers.wait("web", 0.05) is None
     engine.containers.start("web")
     results: list[object] = []
-    thread = threading.Thread(target=lambda: results.append(engine.containers.wait("web", 10)))
+    thread = threading.Thread(target=lambda: results.append(engine.containers.wait("web", 40)))
     thread.start()
     engine.containers.stop("web")
     thread.join(5)
@@ -229,7 +229,7 @@ def test_wait_ends_when_it_stops_times_out_before_and_fails_when_it_is_removed(e
 
     def gone() -> None:
         with pytest.raises(Gone):
-            engine.containers.wait("other", 10)
+            engine.containers.wait("other", 40)
         results.append("gone")
 
     thread = threading.Thread(target=gone)
@@ -244,7 +244,7 @@ def test_output_is_told_of_in_ranges_without_gaps_and_before_the_end(engine: Eng
     id = make(engine, "talk", "lines", "500")
     for _ in range(2):
         engine.containers.start("talk")
-        engine.containers.wait("talk", 5)
+        engine.containers.wait("talk", 40)
     mine = events(engine, f"container/{id}")
     told = [event["stdout"] for event in mine if event["type"] == "logOutput"]
     size = engine.containers.logs("talk").size("stdout")

@@ -50,7 +50,7 @@ def out(engine: Engine, name: str, stream: str = "stdout") -> str:
 
 def test_it_runs_says_something_and_ends_with_its_code(engine: Engine) -> None:
     id = run(engine, "talk", "sh", "-c", "echo out; echo err >&2; echo $FROM $MINE; pwd; exit 3", env={"MINE": "config"}, workdir="/srv/x")  # fmt: skip  # noqa: E501
-    assert engine.containers.wait("talk", 10) == 3
+    assert engine.containers.wait("talk", 40) == 3
     assert out(engine, "talk") == "out\nimage config\n/srv/x\n" and out(engine, "talk", "stderr") == "err\n"
     moves = [event["to"] for event in events(engine, f"container/{id}") if event["type"] == "stateChanged"]
     assert moves == ["starting", "running", "stopped"]
@@ -111,7 +111,7 @@ def test_a_directory_replaced_by_another_is_shown_as_what_went_and_what_came(eng
 def test_volumes_keep_their_data_and_read_only_is_read_only(engine: Engine) -> None:
     engine.volumes.create("data")
     run(engine, "writer", "sh", "-c", "echo kept > /data/file", volumes=["data:/data"])
-    assert engine.containers.wait("writer", 10) == 0
+    assert engine.containers.wait("writer", 40) == 0
     assert (engine.volumes.path("data") / "file").read_text() == "kept\n"
     run(engine, "reader", "sh", "-c", "cat /data/file; echo no > /data/file", volumes=["data:/data:ro"])
     assert engine.containers.wait("reader", 10) not in (0, None)
@@ -136,10 +136,15 @@ def test_pause_freezes_and_a_paused_one_stops(engine: Engine) -> None:
     run(engine, "tick", "sh", "-c", "while :; do echo tick; sleep 0.02; done", stop_signal="KILL")
     eventually(lambda: out(engine, "tick"))
     engine.containers.pause("tick")
-    time.sleep(0.1)
-    size = engine.containers.logs("tick").size("stdout")
-    time.sleep(0.3)
-    assert engine.containers.logs("tick").size("stdout") == size
+    size = -1
+
+    def stands() -> bool:
+        nonlocal size
+        before, size = size, engine.containers.logs("tick").size("stdout")
+        time.sleep(0.3)  # fifteen ticks; what conmon had yet to write down comes in the beginning
+        return size == before
+
+    eventually(stands)
     engine.containers.resume("tick")
     eventually(lambda: engine.containers.logs("tick").size("stdout") > size)
     engine.containers.pause("tick")
@@ -152,7 +157,7 @@ def test_logs_are_rotated_while_it_runs_and_the_logical_file_only_grows(engine: 
     engine.containers.set_field("loud", "command", "sh\n-c\ni=0; while [ $i -lt 6 ]; do yes abcdefgh | head -n 3000; i=$((i+1)); sleep 0.4; done\n")  # fmt: skip  # noqa: E501
     id = engine.containers.get("loud").id
     engine.containers.start("loud")
-    engine.containers.wait("loud", 20)
+    engine.containers.wait("loud", 40)
     logs = engine.containers.logs("loud")
     logs.caught_up("stdout", 5)
     assert logs.size("stdout") == 6 * 3000 * 9

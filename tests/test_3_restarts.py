@@ -48,7 +48,7 @@ def create(engine: Engine, name: str, command: str, restart: str) -> None:
 
 
 def restarted(engine: Engine, name: str, times: int) -> Container:
-    found = engine.containers.wait_for(name, lambda now: now.restarts == times and now.state is State.STOPPED, 10)
+    found = engine.containers.wait_for(name, lambda now: now.restarts == times and now.state is State.STOPPED, 40)
     assert found is not None, engine.containers.get(name)
     return found
 
@@ -127,7 +127,7 @@ def test_a_policy_may_change_while_it_waits(opened: Callable[[], Engine], clock:
     reach(engine, "c", State.STOPPED)
     engine.containers.set_field("c", "restart", "no")
     clock.advance(1)
-    assert engine.containers.wait("c", 10) == 0
+    assert engine.containers.wait("c", 40) == 0
     assert engine.containers.get("c").restarts == 0
 
 

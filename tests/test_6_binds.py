@@ -43,7 +43,7 @@ FILES = {
 } | {f"many/{number:05d}-{'x' * 60}": str(number).encode() for number in range(3000)}
 
 
-def eventually(check: Callable[[], Any], seconds: float = 8.0) -> None:
+def eventually(check: Callable[[], Any], seconds: float = 40.0) -> None:
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, "it never came true"

@@ -23,7 +23,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         daemon.until("ls images", "box:1", seconds=30)
         yield daemon
         for name in daemon.sh("ls -d containers/*/ | cut -d/ -f2").split():
-            daemon.run(f"echo 'stop 0' > containers/{name}/ctl; sleep 0.2; rmdir containers/{name}")
+            daemon.run(f"echo 'stop 0' > containers/{name}/ctl")
+            daemon.until(f"rmdir containers/{name} 2>&1; test -e containers/{name} || echo gone", "gone")
 
 
 def test_health_flips_by_a_file_written_through_the_mount(daemon: Daemon) -> None:

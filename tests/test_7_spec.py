@@ -271,7 +271,7 @@ def test_a_file_that_follows_keeps_to_its_container(engine: Dutchman, inside: di
         engine.cli("run", "-d", "--name", "old", "demo:1", "echo", "another's")
         engine.cli("wait", "old", "new")
         read = ""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 40
         while read.count("\n") < 2 and time.monotonic() < deadline:
             read += log.read()
         assert read == "mine\nmine too\n"
