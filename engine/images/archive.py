@@ -1,10 +1,11 @@
 """Images from files: OCI layouts (a directory or a tar of one), `docker save` archives, root filesystem tars. Floor 2.
 
-Only here: what such files look like. Everything in them is hostile: names are looked up in the archive and nowhere
-else (files.py), small documents are bounded, layers go through the same checks as pulled ones. A tar is read in place
-by offset when it is not compressed; else it is first inflated into the store's tmp/, up to a bound.
+Only here: what layouts look like, and how what is in a file comes into the store; docker's archives are read by
+dockerarchive.py. Everything in them is hostile: names are looked up in the archive and nowhere else (files.py), small
+documents are bounded, layers go through the same checks as pulled ones. A tar is read in place by offset when it is
+not compressed; else it is first inflated into the store's tmp/, up to a bound.
 
-Sources: image-spec image-layout.md; Docker image spec v1.2 (`docker save`: manifest.json, repositories).
+Source: image-spec image-layout.md.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from engine.errors import Damaged, EngineError, InvalidArgument, NotFound, TooLarge
-from engine.images import manifests, platforms
+from engine.images import dockerarchive, manifests, platforms
 from engine.images.catalog import Image, Images
-from engine.images.files import Files, open_files
+from engine.images.dockerarchive import MAX_IMAGES, Parts, usable_name
+from engine.images.files import Files, inflated, open_files
 from engine.images.manifests import Descriptor, Index, Manifest, Platform
 from engine.images.reference import Reference, parse
 from engine.jobs import Task
 from engine.model import canonical_json, hex_of
+from engine.store.inflate import detect
 from engine.store.tarstart import check_start
 
-MAX_IMAGES = 256  # in one archive
 MAX_DEPTH = 4  # indexes within one another
 REF_NAME = "org.opencontainers.image.ref.name"
 CONTAINERD_NAME = "io.containerd.image.name"
@@ -49,11 +51,11 @@ def load(
         stack.enter_context(images.lease())
         files = open_files(Path(path), images.blobs.root / "tmp", stack, task)
         if files.has("manifest.json") and not _listed(files):
-            return _docker(images, files, task, wanted)
+            return _assembled(images, files, dockerarchive.saved(files, task), task, wanted)
         if files.has("oci-layout") or files.has("index.json"):
             return _layout(images, files, task, wanted)
         if files.has("repositories"):
-            return _legacy(images, files, task, wanted)
+            return _assembled(images, files, dockerarchive.legacy(files, task), task, wanted)
     raise InvalidArgument(
         "neither an OCI layout nor a docker archive: no oci-layout, manifest.json or repositories in it",
         at=str(path),
@@ -130,52 +132,16 @@ def _layout_names(entry: Descriptor, task: Task) -> list[str]:
         text = entry.annotations.get(key, "")
         if key == REF_NAME and not set(text) & {"/", ":"}:
             continue  # the standard annotation is commonly a bare tag, which names nothing
-        if text and (named := _name(text, task)) is not None:
+        if text and (named := usable_name(text, task)) is not None:
             return [named]
     return []
 
 
-def _name(text: str, task: Task) -> str | None:
-    try:
-        return parse(text).normalised()
-    except InvalidArgument as error:
-        task.log(f"the name {text[:200]!r} is not taken over: {error.reason}")
-        return None
-
-
-# --- docker archives ------------------------------------------------------------------------------------------------
-
-
-_Parts = tuple[bytes, list[str], list[str]]  # of an image without a manifest: configuration, layers' files, names
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """One entry of a docker archive's manifest.json."""
-
-    config: str
-    layers: list[str]
-    tags: list[str]
-
-
-def _docker(images: Images, files: Files, task: Task, wanted: Platform | None) -> list[Image]:
-    data = manifests.load_json(files.read("manifest.json", manifests.MAX_MANIFEST), "manifest.json")
-    if not isinstance(data, list) or not data:
-        raise Damaged("manifest.json: a list of images expected", at="manifest.json")
-    if len(data) > MAX_IMAGES:
-        raise TooLarge(f"manifest.json: more than {MAX_IMAGES} images", at="manifest.json")
-    return _assembled(images, files, _listed_in(files, data, task), task, wanted)
-
-
-def _listed_in(files: Files, data: list[Any], task: Task) -> Iterator[_Parts]:
-    for number, item in enumerate(data):
-        saved = _saved(item, f"manifest.json[{number}]")
-        names = [name for tag in saved.tags if (name := _name(tag, task)) is not None]
-        yield files.read(saved.config, manifests.MAX_CONFIG), saved.layers, names
+# --- images without manifests -----------------------------------------------------------------------------------------
 
 
 def _assembled(
-    images: Images, files: Files, found: Iterable[_Parts], task: Task, wanted: Platform | None
+    images: Images, files: Files, found: Iterable[Parts], task: Task, wanted: Platform | None
 ) -> list[Image]:
     out: list[Image] = []
     skipped: EngineError | None = None
@@ -190,24 +156,6 @@ def _assembled(
     if skipped is not None and not out:
         raise skipped
     return out
-
-
-def _saved(item: Any, where: str) -> _Saved:
-    if not isinstance(item, dict):
-        raise Damaged(f"{where}: an object expected", at=where)
-
-    def strings(key: str) -> list[str]:
-        value = item.get(key) or []
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise Damaged(f"{where}.{key}: a list of strings expected", at=f"{where}.{key}")
-        if len(value) > manifests.MAX_LAYERS:
-            raise TooLarge(f"{where}.{key}: more than {manifests.MAX_LAYERS} entries", at=f"{where}.{key}")
-        return value
-
-    config = item.get("Config")
-    if not isinstance(config, str) or not config:
-        raise Damaged(f"{where}.Config: a file name expected", at=f"{where}.Config")
-    return _Saved(config, strings("Layers"), strings("RepoTags"))
 
 
 def _assemble(images: Images, files: Files, config: bytes, sources: list[str], names: list[str], task: Task) -> Image:
@@ -231,8 +179,6 @@ SUFFIX = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}
 
 def _described(files: Files, source: str, task: Task) -> Descriptor:
     """What a layer file of an archive is: its kind by its first bytes, its digest and size."""
-    from engine.store.inflate import detect
-
     digester, size, kind = hashlib.sha256(), 0, "none"
     for chunk in files.chunks(source):
         task.check()
@@ -294,78 +240,6 @@ def _ingest(images: Images, entry: Descriptor, diff_id: str, chunks: Any, task: 
     task.advance(label, entry.size, entry.size, "done")
 
 
-# --- the oldest docker archives -------------------------------------------------------------------------------------
-
-
-def _legacy(images: Images, files: Files, task: Task, wanted: Platform | None) -> list[Image]:
-    """Docker before 1.10: `repositories` names the top of chains of `<id>/json` and `<id>/layer.tar`."""
-    data = manifests.load_json(files.read("repositories", manifests.MAX_MANIFEST), "repositories")
-    if not isinstance(data, dict):
-        raise Damaged("repositories: an object expected", at="repositories")
-    tops: dict[str, list[str]] = {}
-    for repository, tags in data.items():
-        if not isinstance(tags, dict) or not all(isinstance(top, str) for top in tags.values()):
-            raise Damaged(f"repositories.{repository[:100]}: tags expected", at="repositories")
-        for tag, top in tags.items():
-            tops.setdefault(top, []).append(f"{repository}:{tag}")
-    if not tops or len(tops) > MAX_IMAGES:
-        raise Damaged(f"repositories: between 1 and {MAX_IMAGES} images expected", at="repositories")
-    found = (
-        (*_legacy_config(files, top, task), [name for tag in tags_ if (name := _name(tag, task)) is not None])
-        for top, tags_ in tops.items()
-    )
-    return _assembled(images, files, found, task, wanted)
-
-
-def _legacy_config(files: Files, top: str, task: Task) -> tuple[bytes, list[str]]:
-    """A configuration made of the chain of v1 documents below `top`, and the layers it has, lowest first."""
-    chain: list[tuple[str, dict[str, Any]]] = []
-    seen: set[str] = set()
-    here = top
-    while here:
-        if here in seen or len(chain) >= manifests.MAX_LAYERS:
-            raise Damaged("the chain of parents does not end", at=here[:100])
-        seen.add(here)
-        document = manifests.load_json(files.read(f"{here}/json", manifests.MAX_CONFIG), f"{here[:80]}/json")
-        if not isinstance(document, dict):
-            raise Damaged("an object expected", at=f"{here[:80]}/json")
-        chain.append((here, document))
-        parent = document.get("parent") or ""
-        if not isinstance(parent, str):
-            raise Damaged("parent: a string expected", at=f"{here[:80]}/json")
-        here = parent
-    chain.reverse()
-    diff_ids, history, sources = [], [], []
-    for name, document in chain:
-        step = {key: document[key] for key in ("created", "author", "comment") if isinstance(document.get(key), str)}
-        ran = document.get("container_config")
-        command = ran.get("Cmd") if isinstance(ran, dict) else None
-        if isinstance(command, list):
-            step["created_by"] = " ".join(str(word) for word in command)
-        source = f"{name}/layer.tar"
-        digester, size = hashlib.sha256(), 0
-        from engine.store.inflate import inflate
-
-        try:
-            for block in inflate(iter(files.chunks(source))):
-                digester.update(block)
-                size += len(block)
-                task.check()
-        except NotFound:
-            size = 0
-        if size:
-            diff_ids.append("sha256:" + digester.hexdigest())
-            sources.append(source)
-            history.append(step)
-        else:
-            history.append({**step, "empty_layer": True})
-    last = chain[-1][1]
-    config = {key: last[key] for key in ("created", "author", "architecture", "os", "config") if last.get(key)}
-    config = {"architecture": "amd64", "os": "linux", **config}
-    config |= {"rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": history}
-    return canonical_json(config), sources
-
-
 # --- root filesystems -----------------------------------------------------------------------------------------------
 
 
@@ -389,8 +263,6 @@ def import_rootfs(images: Images, path: Path | str, reference: str | Reference, 
     with images.lease(), ExitStack() as stack:
         with open(path, "rb") as file:
             head = file.read(8)
-        from engine.store.inflate import detect
-
         kind = detect(head)
         source = _tar_source(path, kind, images.blobs.root / "tmp", stack, task)
         layer = _blob_of(source, task)
@@ -430,8 +302,6 @@ def _tar_source(path: Path, kind: str, tmp: Path, stack: ExitStack, task: Task) 
     """The tar itself, or for a compression without a layer type, an inflated copy."""
     if kind in SUFFIX:
         return path
-    from engine.images.files import inflated
-
     return inflated(path, tmp, stack, task)
 
 
