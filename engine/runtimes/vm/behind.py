@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from engine.runtimes.vm.scratch import Piece, Scratch
 
-PIPELINE = 6  # requests under way for one file that is read or written in order
+PIPELINE = 6  # requests under way for one file that is written in order
 LARGE = 3  # of those, such as are gathered
 
 Send = Callable[[bytes | Piece, int], None]  # what, the offset in the file

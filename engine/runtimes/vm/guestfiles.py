@@ -27,10 +27,9 @@ from pathlib import Path
 from engine.errors import Busy, DeadlineExceeded, EngineError, Unreachable
 from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
-from engine.runtimes.vm.behind import PIPELINE
 from engine.runtimes.vm.beliefs import USES, Beliefs
 from engine.runtimes.vm.client import AgentClient
-from engine.runtimes.vm.openfile import GuestFile
+from engine.runtimes.vm.openfile import AHEAD, GuestFile
 from engine.runtimes.vm.protocol import Attr, Values, Words
 from engine.runtimes.vm.scratch import Piece, Scratch
 from engine.runtimes.vm.streams import Late
@@ -83,7 +82,7 @@ class GuestFiles:
         self._asking: set[str] = set()  # roots whose attributes are being asked for
         self.beliefs = Beliefs()
         self.scratch = Scratch(path.parents[2], self.call)
-        self.pool = ThreadPoolExecutor(PIPELINE, "guest-files")  # threads come when needed
+        self.pool = ThreadPoolExecutor(AHEAD, "guest-files")  # threads come when needed
         self.dirty: set[GuestFile] = set()  # written behind
         self.opened: dict[tuple[int, int], Opened] = {}  # by dev, ino
 

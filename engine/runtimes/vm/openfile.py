@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from engine.runtimes.vm import protocol
-from engine.runtimes.vm.behind import PIPELINE, Behind
+from engine.runtimes.vm.behind import Behind
 from engine.runtimes.vm.protocol import Attr, Values, Words
 from engine.runtimes.vm.scratch import Piece
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.runtimes.vm.guestfiles import GuestFiles
 
 BEHIND_FROM = 1 << 20  # bytes written in order after which a file is written behind
+AHEAD = 12  # requests of BULK under way for a file that is read in order: with half of them the guest waits for us
 AHEAD_SECONDS = 1.0  # how long bytes read ahead are believed
 SYNC_SECONDS = 30.0  # of fsync(2), which waits for a disk
 
@@ -81,10 +82,10 @@ class GuestFile:
             if version != self._version:
                 self._ahead.clear()
                 self._version = version
-            if size == protocol.BULK and offset and abs(offset - self._read_to) <= PIPELINE * protocol.BULK:
-                for number in range(1, PIPELINE + 1):
+            if size == protocol.BULK and offset and abs(offset - self._read_to) <= AHEAD * protocol.BULK:
+                for number in range(1, AHEAD + 1):
                     at = offset + number * protocol.BULK
-                    if at not in self._ahead and len(self._ahead) < 2 * PIPELINE:
+                    if at not in self._ahead and len(self._ahead) < 2 * AHEAD:
                         future = self.files.pool.submit(self._fetch, protocol.BULK, at)
                         self._ahead[at] = time.monotonic(), future
             known = self._ahead.pop(offset, None)

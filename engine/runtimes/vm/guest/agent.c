@@ -50,15 +50,21 @@ void protocol_error(const char *what) {
 }
 
 /* ---- frames out */
-static void queue_write(void) {
-    while (channel >= 0 && queue_head < queue_tail) {
+static size_t channel_write(const char *data, size_t length) {
+    size_t done = 0;
+    while (channel >= 0 && done < length) {
         /* more at once on a vsock may be a packet in pieces (Linux 6.12), which vhost-device-vsock 0.3 loses */
-        size_t length = queue_tail - queue_head, most = listener < 0 ? length : 28 << 10;
-        ssize_t count = write(channel, queue + queue_head, length < most ? length : most);
+        size_t left = length - done, most = listener < 0 ? left : 28 << 10;
+        ssize_t count = write(channel, data + done, left < most ? left : most);
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) break;
-        queue_head += count;
+        done += count;
     }
+    return done;
+}
+
+static void queue_write(void) {
+    queue_head += channel_write(queue + queue_head, queue_tail - queue_head);
     if (queue_head == queue_tail) queue_head = queue_tail = 0;
 }
 
@@ -283,12 +289,18 @@ static void reap(int signals) {
     }
 }
 
+/* A long answer is written from where it was made while the host takes it at once: to copy it takes longer than that. */
 static void files_read(void) {
     while (queue_room() > 2 * MAX_FRAME) {
         char *at = queue_reserve();
         ssize_t count = recv(files, at, MAX_FRAME, MSG_DONTWAIT);
-        if (count <= (ssize_t)sizeof(struct header)) return;
-        queue_commit(count);
+        if (count <= 0) return;
+        size_t length = count, sent = 0;
+        const char *frame = files_answer(at, &length);
+        if (length > SOON && queue_head == queue_tail) sent = channel_write(frame, length);
+        if (frame != at || sent) memmove(at, frame + sent, length - sent);
+        queue_commit(length - sent);
+        files_answered(frame);
     }
 }
 

@@ -132,6 +132,8 @@ int is_file_verb(const char *verb);
 int files_root(const char *name, const char *path); /* errno */
 char *files_slot(void);              /* where a frame may be read so that it needs not be copied; NULL: none is free */
 int files_give(int socket, const char *frame, size_t length); /* -1: not taken; 1: the slot is no longer the caller's */
+const char *files_answer(const char *frame, size_t *length);  /* what came from the socket: the answer, which may lie elsewhere */
+void files_answered(const char *frame);                       /* it is not looked at any more */
 void files_forget(const char *kept);                          /* slots of workers that ended, all but this one */
 extern pid_t files_pid;
 

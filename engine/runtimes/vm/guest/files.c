@@ -19,12 +19,15 @@
 #define EARLY (64u << 10) /* most bytes that come with OPEN */
 
 #define SLOTS 9
+#define ANSWERS 10 /* of the workers: being made, or on their way through process 1 */
 
 pid_t files_pid;
 static struct roots { /* shared with process 1, which writes it before a request that needs it goes out */
     char name[ROOTS][32], path[ROOTS][512];
     int taken[SLOTS]; /* by process 1, which reads a frame into one; let go by the worker who has done what it says */
     char slot[SLOTS][MAX_FRAME + 1];
+    int lent[ANSWERS]; /* by a worker; let go by process 1, which has read what is there */
+    struct answer answer[ANSWERS];
 } *roots;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -32,10 +35,11 @@ static struct handle {
     int fd, uses, closing, open;
     int direct; /* 0: not tried, -1: there is none, else the same file past the page cache, for writing */
     uint32_t turn;
+    long long ahead; /* up to where its disk was asked for it */
 } handles[HANDLES];
 
 #define ALIGNED 4096
-#define AHEAD (1u << 20) /* bytes of a file read in order that its disk is asked for at once */
+#define AHEAD (1ll << 20) /* bytes of a file read in order that its disk is asked for at once */
 #define PIECE (1u << 20) /* most bytes of a WRITE from there */
 static int scratch = -1; /* the disk on which the host lays down what is to be written; once open it stays */
 
@@ -45,7 +49,7 @@ static struct worker {
     char bulk[PIECE] __attribute__((aligned(4096))); /* read past the page cache */
     char input[MAX_FRAME + 1], list[32 << 10];
     struct words words;
-    struct answer answer;
+    struct answer *answer, own; /* own: when all others are lent */
 } workers[WORKERS];
 
 struct packed { /* ATTR of protocol.py */
@@ -84,7 +88,21 @@ int files_give(int socket, const char *frame, size_t length) {
     return send(socket, data, slot < 0 ? length : sizeof slot, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -1 : slot >= 0;
 }
 
+const char *files_answer(const char *frame, size_t *length) {
+    int number;
+    if (*length != sizeof number) return frame;
+    memcpy(&number, frame, sizeof number);
+    *length = roots->answer[number].used;
+    return roots->answer[number].frame;
+}
+
+void files_answered(const char *frame) {
+    for (int i = 0; i < ANSWERS; i++)
+        if (frame == roots->answer[i].frame) __atomic_store_n(&roots->lent[i], 0, __ATOMIC_RELEASE);
+}
+
 void files_forget(const char *kept) {
+    memset(roots->lent, 0, sizeof roots->lent);
     for (int i = 0; roots && i < SLOTS; i++)
         if (kept != roots->slot[i]) __atomic_store_n(&roots->taken[i], 0, __ATOMIC_RELEASE);
 }
@@ -234,9 +252,9 @@ static int answer_attr(struct worker *w, int fd, const char *name) {
     char names[MAX_NAMES];
     if (fstatat(fd, name, &info, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)) return errno;
     pack(&info, &packed);
-    answer_add(&w->answer, "attr", &packed, sizeof packed);
+    answer_add(w->answer, "attr", &packed, sizeof packed);
     ssize_t count = names_of(fd, name, names);
-    if (count >= 0) answer_add(&w->answer, "names", names, count);
+    if (count >= 0) answer_add(w->answer, "names", names, count);
     return 0;
 }
 
@@ -253,7 +271,7 @@ static void folder_time(int fd, int64_t out[2]) {
 static void answer_folder(struct worker *w, int fd, const int64_t before[2]) {
     int64_t times[4] = {before[0], before[1]};
     folder_time(fd, times + 2);
-    answer_add(&w->answer, "folder", times, sizeof times);
+    answer_add(w->answer, "folder", times, sizeof times);
 }
 
 /* ---- verbs: 0 or errno */
@@ -293,7 +311,7 @@ static int list_some(struct worker *w, int fd, int *error) {
             struct stat info;
             n += entry->size;
             size_t length = strlen(entry->name);
-            if (w->answer.used + sizeof item + 96 > sizeof w->answer.frame) {
+            if (w->answer->used + sizeof item + 96 > sizeof w->answer->frame) {
                 if (lseek(fd, at, SEEK_SET) < 0) return *error = errno, 0;
                 return *error = 0, 1;
             }
@@ -305,7 +323,7 @@ static int list_some(struct worker *w, int fd, int *error) {
             length += sizeof(struct packed);
             ssize_t names = names_of(fd, entry->name, item + length + 1);
             if (names >= 0) item[length] = 0, length += 1 + names;
-            answer_add(&w->answer, "entry", item, length);
+            answer_add(w->answer, "entry", item, length);
         }
     }
 }
@@ -317,7 +335,7 @@ static int do_list(struct worker *w) {
         struct handle *h = handle_take(&w->words, &error);
         if (!h) return error;
         more = list_some(w, h->fd, &error);
-        if (more) answer_text(&w->answer, "handle", "%s", given);
+        if (more) answer_text(w->answer, "handle", "%s", given);
         handle_drop(h, !more);
         return error;
     }
@@ -329,7 +347,7 @@ static int do_list(struct worker *w) {
     more = list_some(w, fd, &error);
     if (!more && !error) answer_folder(w, fd, before);
     if (!more) close(fd);
-    else if (!(error = handle_add(fd, &handle))) answer_text(&w->answer, "handle", "%lld", handle);
+    else if (!(error = handle_add(fd, &handle))) answer_text(w->answer, "handle", "%lld", handle);
     return error;
 }
 
@@ -339,7 +357,7 @@ static int do_readlink(struct worker *w) {
     if (fd < 0) return errno;
     ssize_t count = readlinkat(fd, "", text, sizeof text);
     int error = count < 0 ? (errno == ENOENT ? EINVAL : errno) : 0;
-    if (!error) answer_add(&w->answer, "target", text, count);
+    if (!error) answer_add(w->answer, "target", text, count);
     close(fd);
     return error;
 }
@@ -382,7 +400,7 @@ static int open_existing(struct worker *w, int flags) {
 
 /* `data` of the answer. */
 static int read_some(struct worker *w, int fd, long long offset, long long size) {
-    char *word = w->answer.frame + w->answer.used; /* read into its place */
+    char *word = w->answer->frame + w->answer->used; /* read into its place */
     ssize_t have = 0;
     while (have < size) {
         ssize_t count = pread(fd, word + 9 + have, size - have, offset + have);
@@ -394,7 +412,7 @@ static int read_some(struct worker *w, int fd, long long offset, long long size)
     uint32_t length = have + 5;
     memcpy(word, &length, 4);
     memcpy(word + 4, "data=", 5);
-    w->answer.used += 4 + length;
+    w->answer->used += 4 + length;
     return 0;
 }
 
@@ -426,15 +444,24 @@ static int do_open(struct worker *w) {
         if ((error = read_some(w, fd, 0, early)) || value_of(&w->words, "whole", NULL)) return close(fd), error;
     }
     if ((error = handle_add(fd, &handle))) return error;
-    answer_text(&w->answer, "handle", "%lld", handle);
+    answer_text(w->answer, "handle", "%lld", handle);
     return 0;
 }
 
-static int do_read(struct worker *w, int fd) {
+/* Of a file read in order: more than the host has asked for, so that its requests find it there. */
+static void read_ahead(struct handle *h, long long offset) {
+    pthread_mutex_lock(&lock);
+    long long from = h->ahead > offset && h->ahead <= offset + 4 * AHEAD ? h->ahead : offset, to = (offset / AHEAD + 4) * AHEAD;
+    h->ahead = to;
+    pthread_mutex_unlock(&lock);
+    if (to > from) posix_fadvise(h->fd, from, to - from, POSIX_FADV_WILLNEED);
+}
+
+static int do_read(struct worker *w, struct handle *h) {
     long long offset, size;
     if (number_of(&w->words, "offset", 10, -1, &offset) || offset < 0 || number_of(&w->words, "size", 10, -1, &size) || size < 0 || size > BULK) return EINVAL;
-    if (size == BULK && offset % AHEAD == 0) posix_fadvise(fd, offset, 2 * AHEAD, POSIX_FADV_WILLNEED);
-    return read_some(w, fd, offset, size);
+    if (size == BULK && offset < 1ll << 60) read_ahead(h, offset);
+    return read_some(w, h->fd, offset, size);
 }
 
 /* What the host has laid down on a disk, in w->bulk. 0 or errno. */
@@ -455,7 +482,7 @@ static int do_scratch(struct worker *w) {
     pthread_mutex_unlock(&lock);
     if (error || (error = scratch_read(w, at, size))) return error;
     if (size > BULK) return EINVAL;
-    answer_add(&w->answer, "data", w->bulk, size);
+    answer_add(w->answer, "data", w->bulk, size);
     return 0;
 }
 
@@ -502,11 +529,11 @@ static int do_write(struct worker *w, struct handle *h) {
         if (count <= 0) break;
         have += count;
     }
-    answer_text(&w->answer, "size", "%u", have);
-    if (have < length) answer_text(&w->answer, "error", "%d", why);
+    answer_text(w->answer, "size", "%u", have);
+    if (have < length) answer_text(w->answer, "error", "%d", why);
     struct stat info;
     struct packed packed;
-    if (!fstat(fd, &info)) pack(&info, &packed), answer_add(&w->answer, "attr", &packed, sizeof packed);
+    if (!fstat(fd, &info)) pack(&info, &packed), answer_add(w->answer, "attr", &packed, sizeof packed);
     return 0;
 }
 
@@ -517,7 +544,7 @@ static int with_handle(struct worker *w, char verb) {
     if (verb == 'C' && !value_of(&w->words, "handle", NULL)) return 0; /* `done` has said all */
     struct handle *h = handle_take(&w->words, &error);
     if (!h) return error;
-    if (verb == 'R') error = do_read(w, h->fd);
+    if (verb == 'R') error = do_read(w, h);
     else if (verb == 'W') error = do_write(w, h);
     else if (verb == 'S') error = (value_of(&w->words, "data", NULL) ? fdatasync(h->fd) : fsync(h->fd)) ? errno : 0;
     else if (verb == 'T') error = number_of(&w->words, "size", 10, -1, &size) || size < 0 ? EINVAL : ftruncate(h->fd, size) ? errno : 0;
@@ -616,28 +643,28 @@ static int with_object(struct worker *w, const char *verb, int fd) {
     if (!strcmp(verb, "STATFS")) {
         struct statfs s;
         if (fstatfs(fd, &s)) return errno;
-        answer_text(&w->answer, "type", "%lld", (long long)s.f_type);
-        answer_text(&w->answer, "bsize", "%lld", (long long)s.f_bsize);
-        answer_text(&w->answer, "blocks", "%lld", (long long)s.f_blocks);
-        answer_text(&w->answer, "bfree", "%lld", (long long)s.f_bfree);
-        answer_text(&w->answer, "bavail", "%lld", (long long)s.f_bavail);
-        answer_text(&w->answer, "files", "%lld", (long long)s.f_files);
-        answer_text(&w->answer, "ffree", "%lld", (long long)s.f_ffree);
-        answer_text(&w->answer, "namelen", "%lld", (long long)s.f_namelen);
+        answer_text(w->answer, "type", "%lld", (long long)s.f_type);
+        answer_text(w->answer, "bsize", "%lld", (long long)s.f_bsize);
+        answer_text(w->answer, "blocks", "%lld", (long long)s.f_blocks);
+        answer_text(w->answer, "bfree", "%lld", (long long)s.f_bfree);
+        answer_text(w->answer, "bavail", "%lld", (long long)s.f_bavail);
+        answer_text(w->answer, "files", "%lld", (long long)s.f_files);
+        answer_text(w->answer, "ffree", "%lld", (long long)s.f_ffree);
+        answer_text(w->answer, "namelen", "%lld", (long long)s.f_namelen);
         return 0;
     }
     /* a symlink's own attributes are reached neither by O_PATH nor by /proc: getxattr(link) takes the object itself */
     if (!strcmp(verb, "LISTXATTR")) {
         ssize_t count = listxattr(link, text, sizeof text);
         if (count < 0) return errno;
-        for (char *at = text; at < text + count; at += strlen(at) + 1) answer_add(&w->answer, "name", at, strlen(at));
+        for (char *at = text; at < text + count; at += strlen(at) + 1) answer_add(w->answer, "name", at, strlen(at));
         return 0;
     }
     if (!name) return EINVAL;
     if (!strcmp(verb, "GETXATTR")) {
         ssize_t count = getxattr(link, name, text, sizeof text);
         if (count < 0) return errno;
-        answer_add(&w->answer, "value", text, count);
+        answer_add(w->answer, "value", text, count);
         return 0;
     }
     if (!strcmp(verb, "REMOVEXATTR")) return removexattr(link, name) ? errno : 0;
@@ -721,7 +748,7 @@ static int make_one(struct worker *w, int base, int parent, const char *name, mo
 
 static int make_folder(struct worker *w, int parent, const char *name, mode_t mode) {
     struct stat info;
-    if (!mkdirat(parent, name, mode & 07777)) return answer_text(&w->answer, "made", "1"), 0;
+    if (!mkdirat(parent, name, mode & 07777)) return answer_text(w->answer, "made", "1"), 0;
     if (errno != EEXIST) return errno;
     if (fstatat(parent, name, &info, AT_SYMLINK_NOFOLLOW)) return errno;
     return S_ISDIR(info.st_mode) ? 0 : ENOTDIR;
@@ -833,16 +860,20 @@ static void *work(void *argument) {
             frame = roots->slot[slot];
         } else if (count < (ssize_t)sizeof header) _exit(0); /* process 1 closed it */
         memcpy(&header, frame, sizeof header);
-        answer_begin(&w->answer);
+        int lent = 0;
+        while (lent < ANSWERS && __atomic_exchange_n(&roots->lent[lent], 1, __ATOMIC_ACQUIRE)) lent++;
+        w->answer = lent < ANSWERS ? &roots->answer[lent] : &w->own;
+        answer_begin(w->answer);
         int error = EINVAL;
         if (!split_words(frame + sizeof header, header.length, &w->words)) {
             close_done(&w->words);
             error = serve(w);
         }
         if (slot >= 0) __atomic_store_n(&roots->taken[slot], 0, __ATOMIC_RELEASE);
-        if (error) answer_begin(&w->answer);
-        uint32_t size = answer_end(&w->answer, header.stream, error);
-        while (send(w->socket, w->answer.frame, size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
+        if (error) answer_begin(w->answer);
+        uint32_t size = answer_end(w->answer, header.stream, error);
+        const void *told = lent < ANSWERS ? (const void *)&lent : w->answer->frame;
+        while (send(w->socket, told, lent < ANSWERS ? sizeof lent : size, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
     }
 }
 
