@@ -29,6 +29,20 @@ class Machine:
             raise Busy("the container went on meanwhile")
 
 
+class Looked:
+    """A lock that tells how many have come to it."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock, self.waiting = lock, 0
+
+    def __enter__(self) -> None:
+        self.waiting += 1
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def test_it_sleeps_on_after_the_last_of_a_burst_of_calls() -> None:
     leases, machine = Leases(linger=0.2), Machine()
     with leases.of("a", machine.wake):
@@ -59,4 +73,37 @@ def test_one_that_cannot_be_woken_is_asked_again_next_time() -> None:
     with leases.of("a", machine.wake):
         assert machine.awake.is_set()
     leases.close()
-    assert not machine.awake.is_set()
+    assert not machine.awake.is_set() and not leases._leases
+
+
+def test_who_waits_while_one_cannot_be_woken_does_not_try_again_in_turn() -> None:
+    leases, tried, go = Leases(linger=60), [0], threading.Event()
+    failed: list[Busy] = []
+
+    @contextmanager
+    def refuse() -> Iterator[None]:
+        tried[0] += 1
+        assert go.wait(30)
+        raise Busy("QEMU does not answer")
+        yield
+
+    def ask() -> None:
+        try:
+            with leases.of("a", refuse):
+                raise AssertionError
+        except Busy as error:
+            failed.append(error)
+
+    first = threading.Thread(target=ask)
+    first.start()
+    wait_for(lambda: tried[0] == 1, 30)
+    lease = leases._leases["a"]
+    looked = lease.lock = Looked(lease.lock)
+    others = [threading.Thread(target=ask) for _ in range(4)]
+    for other in others:
+        other.start()
+    wait_for(lambda: looked.waiting == 4, 30)
+    go.set()
+    for thread in (first, *others):
+        thread.join(30)
+    assert len(failed) == 5 and tried == [1] and not leases._leases

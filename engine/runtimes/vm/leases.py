@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from engine.errors import Busy
+from engine.errors import Busy, EngineError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ class _Lease:
     calls: int = 0  # under way
     last: float = 0.0  # when one ended
     thread: threading.Thread | None = None  # that lets it sleep on
+    over: bool = False  # the next call has another
+    failure: EngineError | None = None  # why it was not woken: who waited meanwhile need not find out again
 
 
 class Leases:
@@ -42,22 +44,45 @@ class Leases:
     def of(self, id: str, awake: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """In the block its agent answers. Busy when its processes are not frozen; RuntimeFailure when QEMU does not let
         it go on."""
-        with self._lock:
-            lease = self._leases.setdefault(id, _Lease())
-        with lease.lock:
-            if lease.held is None:
-                with ExitStack() as stack:
-                    stack.enter_context(awake())
-                    lease.held = stack.pop_all()
-                lease.thread = threading.Thread(target=self._let_sleep, args=(id, lease), name="awake", daemon=True)
-                lease.thread.start()
-            lease.calls += 1
+        while True:
+            with self._lock:
+                lease = self._leases.setdefault(id, _Lease())
+            with lease.lock:
+                if lease.failure is not None:
+                    raise lease.failure
+                if lease.over:
+                    continue
+                if lease.held is None:
+                    self._wake(id, lease, awake)
+                lease.calls += 1
+            break
         try:
             yield
         finally:
             with lease.lock:
                 lease.calls -= 1
                 lease.last = time.monotonic()
+
+    def _wake(self, id: str, lease: _Lease, awake: Callable[[], AbstractContextManager[None]]) -> None:
+        """Its lock is held."""
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(awake())
+                lease.held = stack.pop_all()
+        except EngineError as error:
+            lease.failure = error
+            raise
+        finally:
+            if lease.held is None:
+                self._end(id, lease)
+        lease.thread = threading.Thread(target=self._let_sleep, args=(id, lease), name="awake", daemon=True)
+        lease.thread.start()
+
+    def _end(self, id: str, lease: _Lease) -> None:
+        """Its lock is held."""
+        lease.over = True
+        with self._lock:
+            del self._leases[id]
 
     def _let_sleep(self, id: str, lease: _Lease) -> None:
         rest = self._linger
@@ -72,11 +97,9 @@ class Leases:
                     lease.held.close()
                 except Busy as error:  # somebody resumed it meanwhile: nothing is left to do
                     log.debug("container %s: %s", id[:12], error)
-                lease.held = None
-            break
-        with self._lock:
-            if self._leases.get(id) is lease:
-                del self._leases[id]
+                finally:
+                    self._end(id, lease)
+            return
 
     def close(self) -> None:
         """All sleep on, calls under way or not."""
