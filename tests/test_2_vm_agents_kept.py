@@ -61,6 +61,14 @@ def test_the_last_few_stay_and_what_another_process_uses(cache: Path) -> None:
     assert kept(cache) == {own, 6, 5, 4, 3}  # ours is used here
 
 
+def test_what_is_no_agent_stays_and_is_in_nobodys_way(cache: Path) -> None:
+    (cache / "agent-x").touch()
+    for number in range(8):
+        (cache / f"agent-x86_64-{number}-directory").mkdir()
+    prune(cache)
+    assert len(list(cache.glob("agent-x*"))) == 9 + KEEP
+
+
 def test_one_that_is_removed_as_it_is_found_is_looked_for_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = cache / f"agent-x86_64-{build_id()}-0.1"
     ours.touch()

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ FLAGS = ("-static", "-Os", "-s", "-std=gnu11", "-Wall", "-fno-sanitize=all", "-g
 DEADLINE = 600  # seconds: the first build of an architecture makes its C library too
 LOOK = 0.5  # seconds between two looks at the compiler, or at who builds
 ASIDE, LOCK = ".agent-", ".lock"
+NAME = re.compile(r"agent-(?P<architecture>[^-]+)-(?P<sources>[^-]+)-.+")
 KEEP = 4  # agents of an architecture: going back to another release need not build again
 
 _guard = threading.Lock()
@@ -119,13 +121,15 @@ def prune(cache: Path) -> None:
             found.append((path.stat().st_mtime_ns, path))
     kept: Counter[str] = Counter()
     for _, path in sorted(found, reverse=True):
-        _, architecture, sources, *_ = path.name.split("-")
-        kept[architecture] += 1
-        if kept[architecture] <= KEEP or sources == build_id():
+        if (ours := NAME.fullmatch(path.name)) is None or not path.is_file():
+            continue
+        kept[ours["architecture"]] += 1
+        if kept[ours["architecture"]] <= KEEP or ours["sources"] == build_id():
             continue
         with suppress(FileNotFoundError, BlockingIOError, PermissionError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            if os.fstat(file.fileno()).st_nlink:  # else it is gone, and another may have its name
+                path.unlink()
 
 
 def _make(architecture: str, cache: Path, tell: Callable[[str], None], check_on: Callable[[], None]) -> Path:
