@@ -44,6 +44,8 @@ class Place:
         """The virtual machine that has its files, when it runs in one."""
         if self.root is None or mount.field("containers", self.name, "runtime") != "vm":
             return None
+        if mount.field("containers", self.name, "state") not in ("running", "paused"):
+            return None
         return Machine(mount, self.name, self.root)
 
 

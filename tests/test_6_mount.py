@@ -228,6 +228,9 @@ def test_a_container_is_started_followed_and_stopped_by_files(web: Daemon) -> No
     assert web.sh("cat containers/web/state") == "created\n"
     assert "start" in web.sh("cat containers/web/ctl") and "stop" not in web.sh("cat containers/web/ctl")
     web.refused("echo stop > containers/web/ctl", "Device or resource busy")
+    web.refused("""echo '{"out": "/etc"}' > containers/web/tar""", "not supported")
+    assert "its files are on this host" in web.sh("cat containers/web/error")
+    web.refused("head -c 100000 /dev/zero | tr '\\0' '[' > containers/web/tar", "Invalid argument")
     web.sh("echo start > containers/web/ctl")
     web.until("cat containers/web/state", "running")
     assert "start" not in web.sh("cat containers/web/ctl").split()

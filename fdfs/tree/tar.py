@@ -40,6 +40,7 @@ class Stream:
 
     def __init__(self, engine: Any, name: str) -> None:
         self._engine, self._name = engine, name
+        self._object = object_of(engine, name)
         self._lock = threading.Lock()
         self._out: Generator[bytes, None, None] | None = None
         self._rest = bytearray()
@@ -96,9 +97,8 @@ class Stream:
 
     def _failed(self, error: EngineError | OSError) -> EngineError | OSError:
         """As it is; what happened to which file is in `error`."""
-        if not isinstance(error, Unsupported):
-            told = error if isinstance(error, EngineError) else _told(error)
-            self._engine.failures.record(self._engine.containers.get(self._name).object, "tar", told)
+        told = error if isinstance(error, EngineError) else _told(error)
+        self._engine.failures.record(self._object, "tar", told)
         return error
 
     def truncate(self, size: int) -> None: ...
@@ -204,7 +204,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     """The first line. InvalidArgument."""
     try:
         asked = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InvalidArgument('a line of JSON expected: {"out": PATH} or {"in": PATH}') from None
     keys = next((KEYS[way] for way in KEYS if isinstance(asked, dict) and way in asked), None)
     if keys is None:
