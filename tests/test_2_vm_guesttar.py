@@ -20,8 +20,8 @@ import manyfiles
 import pytest
 from dutchman import wait_for
 
-from engine.errors import Damaged, InvalidArgument
-from engine.runtimes.vm import guesttar, protocol
+from engine.errors import Busy, Damaged, InvalidArgument, TooLarge
+from engine.runtimes.vm import guestfiles, guesttar, protocol
 from engine.runtimes.vm.guestfiles import GuestFiles
 from engine.runtimes.vm.protocol import ATTR, Parser, ProtocolError, Side, Type, Values
 from engine.volumetar import unpack_stream
@@ -220,6 +220,7 @@ LIES: dict[str, Says] = {
     "an empty link": lambda verb, values: (
         {"entry": attr(stat.S_IFLNK) + b"x"} if verb == "LIST" else {"target": b""} if verb == "READLINK" else None
     ),
+    "no end": lambda verb, values: {"handle": b"7"} if verb == "LIST" else None,
     "too much": lambda verb, values: (
         {"entry": attr(stat.S_IFREG, 5) + b"x"}
         if verb == "LIST"
@@ -237,6 +238,71 @@ def test_what_a_hostile_guest_tells_is_refused(tmp_path: Path, lie: str) -> None
         with pytest.raises(ProtocolError):
             list(guesttar.pack(files, b"", b"x", plain=True))
     finally:
+        files.close()
+
+
+def test_a_listing_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guestfiles, "MAX_ENTRIES", 1000)
+    closed: list[bytes] = []
+    entries = [attr(stat.S_IFREG, 5, number) + b"f%d" % number for number in range(100)]
+    more: list[dict[str, object]] = [{"handle": b"7"}, {"handle": b"7", "entry": entries}]
+
+    def says(verb: str, values: Values) -> dict[str, object] | None:
+        closed.extend(values.all("done"))
+        return more[-1] if verb == "LIST" else None
+
+    files = guest_of(tmp_path, says)
+    try:
+        with pytest.raises(TooLarge):
+            list(files.list("container", b"d"))
+        assert next(files.list("container", b"d"))[0] == b"f0"
+        wait_for(lambda: closed == [b"7", b"7"], 30)
+        more.pop()
+        with pytest.raises(ProtocolError):
+            list(files.list("container", b"d"))
+    finally:
+        files.close()
+
+
+def test_values_of_xattrs_are_not_asked_for_all_at_once(tmp_path: Path) -> None:
+    names = b"".join(b"\0user.%d" % number for number in range(60))
+    many = [attr(stat.S_IFIFO, 0, number) + b"f%d" % number + names for number in range(10)]
+    under_way: list[int] = []
+
+    def says(verb: str, values: Values) -> dict[str, object] | None:
+        if verb == "GETXATTR":
+            under_way.append(len(files._client._streams))  # type: ignore[union-attr]
+            return {"value": b"v" * 2000}
+        return {"entry": many} if verb == "LIST" else None
+
+    files = guest_of(tmp_path, says)
+    try:
+        packed = b"".join(guesttar.pack(files, b"", b"x", plain=False))
+        with tarfile.open(fileobj=io.BytesIO(packed)) as made:
+            kept = [len([key for key in member.pax_headers if "xattr" in key]) for member in made]
+        assert kept == [0] + [60] * 10
+        assert max(under_way) < 200
+        many[0] += names.replace(b"r.", b"r.x")
+        with pytest.raises(TooLarge):  # for who reads the archive
+            list(guesttar.pack(files, b"", b"x", plain=False))
+    finally:
+        files.close()
+
+
+def test_archives_that_nobody_reads_on_leave_room_for_other_calls(tmp_path: Path) -> None:
+    files = guest_of(tmp_path, lists(*(attr(stat.S_IFIFO, 0, number) + b"f%d" % number for number in range(9))))
+    begun = [guesttar.pack(files, b"", b"x", plain=True) for _ in range(guestfiles.PIPELINES)]
+    try:
+        for each in begun:
+            next(each)
+        with pytest.raises(Busy):
+            next(guesttar.pack(files, b"", b"x", plain=True))
+        files.call("STAT", {"path": b"f1"})
+        begun.pop().close()
+        assert b"".join(guesttar.pack(files, b"", b"x", plain=True))
+    finally:
+        for each in begun:
+            each.close()
         files.close()
 
 

@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import Busy, DeadlineExceeded, EngineError, Unreachable
+from engine.errors import Busy, DeadlineExceeded, EngineError, TooLarge, Unreachable
 from engine.hostfiles import socket_address
 from engine.runtimes.vm import protocol
 from engine.runtimes.vm.beliefs import USES, Beliefs
@@ -34,12 +34,14 @@ from engine.runtimes.vm.protocol import Attr, Values, Words
 from engine.runtimes.vm.scratch import Piece, Scratch
 from engine.runtimes.vm.streams import Late
 from engine.runtimes.vm.verbs import FILES
+from engine.walk import MAX_ENTRIES
 
 log = logging.getLogger(__name__)
 
 DEADLINE = 5.0  # seconds of one call; a guest under load answers in milliseconds
 MUTE_SECONDS = 3.0  # how long a guest that missed a deadline is not asked again
 AT_ONCE = 16  # calls of one guest that may be under way: the agent's file workers are fewer
+PIPELINES = AT_ONCE // 2  # of them, for as long as somebody wants them: calls come between
 MAX_DONE = 64  # handles said with one call
 DONE_SECONDS = 0.005  # for a call to come that takes along which handles are done with
 ROOT_SECONDS = 1.0  # how long the attributes of a root are shown before they are asked for anew
@@ -73,6 +75,7 @@ class GuestFiles:
         self._lock = threading.Lock()  # connecting; held for as long as that takes
         self._client: AgentClient | None = None
         self._slots = threading.BoundedSemaphore(AT_ONCE)
+        self.pipelines = threading.BoundedSemaphore(PIPELINES)
         self._mute_until = 0.0  # 0: it answered last
         self._tried = False  # one caller finds out whether a mute guest answers again; guarded by _guard
         self._guard = threading.Lock()  # of all below; never held over I/O
@@ -267,22 +270,29 @@ class GuestFiles:
             self._asking.discard(root)
 
     def list(self, root: str, path: bytes) -> Iterator[tuple[bytes, Attr]]:
-        """Names with attributes; the order is the guest's."""
+        """Names with attributes; the order is the guest's. TooLarge for more than MAX_ENTRIES."""
         self.settle()
         words: Words = {"root": root, "path": path}
-        while True:
-            turn = self.beliefs.turn
-            values = self.call("LIST", words)
-            entries = [protocol.parse_entry(data) for data in values.all("entry")]
-            prefix = path + b"/" if path else b""
-            self.beliefs.learn(turn, root, [(prefix + name, attr, names) for name, attr, names in entries])
-            handle = values.get("handle")
-            if handle is None and "handle" not in words:
-                self.beliefs.listed(turn, root, path, {name for name, _, _ in entries}, values)
-            yield from ((name, attr) for name, attr, _ in entries)
-            if handle is None:
-                return
-            words = {"handle": handle}
+        count, handle = 0, None
+        try:
+            while True:
+                turn = self.beliefs.turn
+                values = self.call("LIST", words)
+                entries, handle = protocol.parse_page(values)
+                count += len(entries)
+                if count > MAX_ENTRIES:
+                    raise TooLarge(f"a directory of more than {MAX_ENTRIES} entries", at=os.fsdecode(path))
+                prefix = path + b"/" if path else b""
+                self.beliefs.learn(turn, root, [(prefix + name, attr, names) for name, attr, names in entries])
+                if handle is None and "handle" not in words:
+                    self.beliefs.listed(turn, root, path, {name for name, _, _ in entries}, values)
+                yield from ((name, attr) for name, attr, _ in entries)
+                if handle is None:
+                    return
+                words = {"handle": handle}
+        finally:
+            if handle is not None:  # who asked has seen enough
+                self.done(values.number("handle"))
 
     def xattr_names(self, root: str, path: bytes) -> tuple[bytes, ...]:
         if not path:

@@ -36,7 +36,8 @@ from engine.walk import GONE, MAX_ENTRIES
 
 ROOT = "container"
 AHEAD = 2 << 20  # bytes that are asked for, or sent, before the first of them is answered
-MAX_XATTRS = 60 << 10  # bytes of one file's that go with it
+MAX_XATTRS = 56 << 10  # bytes of one file's that go with it, their frames included
+FRAME = 16  # bytes of each, at most
 PLACES = frozenset({b"proc", b"sys", b"dev"})  # of the container's root: not gone into where another file system is
 
 Body = Iterable[bytes]
@@ -76,7 +77,7 @@ class _Entry(NamedTuple):
     attr: Attr
     size: int  # of the content that was asked for
     first: Asked | None  # of its content or target
-    xattrs: list[tuple[bytes, Asked]]
+    xattrs: list[tuple[bytes, Asked | None]]  # by name; None: to be asked for when its turn comes
 
 
 class _Made(NamedTuple):
@@ -139,13 +140,14 @@ class _Packer:
         """By name. TooLarge for more than MAX_ENTRIES in all, or a path that is too long."""
         full = _join(self._top, path)
         values = self._pipe.answer(asked or self._pipe.ask("LIST", {"path": full}))
-        entries = [protocol.parse_entry(data) for data in values.all("entry")]
-        while (handle := values.get("handle")) is not None:
+        entries, handle = protocol.parse_page(values)
+        while handle is not None:
             if self._count + len(entries) > MAX_ENTRIES:
                 self._files.done(values.number("handle"))
                 raise TooLarge(f"more than {MAX_ENTRIES} entries are to be copied")
             values = self._pipe.answer(self._pipe.ask("LIST", {"handle": handle}))
-            entries += [protocol.parse_entry(data) for data in values.all("entry")]
+            more, handle = protocol.parse_page(values)
+            entries += more
         self._count += len(entries)
         if self._count > MAX_ENTRIES:
             raise TooLarge(f"more than {MAX_ENTRIES} entries are to be copied")
@@ -158,14 +160,16 @@ class _Packer:
 
     def _contents(self, path: bytes, entries: list[Listed]) -> Iterator[_Made]:
         waiting: deque[_Entry] = deque()
-        size = 0
+        size = count = 0
         for name, attr, names in entries:
             if stat.S_ISSOCK(attr.mode):
                 continue
             waiting.append(self._ask(_join(path, name), attr, names))
             size += waiting[-1].size
-            while size > AHEAD or len(waiting) > MOST:
+            count += 1 + len(waiting[-1].xattrs)
+            while waiting and (size > AHEAD or count > MOST):
                 size -= waiting[0].size
+                count -= 1 + len(waiting[0].xattrs)
                 yield from self._done(waiting.popleft())
         while waiting:
             yield from self._done(waiting.popleft())
@@ -183,8 +187,11 @@ class _Packer:
         if names is None:
             names = self._files.xattr_names(ROOT, full)
         kept = [name for name in names if not name.startswith(OVERLAY) and name not in HOST_ONLY]
-        asked = [(name, self._pipe.ask("GETXATTR", {"path": full, "name": name})) for name in kept]
-        return _Entry(path, attr, size, first, asked)
+        asked: list[tuple[bytes, Asked | None]] = [(name, self._value(full, name)) for name in kept[:MOST]]
+        return _Entry(path, attr, size, first, asked + [(name, None) for name in kept[MOST:]])
+
+    def _value(self, path: bytes, name: bytes) -> Asked:
+        return self._pipe.ask("GETXATTR", {"path": path, "name": name})
 
     def _done(self, entry: _Entry) -> Iterator[_Made]:
         """What an entry has become; nothing where it is gone."""
@@ -198,9 +205,13 @@ class _Packer:
                     link = target_of(values)
                 else:
                     attr, data = self._content(values)
+            room = tar.DEFAULT_LIMITS.xattrs  # of who reads it
             for name, asked in entry.xattrs:
                 with suppress_errno(errno.ENODATA):
-                    xattrs[name] = self._pipe.answer(asked).need("value")
+                    xattrs[name] = self._pipe.answer(asked or self._value(full, name)).need("value")
+                    room -= len(name) + len(xattrs[name])
+                if room < 0:
+                    raise TooLarge("the extended attributes of a file are too large", at=shown(full))
         except OSError as error:
             if error.errno in GONE:
                 return
@@ -339,7 +350,7 @@ class _Unpacker:
             words["uid"], words["gid"] = userids.given(member.uid, member.gid)
         if member.type in (tar.REGULAR, tar.DIRECTORY):
             xattrs = settable(member, self._owners)
-            if sum(len(name) + len(value) for name, value in xattrs) > MAX_XATTRS:
+            if sum(FRAME + len(name) + len(value) for name, value in xattrs) > MAX_XATTRS:
                 raise TooLarge("its extended attributes are too large", at=shown(member.name))
             words["xattr"] = [protocol.fields(name, value) for name, value in xattrs]
         return words

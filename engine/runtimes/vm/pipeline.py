@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from engine.errors import DeadlineExceeded, EngineError, Unreachable
+from engine.errors import Busy, DeadlineExceeded, EngineError, Unreachable
 from engine.runtimes.vm.client import AgentClient
-from engine.runtimes.vm.guestfiles import DEADLINE, GuestFiles
+from engine.runtimes.vm.guestfiles import DEADLINE, PIPELINES, GuestFiles
 from engine.runtimes.vm.protocol import ProtocolError, Values, Words
 from engine.runtimes.vm.streams import Pending
 
@@ -57,14 +57,20 @@ class Pipeline:
 
 @contextmanager
 def pipeline(files: GuestFiles, root: str) -> Iterator[Pipeline]:
-    """While it lasts it counts as one call. DeadlineExceeded at once of a guest that is mute."""
+    """While it lasts it counts as one call. DeadlineExceeded at once of a guest that is mute; Busy when there are so
+    many that other calls would have to wait for who reads or writes slowly."""
     files.call("STAT", {"root": root, "path": b""})
-    with files.slot(DEADLINE), files.awake():
-        made = Pipeline(files, files.connected(), root)
-        try:
-            yield made
-        finally:
-            made.close()
+    if not files.pipelines.acquire(blocking=False):
+        raise Busy(f"{PIPELINES} archives of its files are under way", hint="each ends with who has it open")
+    try:
+        with files.slot(DEADLINE), files.awake():
+            made = Pipeline(files, files.connected(), root)
+            try:
+                yield made
+            finally:
+                made.close()
+    finally:
+        files.pipelines.release()
 
 
 @contextmanager

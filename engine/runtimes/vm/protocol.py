@@ -350,6 +350,15 @@ def parse_entry(data: bytes) -> tuple[bytes, Attr, tuple[bytes, ...] | None]:
     return name, parse_attr(data[: ATTR.size]), parse_names(names) if known else None
 
 
+def parse_page(values: Values) -> tuple[list[tuple[bytes, Attr, tuple[bytes, ...] | None]], bytes | None]:
+    """What LIST answers: entries, and the handle when there are more. ProtocolError for a page of none that is not the
+    last: those could come for ever."""
+    entries, handle = [parse_entry(data) for data in values.all("entry")], values.get("handle")
+    if handle is not None and not entries:
+        raise ProtocolError("a listing that goes on after no entries")
+    return entries, handle
+
+
 def parse_folder(data: bytes) -> tuple[Folder, Folder]:
     """FOLDER: before and after."""
     if len(data) != FOLDER.size:
