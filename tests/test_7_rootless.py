@@ -15,6 +15,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from people import Person, two_people
 from engine import host, hostmounts, userids
 from engine.errors import AccessDenied
 from engine.runtimes import rootless
+from engine.runtimes.pids import words
 
 ECHO = """
 import socket
@@ -130,7 +132,20 @@ def test_the_tour_and_a_killed_daemon_and_nothing_left(people: tuple[Person, Per
     assert "uid=0" in me.sh("dutchman unshare id").stdout
 
 
-def test_containers_have_networks_names_and_published_ports(people: tuple[Person, Person]) -> None:
+@pytest.fixture
+def disk(people: tuple[Person, Person]) -> Iterator[Path]:
+    """Something of root's that is mounted, in the way disks of machines are."""
+    place = people[0].base / "theirs"
+    (place / "disk").mkdir(parents=True)
+    hostmounts.bind(place, place)
+    hostmounts.mount("none", place, "none", hostmounts.MS_SHARED)
+    hostmounts.mount("tmpfs", place / "disk", "tmpfs", 0)
+    yield place / "disk"
+    for point in (place / "disk", place):
+        hostmounts.unmount(point)
+
+
+def test_containers_have_networks_names_and_published_ports(people: tuple[Person, Person], disk: Path) -> None:
     me, _ = people
     me.sh("dutchman up")
     me.sh(f"dutchman load {me.base}/demo.tar")
@@ -156,6 +171,11 @@ def test_containers_have_networks_names_and_published_ports(people: tuple[Person
             return ""
 
     wait_for(lambda: page() == "ahoy\n", 20, "the published port answers")
+    assert any(b"aardvark-dns" in b" ".join(words(pid)) for pid in me.processes())
+    hostmounts.unmount(disk)
+    for pid in me.processes():  # nobody keeps it: its machine could not have it
+        with suppress(OSError):  # it has just ended
+            assert f" {disk} " not in Path(f"/proc/{pid}/mountinfo").read_text(), words(pid)
     inside = me.sh("dutchman run --rm --name ask demo:1 sh -c 'nslookup web; wget -qO- http://web/'", code=None)
     assert "ahoy" in inside.stdout, inside
     me.out("echo disconnect web > networks/side/ctl")  # its ports stay published by the other

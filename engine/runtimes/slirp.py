@@ -95,14 +95,15 @@ class Uplink:
         resolv = self._directory / "resolv.conf"
         if not resolv.exists():
             host.write_atomic(resolv, f"nameserver {RESOLVER}\n".encode())
-        # copies of containers' mounts would keep their disks in use for as long as the resolver lives
+        # copies of containers' mounts would keep their disks in use for as long as the resolver lives: those of this
+        # store are taken down, those of others, which this user may not touch, go when they are unmounted there
         script = 'umount -a -l -t overlay,fuse.ext4 2> /dev/null; mount --bind "$0" /etc/resolv.conf && exec "$@"'
         return [
             rootless.tool("nsenter") or "nsenter",
             f"--net={self.namespace()}",
             "unshare",
             "--mount",
-            "--propagation=private",
+            "--propagation=slave",
             "sh",
             "-c",
             script,
