@@ -124,7 +124,8 @@ def _await_restart(where: Mount, name: str, before: str) -> None:
     container, between = ("containers", name), time.monotonic() + PATIENCE
     while True:
         state = where.field(*container, "state")  # before the count: running and not counted is a stop that was refused
-        again = where.field(*container, "restarts") != before
+        if again := where.field(*container, "restarts") != before:
+            state = where.field(*container, "state")  # it may have been that of before it was counted
         if state in ("running", "paused", "") or (state == "stopped" and (again or time.monotonic() > between)):
             break
         if state != "stopped":

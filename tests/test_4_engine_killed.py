@@ -329,7 +329,7 @@ def test_one_that_a_person_stopped_stays_down_unless_its_policy_is_always(
 
 @pytest.mark.parametrize("point", ["before driver.delete", "after mounts.forget"])
 def test_a_removal_cut_short_is_finished(runtime: str, point: str, crash: Crash) -> None:
-    engine = crash(runtime, SLEEP[runtime], point, "start;running;kill;stopped;arm;remove")
+    engine = crash(runtime, SLEEP[runtime], point, "start;running;keep;kill;stopped;arm;remove")
     eventually(lambda: engine.containers.names() == [])
     assert os.listdir(engine.store / "containers") == []
     assert not [name for name, _, _ in hostmounts.mounts() if name.startswith(str(engine.store))]

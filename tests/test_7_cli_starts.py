@@ -11,6 +11,7 @@ import pytest
 from fdfs import cli_containers
 from fdfs.cli_containers import await_start
 from fdfs.cli_mount import Failure, Mount
+from fdfs.cli_verbs import _await_restart
 
 
 @pytest.fixture
@@ -51,3 +52,21 @@ def test_what_ended_soon_has_started(fake_mount: Mount) -> None:
     told = "2026-01-01T00:00:00Z EIO\nof earlier"
     later(fake_mount, error=told, exit_code="127", started_at="2026-01-01T00:00:01Z", state="stopped")
     await_start(fake_mount, "slow", "run demo")
+
+
+def test_a_restart_that_is_counted_between_two_looks_is_waited_for(tmp_path: Path) -> None:
+    looks = [
+        ("state", "stopped"),
+        ("restarts", "1"),
+        *[("state", "starting"), ("state", "starting"), ("restarts", "1")],
+    ]
+    told = iter([*looks, ("state", "starting"), ("state", "running"), ("restarts", "1"), ("state", "running")])
+
+    class Told(Mount):
+        def field(self, *names: str) -> str:
+            name, value = next(told)
+            assert names == ("containers", "slow", name)
+            return value
+
+    _await_restart(Told(tmp_path), "slow", "0")
+    assert next(told, None) is None
