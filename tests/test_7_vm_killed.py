@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -379,3 +380,45 @@ if SLOW:
         nothing(daemon.stays)
         nothing(lambda: daemon.kept(id))
         daemon.left_nothing()
+
+    @pytest.mark.timeout(600)
+    def test_a_machine_ends_under_a_writer(mortal: Killed) -> None:
+        """Who writes through `rootfs/` is told; what was made durable is there after."""
+        daemon = mortal
+        box = daemon.mount / "containers" / "c"
+        box.mkdir()
+        (box / "config.yaml").write_text('{"image": "busybox", "memory": "64m", "command": ["sleep", "inf"]}')
+        id = daemon.read("containers/c/id")
+        daemon.machine("start", "running")
+        daemon.sh("echo safe > containers/c/rootfs/safe; sync containers/c/rootfs/safe", timeout=START)
+        qemu = int((daemon.store / "containers" / id / "run" / "vm" / "qemu.pid").read_text())
+        written, failed = threading.Event(), list[OSError]()
+
+        def write() -> None:
+            try:
+                with open(box / "rootfs" / "big", "wb", buffering=0) as file:
+                    while True:
+                        file.write(os.urandom(1 << 16))
+                        if file.tell() >= 1 << 20:
+                            written.set()
+                            file.seek(0)
+            except OSError as error:
+                failed.append(error)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert written.wait(START)
+        os.kill(qemu, signal.SIGKILL)
+        writer.join(START)
+        assert not writer.is_alive() and failed, "the writer was not told"
+        daemon.waits("grep -qx stopped containers/c/state")
+        assert daemon.read("containers/c/exit_code") == "137"
+        daemon.waits('test "$(cat containers/c/rootfs/safe)" = safe')
+        daemon.machine("start", "running")
+        daemon.waits('test "$(cat containers/c/rootfs/safe)" = safe')
+        daemon.sh("echo new > containers/c/rootfs/big; cat containers/c/rootfs/big", timeout=START)
+        daemon.machine("kill", "stopped")
+        daemon.sh("rmdir containers/c", timeout=60)
+        nothing(daemon.stays)
+        nothing(lambda: daemon.kept(id))
+        assert "Traceback" not in daemon.log(), daemon.log()[-5000:]
