@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from dutchman import wait_for
 
 from engine.errors import Busy
 from engine.runtimes.vm.leases import Leases
+from engine.runtimes.vm.pausing import Pausing
 
 
 class Machine:
@@ -107,3 +109,22 @@ def test_who_waits_while_one_cannot_be_woken_does_not_try_again_in_turn() -> Non
     for thread in (first, *others):
         thread.join(30)
     assert len(failed) == 5 and tried == [1] and not leases._leases
+
+
+def test_a_machine_that_was_woken_to_end_does_not_sleep_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Pausing, "_qmp", lambda self, id, command: told.append(command))
+    monkeypatch.setattr(Pausing, "_freeze", lambda self, id, state: True)
+    pausing = Pausing(lambda id: tmp_path)
+    pausing.pause("a")
+    with pausing.awake("a"):  # for who looks at its files
+        pausing.wake("a")  # it is killed meanwhile, and writes out what is on its disk
+        assert not (tmp_path / "unsure").exists()
+    with pausing.awake("a"):
+        pass
+    assert told == ["stop", "cont", "cont", "cont"]
+    assert not (tmp_path / "unsure").exists()
+    pausing.pause("a")  # of another run
+    with pausing.awake("a"):
+        assert (tmp_path / "unsure").exists()
+    assert told[4:] == ["stop", "cont", "stop"]

@@ -38,14 +38,16 @@ class Pausing:
 
     def __init__(self, place: Callable[[str], Path]) -> None:
         self._place = place
-        self._lock = threading.Lock()  # of the three below; never held over I/O
+        self._lock = threading.Lock()  # of the four below; never held over I/O
         self._turns = WeakValueDictionary[str, threading.Lock]()  # whose it is to tell QEMU what to do
         self._working: Counter[str] = Counter()  # calls of this daemon: it knows what is true
         self._awake: Counter[str] = Counter()  # how many want a paused one to go on
+        self._ending: set[str] = set()  # woken to end: they do not sleep again
 
     def pause(self, id: str) -> None:
         """RuntimeFailure with QEMU's words. A mute agent freezes nothing; the CPUs stop all the same."""
         with self._unsure(id, "pause"):
+            self._ending.discard(id)
             frozen = self._freeze(id, 1)
             (self._place(id) / "paused").write_text("frozen" if frozen else "")
             if not (frozen and self._awake[id]):  # from the pause before; the last of those has it sleep
@@ -61,6 +63,7 @@ class Pausing:
         """The machine goes on, its processes frozen as they were: so they can be killed, and it ends in good order.
         RuntimeFailure with QEMU's words."""
         with self._unsure(id, "kill"):
+            self._ending.add(id)
             self._qmp(id, "cont")
 
     @contextlib.contextmanager
@@ -123,7 +126,7 @@ class Pausing:
         with self._working_on(id), self._turn(id):
             unsure.write_text(verb)
             yield
-            if self._awake[id] and self._frozen(id):
+            if self._awake[id] and self._frozen(id) and id not in self._ending:
                 unsure.write_text(AWAKE)
             else:
                 unsure.unlink(missing_ok=True)
@@ -145,7 +148,7 @@ class Pausing:
     def _sleep(self, id: str) -> None:
         """Nobody wants it awake any more."""
         unsure = self._place(id) / "unsure"
-        if (self._place(id) / "paused").exists():  # else somebody resumed it, or it is gone
+        if id not in self._ending and (self._place(id) / "paused").exists():  # else it was resumed, or is gone
             try:
                 self._qmp(id, "stop")
             except RuntimeFailure as error:  # `unsure` stays: who looks next tries again, unless it has ended
