@@ -21,6 +21,7 @@ from pathlib import Path
 import agents
 import pytest
 from agentfiles import GuestFiles
+from dutchman import wait_for
 from runtimebench import SLOW
 
 from engine.errors import DeadlineExceeded, InvalidArgument, RuntimeFailure
@@ -353,6 +354,36 @@ def test_a_large_folder_is_listed_whole_while_it_shrinks(agent: agents.Agent) ->
         files.unlink(f"many/{name}")
     assert list(files.entries("many")) == []
     files.forget_handles()
+
+
+def children(pid: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def stopped(pid: int) -> bool:
+    """All threads: the signal does not come to them at once."""
+    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
+def test_file_workers_that_are_killed_are_replaced(agent: agents.Agent) -> None:
+    """More often than there is memory for requests and answers that go through it."""
+    agent.client.call("ROOT", {"name": "upper", "path": agent.rootfs}, deadline=WAIT)
+    files = GuestFiles(agent.client, "upper", deadline=WAIT)
+    (agent.rootfs / "many").mkdir()
+    for number in range(100):
+        (agent.rootfs / f"many/n{number}-{'x' * 200}").touch()
+    [main] = children(agent.process.pid)
+    for _ in range(12):
+        assert len(list(files.entries("many"))) == 100  # a long answer, not copied
+        [worker] = children(main)
+        os.kill(worker, signal.SIGSTOP)
+        wait_for(lambda pid=worker: stopped(pid), WAIT)
+        with pytest.raises(DeadlineExceeded):
+            agent.client.call("STAT", {"root": "upper", "path": "etc/passwd"}, deadline=0.05)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda gone=worker: [pid for pid in children(main) if pid != gone] != [], WAIT)
+    assert files.stat("etc/passwd").size
 
 
 class Peer:
