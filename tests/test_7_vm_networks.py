@@ -81,18 +81,23 @@ WEB = "sh -c 'echo $0 > /index.html; peer & httpd -p 82 -h /; echo up; exec http
 OUTSIDE, OUTSIDE6 = "203.0.113.1", "2001:db8:113::1"
 
 
+def peer(architecture: str, path: Path) -> Path:
+    """PEER for that processor, at `path`."""
+    source = path.with_suffix(".c")
+    source.write_text(PEER)
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", f"{architecture}-linux-musl"]
+    bare = ["-static", "-nostdlib", "-ffreestanding", "-O1", "-fno-stack-protector", "-fno-sanitize=all"]
+    subprocess.run([*zig, *bare, "-o", path, source], check=True, timeout=300)
+    return path
+
+
 class Fleet(Harbour):
     """With a server somewhere outside, and a kernel for guests."""
 
     def __init__(self, place: Path) -> None:
         super().__init__(place, "vm")
         share_kernels(self.store)
-        self.peer = place / "peer"
-        source = place / "peer.c"
-        source.write_text(PEER)
-        zig = [sys.executable, "-m", "ziglang", "cc", "-target", f"{accel.architecture()}-linux-musl"]
-        bare = ["-static", "-nostdlib", "-ffreestanding", "-O1", "-fno-stack-protector", "-fno-sanitize=all"]
-        subprocess.run([*zig, *bare, "-o", self.peer, source], check=True, timeout=300)
+        self.peer = peer(accel.architecture(), place / "peer")
         self.outside = place / "net" / "outside"
         netns.make(self.outside)
         self.host("ip link add way type veth peer name eth0")

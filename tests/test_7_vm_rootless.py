@@ -21,11 +21,12 @@ from test_7_rootless import people  # noqa: F401
 
 from engine import hostmounts
 from engine.runtimes import rootless
-from engine.runtimes.vm import driver
+from engine.runtimes.vm import accel, agentbuild, driver
 
 
 def given(person: Person) -> None:
     """A kernel and an agent, as if imported and built: neither is what is tried here."""
+    agentbuild.build(accel.architecture(), driver.agents())  # it may have made room for others
     for source, target in (
         (guest_kernels().directory, person.store / "kernels"),
         (driver.agents(), person.home / ".cache/dutchman/agents"),
