@@ -259,7 +259,7 @@ class Machines:
                 self.cycle(name, end)
             time.sleep(0.1)  # who waits for the lock gets it
             self.say("cycle", number=number, name=name, end=end, seconds=round(time.monotonic() - began, 2))
-            if number % 40 == 35 or number % 80 == 69:  # its name comes again, its id never
+            if number >= 0 and (number % 40 == 35 or number % 80 == 69):  # its name comes again, its id never
                 self.file("containers", name).rmdir()
                 self.make(name)
                 self.begun[name] = 0
