@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import processes_at, processes_of_session
 from dutchman import wait_for
+from leftbehind import processes_at, processes_of_session
 
 from engine import host
 

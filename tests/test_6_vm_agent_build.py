@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import processes_at
 from dutchman import demo_archive, wait_for
 from guestkernel import copy_kernels
+from leftbehind import processes_at
 from mounting import ROOT, Daemon, can_mount
 from runtimebench import no_vm, skip_or_fail
 

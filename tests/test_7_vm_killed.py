@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import processes_at
 from guestkernel import CACHE, copy_kernels
 from killing import Mortal
+from leftbehind import processes_at
 from mounting import can_mount
 from runtimebench import SLOW, no_vm, skip_or_fail
 from test_7_networks import Harbour, missing
