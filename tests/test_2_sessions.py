@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
 import socket
 import threading
@@ -292,3 +293,22 @@ def test_a_containers_own_input(oci: Execs) -> None:
     runtime.console.end_input(id)
     assert ends.get(timeout=60).exit_code == 0
     assert oci.bench.output(id) == b"hello\nagain\n"
+
+
+def test_a_process_may_end_as_soon_as_its_input_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = conmon.Files(tmp_path / "session", "1", tmp_path, 1)
+    files.run.mkdir(parents=True)
+    stdio.note_terminal(files, terminal=False)
+
+    class Line(socket.socket):
+        """A fake of the way to conmon: when it is shut, the process has ended and its files are cleared."""
+
+        def shutdown(self, how: int) -> None:
+            super().shutdown(how)
+            shutil.rmtree(files.directory)
+
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(stdio, "_held", lambda _: Line(fileno=ours.detach()))
+    with theirs:
+        stdio.end_input(files)
+        assert theirs.recv(1) == b"" and not files.directory.exists()

@@ -16,6 +16,7 @@ Stateless but for files; calls for one process are serialised by the caller.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -168,7 +169,8 @@ def end_input(files: Files) -> None:
     with _connection(files, keep=False) as client:
         client.shutdown(socket.SHUT_WR)  # of the connection itself: the holder's duplicate does not keep it open
     (files.run / "input.json").unlink(missing_ok=True)
-    host.write_atomic(files.run / "input.ended", b"", 0o600)
+    with contextlib.suppress(FileNotFoundError):  # it has ended at that, and is cleared already
+        host.write_atomic(files.run / "input.ended", b"", 0o600)
 
 
 def resize(files: Files, columns: int, rows: int) -> None:
