@@ -1,4 +1,4 @@
-"""What the session's own check for things left behind can see (conftest.py)."""
+"""What the session's own check for things left behind can see (leftbehind.py)."""
 
 from __future__ import annotations
 
